@@ -1,0 +1,163 @@
+"""What the experiments share: every key of a run, with its meaning.
+
+`base()` is online DPO in the tiny world; an experiment's file sets what is different there. Any key can be set on the
+command line: --config.loss.beta=0.3. There are no None and no lists, which couldn't be.
+"""
+
+from ml_collections import ConfigDict
+
+
+def base() -> ConfigDict:
+    """All keys of oaif_jax.config.Config; not locked, so that a file may change it and lock it."""
+    return ConfigDict(
+        {
+            "method": "online",  # online, offline (fixed pairs), sft (references), annotator (pairs with answers)
+            "seed": 0,  # of what is random in the run: a policy from scratch, the order of the posts, samples
+            "steps": 160,  # updates of the policy
+            "loss": loss(),
+            "policy": policy(),
+            "reference": reference(),
+            "annotator": annotator(),
+            "judge": judge(),
+            "data": data(),
+            "sample": sample(),
+            "optimizer": optimizer(),
+            "mesh": mesh(),
+            "compute": compute(),
+            "eval": evaluation(),
+            "checkpoint": checkpoint(),
+            "log": log(),
+        }
+    )
+
+
+def loss() -> dict:
+    """The preference loss."""
+    return {
+        "name": "dpo",  # dpo, ipo (summed log-ratios), ipo_mean (per token), slic
+        "beta": 0.1,  # the loss's own: dpo and ipo about 0.1, slic about 0.002
+    }
+
+
+def policy() -> dict:
+    """The model that is trained."""
+    return {
+        "init": "tiny:sft",  # tiny:NAME (an asset), scratch, or WORKDIR[@best | @last | @STEP] (another run)
+        "shape": {  # of a model from scratch; others bring their own
+            "width": 96,  # of the residual stream
+            "layers": 3,  # blocks of attention and mlp
+            "heads": 4,  # query heads
+            "kv_heads": 4,  # key/value heads, of which `heads` is a multiple
+            "head_dim": 24,  # width of a head, even
+            "mlp": 288,  # width inside the gated mlp
+        },
+    }
+
+
+def reference() -> dict:
+    """The fixed model that the policy is kept near to and compared with."""
+    return {
+        "init": "policy",  # policy (a copy of its start), or as policy.init
+    }
+
+
+def annotator() -> dict:
+    """The language model that prefers one of two responses (online)."""
+    return {
+        "init": "tiny:annotator",  # as policy.init
+        "instruction": "helpful",  # helpful, short, very_short, or a path to a text
+        "missing_eos": "loses",  # loses (a response cut at the limit loses against a finished one), ignore
+    }
+
+
+def judge() -> dict:
+    """The language model that compares the policy with the reference in evaluations."""
+    return {
+        "init": "tiny:judge",  # as policy.init; trained apart from the annotator
+        "instruction": "helpful",  # as annotator.instruction
+    }
+
+
+def data() -> dict:
+    """The posts."""
+    return {
+        "name": "tiny",  # the embedded world
+        "seed": 0,  # of the posts and their order
+        "train_posts": 20000,  # posts of the training split, seen in a new order each epoch
+        "batch": 32,  # posts, pairs or references a step, over all devices
+        "prompt_tokens": 56,  # limit of a prompt; longer ones are refused
+        "response_tokens": 16,  # limit of a response, with its end
+        "pairs": "tiny:pairs",  # offline: tiny:NAME (an asset), or a path to JSONL
+    }
+
+
+def sample() -> dict:
+    """How responses are drawn, in training and in evaluation."""
+    return {
+        "temperature": 0.9,  # 0: greedy
+        "top_k": 0,  # most likely tokens kept; 0: all
+        "top_p": 1.0,  # probability mass kept; 1: all
+    }
+
+
+def optimizer() -> dict:
+    """The optimizer and its schedule."""
+    return {
+        "name": "adamw",  # adamw, adafactor
+        "lr": 3e-4,  # after the warm-up
+        "schedule": "constant",  # constant, linear, cosine (the last two end at 0 after `steps`)
+        "warmup": 10,  # steps from lr 0 to lr
+        "clip": 1.0,  # largest norm of the gradient; 0: off
+        "b1": 0.9,  # adamw's decay of the first moment
+        "b2": 0.99,  # adamw's decay of the second moment
+        "eps": 1e-8,  # adamw's, added to the root of the second moment
+        "weight_decay": 0.0,  # decoupled; a step in which no pair counts doesn't decay
+        "scale_by_parameters": False,  # adafactor: updates relative to the parameter's RMS
+        "accumulate": 1,  # micro-batches a step, each data.batch / accumulate
+    }
+
+
+def mesh() -> dict:
+    """Devices along each axis; their product is the number of devices."""
+    return {
+        "data": -1,  # copies of the parameters, over which the batch is split; -1: what is left
+        "fsdp": 1,  # parts of each parameter, over which the batch is split as well
+        "tensor": 1,  # parts of heads, mlp and vocabulary
+    }
+
+
+def compute() -> dict:
+    """Types and memory of the computation; results agree to rounding."""
+    return {
+        "dtype": "float32",  # of activations and matrix products: float32 (CPU), bfloat16 (accelerators)
+        "remat": False,  # compute activations again in the backward pass instead of keeping them
+        "unroll": 1,  # layers unrolled in the scan over layers; faster to run, slower to compile
+        "head_chunk": 1024,  # tokens whose logits exist at a time
+    }
+
+
+def evaluation() -> dict:
+    """Evaluation on held-out posts, policy against reference."""
+    return {
+        "every": 40,  # steps; a multiple of checkpoint.every
+        "prompts": 128,  # validation posts
+        "final_prompts": 256,  # posts at the end
+        "final_split": "test",  # split of the posts at the end: test, validation (for tuning)
+        "final": "best",  # parameters at the end: best (by the next key), last
+        "best": "judge.score",  # judge.score, gold.score (higher is better), validation_loss (lower)
+    }
+
+
+def checkpoint() -> dict:
+    """Checkpoints, from which a run goes on when started again."""
+    return {
+        "every": 20,  # steps between them
+        "keep": 2,  # last ones kept, beside the best
+    }
+
+
+def log() -> dict:
+    """Training metrics."""
+    return {
+        "every": 1,  # steps between lines of metrics.jsonl
+    }

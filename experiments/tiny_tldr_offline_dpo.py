@@ -1,0 +1,19 @@
+"""Offline DPO: pairs of other policies' responses, labelled once by the simulated raters.
+
+    python -m oaif_jax.train --config=experiments/tiny_tldr_offline_dpo.py --workdir=runs/offline_dpo
+
+Sets beside common.base(): method, loss.name, loss.beta.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import common
+
+
+def get_config() -> ConfigDict:
+    """The keys of common.base() and what is set here, locked."""
+    config = common.base()
+    config.method = "offline"
+    config.loss.name = "dpo"
+    config.loss.beta = 0.1
+    return config.lock()

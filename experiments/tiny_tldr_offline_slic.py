@@ -1,0 +1,19 @@
+"""Offline SLiC: pairs of other policies' responses, labelled once by the simulated raters.
+
+    python -m oaif_jax.train --config=experiments/tiny_tldr_offline_slic.py --workdir=runs/offline_slic
+
+Sets beside common.base(): method, loss.name, loss.beta.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import common
+
+
+def get_config() -> ConfigDict:
+    """The keys of common.base() and what is set here, locked."""
+    config = common.base()
+    config.method = "offline"
+    config.loss.name = "slic"
+    config.loss.beta = 0.002
+    return config.lock()

@@ -1,0 +1,210 @@
+"""Runs a list of settings one after another, each over seeds, and compares them.
+
+    python -m launch.sweep --workdir=runs/lr --config=experiments/tiny_tldr_online_dpo.py --seeds=0,1,2 \\
+        --set "loss.beta=0.05,0.1,0.3" --set "optimizer.lr=1e-4,3e-4" --config.eval.final_split=validation
+
+Runs the product of all --config, --run "KEY=A KEY=B" (settings that belong together), --set (values of one key) and
+--seeds, each in a process of its own, in WORKDIR/SETTINGS/seed_N; what it prints is in seed_N.log beside it. A run that
+has finished isn't run again, one that was stopped goes on. One that fails doesn't stop the others; it is listed at the
+end, and the exit code is 1. WORKDIR/sweep.md has the table with means and 95 % intervals, sweep.json all results.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+
+from oaif_jax import cli, config, files
+from oaif_jax.errors import UserError
+from oaif_jax.report import tables
+
+Pair = tuple[str, str]  # a key of the config and its value as text
+TRAINER = (sys.executable, "-m", "oaif_jax.train")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run of the sweep."""
+
+    name: str  # file and settings, as in the table
+    file: str
+    overrides: Mapping[str, str]  # without the seed
+    seed: int
+    workdir: pathlib.Path
+    config: config.Config
+
+    @property
+    def log(self) -> pathlib.Path:
+        """What the run prints."""
+        return self.workdir.with_suffix(".log")
+
+    def command(self, trainer: Sequence[str]) -> list[str]:
+        """The run's command line."""
+        flags = [f"--config.{key}={value}" for key, value in self.overrides.items()]
+        return [*trainer, f"--config={self.file}", f"--workdir={self.workdir}", *flags, f"--config.seed={self.seed}"]
+
+    def summary(self) -> dict | None:
+        """The results, or None if the run hasn't finished; UserError if they are of other settings."""
+        if not (self.workdir / "summary.json").exists():
+            return None
+        kept, now = config.flatten(_read_config(self.workdir / "config.json")), config.flatten(self.config)
+        changed = [f"config.{key}={kept[key]!r} (now {now[key]!r})" for key in now if kept[key] != now[key]]
+        if changed:
+            raise UserError(
+                f"{self.workdir} has finished with {', '.join(changed)}; wanted these, or another --workdir"
+            )
+        summary = _read(self.workdir / "summary.json")
+        return summary if summary["steps"] == self.config.steps else None  # else it was going on to more steps
+
+
+def _read(path: pathlib.Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read ({error}), wanted a finished run; delete {path.parent}") from error
+
+
+def _read_config(path: pathlib.Path) -> config.Config:
+    try:
+        return config.parse(_read(path))
+    except config.ConfigError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------ flags to runs
+
+
+def parse_flags(arguments: Sequence[str]) -> tuple[list[Run], pathlib.Path]:
+    """The runs of a command line, all of them checked, and the sweep's directory; UserError for what can't be run."""
+    parser = _Parser("python -m launch.sweep", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="an experiment; repeatable")
+    parser.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="where the runs go")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=A,B", help="values of a key; repeatable")
+    parser.add_argument("--run", action="append", default=[], metavar="KEY=A...", help="settings; repeatable")
+    parser.add_argument("--seeds", default="0", metavar="0,1,2", help="values of config.seed")
+    flags, rest = parser.parse_known_args(arguments)
+    fixed = [_setting(_override(text)) for text in rest]
+    if not (flags.config and flags.workdir):
+        raise UserError("--config=FILE and --workdir=DIR are wanted, such as in the --help")
+    if not re.fullmatch(r"\d+(,\d+)*", flags.seeds):
+        raise UserError(f"--seeds={flags.seeds}: wanted whole numbers, such as 0,1,2")
+    choices = [[_setting(part) for part in text.split()] for text in flags.run] or [[]]
+    for key, values in map(_setting, flags.set):
+        choices = [[*choice, (key, value)] for choice in choices for value in values.split(",")]
+    products = itertools.product(flags.config, choices, map(int, flags.seeds.split(",")))
+    runs = [make_run(flags.workdir, file, fixed, choice, seed) for file, choice, seed in products]
+    for i, run in enumerate(runs):
+        if any(run.workdir == earlier.workdir for earlier in runs[:i]):
+            raise UserError(f"two runs would be in {run.workdir}, wanted other settings, seeds or names of files")
+    return runs, flags.workdir
+
+
+def make_run(workdir: pathlib.Path, file: str, fixed: Sequence[Pair], choice: Sequence[Pair], seed: int) -> Run:
+    """One run, whose settings have been tried on its config file; those of `choice` are in its name."""
+    keys = [key for key, _ in (*fixed, *choice)]
+    if "seed" in keys:
+        raise UserError("config.seed is set; wanted --seeds=0,1,2")
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise UserError(f"config.{twice[0]} is set twice; wanted once, by --config.{twice[0]}, --run or --set")
+    overrides = dict((*fixed, *choice))
+    values = cli.load_config(file)
+    cli.override(values, {**overrides, "seed": str(seed)})
+    name = " ".join([pathlib.Path(file).stem, *(f"{key}={value}" for key, value in choice)])
+    directory = re.sub(r"[^A-Za-z0-9._=+-]+", "_", name.replace(" ", "__"))
+    return Run(name, file, overrides, seed, workdir / directory / f"seed_{seed}", config.parse(values.to_dict()))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def _override(text: str) -> str:
+    """--config.KEY=VALUE without the flag; UserError for what else argparse didn't know."""
+    if not text.startswith("--config."):
+        known = ("--config", "--workdir", "--set", "--run", "--seeds", "--config.KEY=VALUE")
+        raise UserError(f"{text} doesn't exist{config.near(text.split('=')[0], known)}")
+    return text.removeprefix("--config.")
+
+
+def _setting(text: str) -> Pair:
+    key, _, value = text.removeprefix("config.").partition("=")
+    if not (key and value):
+        raise UserError(f"{text!r}: wanted KEY=VALUE, such as loss.beta=0.1")
+    return key, value
+
+
+# ------------------------------------------------------------------------------------------------ runs to results
+
+
+def sweep(runs: Sequence[Run], workdir: pathlib.Path, console: Console, trainer: Sequence[str] = TRAINER) -> int:
+    """Runs what hasn't finished, writes sweep.json and sweep.md, prints the table; the number of runs that failed."""
+    summaries = [run.summary() for run in runs]  # before the first starts: results of other settings stop the sweep
+    failures = [""] * len(runs)
+    workdir.mkdir(parents=True, exist_ok=True)
+    for i, run in enumerate(runs):
+        finished = " (has finished)" if summaries[i] else ""
+        _say(console, f"run {i + 1} of {len(runs)}: {run.name}, seed {run.seed}{finished}")
+        if not finished:
+            failures[i] = _train(run, trainer)
+            summaries[i] = None if failures[i] else run.summary()
+            _say(console, f"  failed: {failures[i]}" if failures[i] else "  finished")
+        _write_json(workdir / "sweep.json", runs, summaries, failures)
+    rows: dict[str, list[dict]] = {}
+    for run, summary in zip(runs, summaries, strict=True):
+        rows.setdefault(run.name, []).extend([summary] if summary else [])
+    table = tables.comparison(list(rows.items()))
+    failed = [f"{run.workdir}: {failure}" for run, failure in zip(runs, failures, strict=True) if failure]
+    lines = [tables.to_markdown(table), *(f"- failed: {line}" for line in failed)]
+    files.atomic_write_text(workdir / "sweep.md", "\n".join(lines) + "\n")
+    console.print(tables.to_rich(table))
+    for line in failed:
+        _say(console, f"failed: {line}")
+    return len(failed)
+
+
+def _train(run: Run, trainer: Sequence[str]) -> str:
+    """Trains in a process of its own; why it failed, or nothing."""
+    run.log.parent.mkdir(parents=True, exist_ok=True)
+    with run.log.open("a+", encoding="utf-8", errors="replace") as log:
+        start = log.tell()
+        code = subprocess.run(run.command(trainer), stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        log.seek(start)
+        lines = [line.strip() for line in log if line.strip()]
+    if code == 130:
+        raise KeyboardInterrupt
+    if code == 0 and (run.workdir / "summary.json").exists():
+        return ""
+    return f"exit code {code}, {lines[-1] if lines else 'nothing said'} ({run.log})"
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _write_json(path: pathlib.Path, runs: Sequence[Run], summaries: Sequence[dict | None], failures: Sequence[str]):
+    results = [
+        {"name": run.name, "config": run.file, "overrides": dict(run.overrides), "seed": run.seed,
+         "workdir": str(run.workdir), "failure": failure, "summary": summary}
+        for run, summary, failure in zip(runs, summaries, failures, strict=True)
+    ]  # fmt: skip
+    files.atomic_write_json(path, results)
+
+
+def main() -> None:
+    """Runs the sweep of the command line."""
+    with cli.user_errors():
+        failed = sweep(*parse_flags(sys.argv[1:]), Console())
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""Checkpoints of a run: Orbax writes the arrays asynchronously, a manifest of SHA-256 sums vouches for them.
+
+    DIR/checkpoints/<step>/
+      params/, optimizer/, ...  one Orbax directory per item
+      meta.json                 {"step", "metric", "leaves": {item: {path: "float32[2,3]"}}, "meta": the caller's}
+      MANIFEST.json             {file: {"bytes", "sha256"}} of every other file
+
+All of it is written to <step>.unfinished, the manifest last, brought to the disk, and then renamed to <step>. So a kill
+leaves <step>.unfinished, which doesn't count, and never a step without its manifest: that one is damaged, and an error.
+Orbax alone doesn't notice damage: it restores wrong values from a flipped byte.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import re
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from oaif_jax.errors import UserError
+from oaif_jax.files import fsync
+
+META, MANIFEST = "meta.json", "MANIFEST.json"
+_STEP = re.compile(r"0|[1-9]\d*")
+_LEFTOVER = re.compile(r"\d+\.(unfinished|deleted).*")  # Orbax appends to "unfinished" while it writes
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is absent, damaged or of another structure: one line with path, fault and what to do."""
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs to absl's logger; what matters of it is raised, the rest would tear the progress bar."""
+    return "/orbax/" not in record.pathname
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    """{"b": zeros((2, 3))} -> {"b": "float32[2,3]"}: what two trees must share for one to be restored as the other."""
+
+    def describe(leaf: Any) -> str:
+        leaf = np.asarray(leaf) if isinstance(leaf, (int, float)) else leaf
+        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): describe(leaf) for path, leaf in leaves}
+
+
+def _differences(saved: dict[str, str], wanted: dict[str, str]) -> str:
+    """What is missing, unexpected or of another shape, the first three of it; "" where the two agree."""
+    faults = [f"{path} {wanted[path]} is missing" for path in wanted.keys() - saved.keys()]
+    faults += [f"{path} {saved[path]} is not wanted" for path in saved.keys() - wanted.keys()]
+    both = saved.keys() & wanted.keys()
+    faults += [f"{path} is {saved[path]}, not {wanted[path]}" for path in both if saved[path] != wanted[path]]
+    more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+    return ", ".join(sorted(faults)[:3]) + more
+
+
+def _restore_args(leaf: Any) -> ocp.RestoreArgs:
+    """A jax array where the abstract leaf has a sharding, else a numpy array; a Python number stays one."""
+    if isinstance(leaf, (int, float)):
+        return ocp.RestoreArgs()
+    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)) and leaf.sharding is not None:
+        return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+    return ocp.RestoreArgs(restore_type=np.ndarray)
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler of trees, less two defaults that cost time and files.
+
+    Small replicated arrays aren't cut up between their devices (hundreds of slices, dispatched while training waits),
+    and the mesh isn't stored: `restore` is told the shardings.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(
+        min_slice_bytes_for_replica_parallel=2**24, enable_write_sharding_file=False
+    )
+    numbers = ocp.type_handlers.ScalarHandler()
+    registry = ocp.type_handlers.create_type_handler_registry(
+        *((number, numbers) for number in (int, float, np.number)),
+        (np.ndarray, ocp.type_handlers.NumpyHandler()),
+        (jax.Array, arrays),
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    """The files that a manifest lists, by their path relative to `directory`."""
+    paths = sorted(path for path in directory.rglob("*") if not path.is_dir())
+    return {name: path for path in paths if (name := path.relative_to(directory).as_posix()) != MANIFEST}
+
+
+def _digest(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+class Reader:
+    """Reads the checkpoints under `directory`; deletes and writes nothing, so it may look into a run that goes on."""
+
+    def __init__(self, directory: Path):
+        logging.getLogger("absl").addFilter(_not_from_orbax)
+        self.directory = directory.absolute()  # Orbax refuses relative paths
+
+    def steps(self) -> list[int]:
+        """The complete checkpoints, ascending. CheckpointError where a step's directory has no readable manifest."""
+        steps = self._named()
+        for step in steps:
+            self._manifest(step)
+        return steps
+
+    def latest(self) -> int | None:
+        """The last checkpoint's step, None where there is none."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """The step with the highest metric, the earliest of equals; None where no checkpoint has a metric."""
+        metrics = {step: self._record(step)["metric"] for step in self.steps()}
+        return max((step for step in metrics if metrics[step] is not None), key=metrics.__getitem__, default=None)
+
+    def meta(self, step: int) -> dict:
+        """What was given to `save` as meta."""
+        return self._record(step)["meta"]
+
+    def verify(self, step: int) -> None:
+        """CheckpointError unless the directory holds exactly the manifest's files with their sizes and SHA-256 sums."""
+        expected = self._manifest(step)
+        for name in sorted(expected.keys() | _files(self.directory / str(step)).keys()):
+            self._check(step, name, expected)
+
+    def restore(self, step: int, items: Mapping[str, Any]) -> dict[str, Any]:
+        """The items asked for, with the structure of the abstract trees given, after `verify`.
+
+        Leaves are jax.ShapeDtypeStruct or arrays. One with a sharding gives a jax array so sharded, on any number of
+        devices; one without gives a numpy array. CheckpointError where a path, shape or dtype differs: nothing is cast.
+        """
+        self.verify(step)
+        leaves = self._record(step)["leaves"]
+        for name, abstract in items.items():
+            path = self.directory / str(step) / name
+            if name not in leaves:
+                raise CheckpointError(f"{path}: was not saved; this checkpoint has {', '.join(leaves)}")
+            if faults := _differences(leaves[name], _describe(abstract)):
+                raise CheckpointError(f"{path}: {faults}; use the config that it was saved with")
+        return {name: self._load(step, name, abstract) for name, abstract in items.items()}
+
+    def _load(self, step: int, name: str, abstract: Any) -> Any:
+        path = self.directory / str(step) / name
+        args = ocp.args.PyTreeRestore(item=abstract, restore_args=jax.tree.map(_restore_args, abstract))
+        with ocp.Checkpointer(_handler()) as checkpointer:
+            try:
+                return checkpointer.restore(path, args=args)
+            except ValueError as error:  # equal leaves in other containers, such as one more stateless optax transform
+                raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error
+
+    def _named(self) -> list[int]:
+        """Steps that have a directory, complete or not."""
+        return sorted(int(path.name) for path in self.directory.glob("*") if _STEP.fullmatch(path.name))
+
+    def _listed(self) -> str:
+        return ", ".join(map(str, self._named())) or "none"
+
+    def _damaged(self, step: int, name: str, fault: str) -> CheckpointError:
+        directory = self.directory / str(step)
+        others = [other for other in self._named() if other != step]
+        then = f"go on from step {max(others)}" if others else "start from the beginning"
+        return CheckpointError(f"{directory / name}: {fault}; delete {directory} to {then}")
+
+    def _manifest(self, step: int) -> dict[str, dict[str, int | str]]:
+        directory = self.directory / str(step)
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: no such checkpoint; there are: {self._listed()}")
+        if not any(directory.iterdir()):
+            raise self._damaged(step, "", "is an empty directory")
+        try:
+            manifest = json.loads((directory / MANIFEST).read_bytes())
+            return {META: manifest[META]} | {name: {**entry} for name, entry in manifest.items()}
+        except FileNotFoundError as error:
+            raise self._damaged(step, "", f"has no {MANIFEST}") from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise self._damaged(step, MANIFEST, "is unreadable") from error
+
+    def _check(self, step: int, name: str, expected: dict[str, dict[str, int | str]]) -> None:
+        """One file against the manifest. That needs no sum of its own: whatever flips in it contradicts a file."""
+        path = self.directory / str(step) / name
+        if name not in expected:
+            raise self._damaged(step, name, f"is not in {MANIFEST}")
+        if not path.is_file():
+            raise self._damaged(step, name, "is missing")
+        found = _digest(path)
+        if found != expected[name]:
+            size, wanted = found["bytes"], expected[name].get("bytes")
+            fault = f"has {size} bytes, not {wanted}" if size != wanted else f"differs from its SHA-256 in {MANIFEST}"
+            raise self._damaged(step, name, fault)
+
+    def _record(self, step: int) -> dict:
+        self._check(step, META, self._manifest(step))
+        return json.loads((self.directory / str(step) / META).read_bytes())
+
+
+class Checkpoints(Reader):
+    """The checkpoints of the run that owns `directory`: saves, keeps the last `keep` and the best, deletes the others.
+
+    Every process of a run makes one and calls it in the same order; process 0 alone deletes and writes manifests.
+    """
+
+    def __init__(self, directory: Path, *, keep: int):
+        super().__init__(directory)
+        if keep < 1:
+            raise ValueError(f"keep={keep}: at least 1 checkpoint must be kept")
+        self._keep = keep
+        self._pending: Future[None] | None = None
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for path in self.directory.iterdir():
+                if _LEFTOVER.fullmatch(path.name):
+                    shutil.rmtree(path)
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        registry.add(None, ocp.args.PyTreeSave, _handler())  # None: for every item
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(handler_registry=registry))
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+
+    def save(self, step: int, items: Mapping[str, Any], meta: dict, *, metric: float | None = None) -> None:
+        """Copies the items to the host, then writes them in the background: the caller may donate them on return.
+
+        items: trees of jax or numpy arrays and Python numbers, none of size 0. meta: what JSON can hold.
+        metric: higher is better. Waits for the save before this one, and raises its error.
+        """
+        self.wait()
+        path = self.directory / str(step)
+        if path.exists():
+            raise CheckpointError(f"{path}: exists already; a step is saved once")
+        if metric is not None and not math.isfinite(metric):
+            raise ValueError(f"metric={metric} of step {step}: wanted a finite number")
+        leaves = {name: _describe(tree) for name, tree in items.items()}
+        record = json.dumps({"step": step, "metric": metric, "leaves": leaves, "meta": meta})  # now: meta may change
+        args = ocp.args.Composite(**{name: ocp.args.PyTreeSave(tree) for name, tree in items.items()})
+        self._orbax.save(path.with_suffix(".unfinished"), args=args, force=True)
+        self._pending = self._thread.submit(self._finish, path, record)
+
+    def wait(self) -> None:
+        """Returns when the last save is complete; CheckpointError if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        error = pending.exception()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoint")  # else others might not see process 0's rename yet
+        if error is not None:
+            raise CheckpointError(f"{self.directory}: a save failed and doesn't count: {error}") from error
+
+    def close(self) -> None:
+        """`wait`, and the end of the threads."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._orbax.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _finish(self, path: Path, record: str) -> None:
+        """Waits for Orbax, writes the manifest, makes all of it durable, then lets it count by renaming it."""
+        self._orbax.wait_until_finished()
+        if jax.process_index() != 0:
+            return
+        unfinished = path.with_suffix(".unfinished")
+        (unfinished / META).write_text(record)
+        manifest = {name: _digest(file) for name, file in _files(unfinished).items()}
+        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for written in (*unfinished.rglob("*"), unfinished):
+            fsync(written)
+        unfinished.rename(path)
+        fsync(self.directory)
+        steps = self.steps()
+        for step in set(steps[: -self._keep]) - {self.best()}:
+            deleted = self.directory / f"{step}.deleted"  # renamed first: a kill must not leave a step in parts
+            (self.directory / str(step)).rename(deleted)
+            shutil.rmtree(deleted)
+
+
+def load_params(directory: Path, which: str) -> tuple[dict, dict]:
+    """Parameters as a nested dict of numpy arrays, and the meta, of checkpoint "best", "last" or a decimal step."""
+    reader = Reader(directory)
+    if which in ("best", "last"):
+        step = reader.best() if which == "best" else reader.latest()
+    else:
+        step = int(which) if _STEP.fullmatch(which) else None
+    if step is None:
+        there = reader._listed()
+        raise CheckpointError(f"{directory}: no checkpoint {which!r}; wanted best, last or a step; there are: {there}")
+    reader.verify(step)
+    path = reader.directory / str(step) / "params"
+    with ocp.Checkpointer(_handler()) as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy)), reader.meta(step)

@@ -1,0 +1,294 @@
+"""The configuration of a run: frozen dataclasses, made once from an ml_collections file and checked as a whole.
+
+An experiment file's `get_config()` gives a ConfigDict with the sections and keys below; `parse` turns it into a `Config`
+and raises ConfigError, naming the key, its value and what was wanted, before anything is computed.
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from oaif_jax.errors import UserError
+
+
+class ConfigError(UserError):
+    """A configuration that can't be run; the message is one line for the user."""
+
+
+def one_of(*choices: str) -> Callable[[Any], str | None]:
+    """A check that a value is among the choices."""
+    return lambda value: None if value in choices else f"one of {', '.join(choices)}"
+
+
+def at_least(low: float) -> Callable[[Any], str | None]:
+    """A check that a number is finite and not below `low`."""
+    return lambda value: None if math.isfinite(value) and value >= low else f"a number of at least {low:g}"
+
+
+def above(low: float) -> Callable[[Any], str | None]:
+    """A check that a number is finite and above `low`."""
+    return lambda value: None if math.isfinite(value) and value > low else f"a number above {low:g}"
+
+
+def within(low: float, high: float) -> Callable[[Any], str | None]:
+    """A check that a number lies in [low, high]."""
+    return lambda value: None if low <= value <= high else f"a number from {low:g} to {high:g}"
+
+
+def checked(check: Callable[[Any], str | None]) -> Any:
+    """A field with a check of its value, which returns None or what was wanted."""
+    return dataclasses.field(metadata={"check": check})
+
+
+METHODS = ("online", "offline", "sft", "annotator")
+LOSSES = ("dpo", "ipo", "ipo_mean", "slic")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """The preference loss; beta belongs to it, since the losses' betas differ by a factor of 500."""
+
+    name: str = checked(one_of(*LOSSES))
+    beta: float = checked(above(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model made from scratch, used where `init` is "scratch"."""
+
+    width: int = checked(at_least(1))
+    layers: int = checked(at_least(1))
+    heads: int = checked(at_least(1))
+    kv_heads: int = checked(at_least(1))
+    head_dim: int = checked(at_least(2))
+    mlp: int = checked(at_least(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The model that is trained. `init`: tiny:NAME (an asset), scratch, or WORKDIR[@best | @last | @STEP]."""
+
+    init: str
+    shape: Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The fixed model that the policy is compared with. `init`: as the policy's, or "policy" for a copy of its start."""
+
+    init: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotator:
+    """The language model that prefers. `instruction`: the name of a text, or a path to one."""
+
+    init: str
+    instruction: str
+    missing_eos: str = checked(one_of("loses", "ignore"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """The separate language model that scores evaluations; it takes no part in training."""
+
+    init: str
+    instruction: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Posts by split and seed, in batches; limits in tokens. `pairs`: the offline pairs' file, tiny:NAME or a path."""
+
+    name: str = checked(one_of("tiny"))
+    seed: int = checked(at_least(0))
+    train_posts: int = checked(at_least(1))
+    batch: int = checked(at_least(1))
+    prompt_tokens: int = checked(at_least(1))
+    response_tokens: int = checked(at_least(1))
+    pairs: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """How responses are drawn. top_k=0 and top_p=1 are off; temperature 0 is greedy."""
+
+    temperature: float = checked(at_least(0))
+    top_k: int = checked(at_least(0))
+    top_p: float = checked(within(0, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """The optimizer, its schedule and the clipping of gradients (0: off)."""
+
+    name: str = checked(one_of("adamw", "adafactor"))
+    lr: float = checked(above(0))
+    schedule: str = checked(one_of("constant", "linear", "cosine"))
+    warmup: int = checked(at_least(0))
+    clip: float = checked(at_least(0))
+    b1: float = checked(within(0, 0.9999))
+    b2: float = checked(within(0, 0.99999))
+    eps: float = checked(above(0))
+    weight_decay: float = checked(at_least(0))
+    scale_by_parameters: bool  # adafactor: multiply updates by the parameter's RMS
+    accumulate: int = checked(at_least(1))  # micro-batches to a step
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; data=-1 takes what is left."""
+
+    data: int
+    fsdp: int = checked(at_least(1))
+    tensor: int = checked(at_least(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """Types and memory of the computation; see models.config.ComputeConfig."""
+
+    dtype: str = checked(one_of("float32", "bfloat16"))
+    remat: bool
+    unroll: int = checked(at_least(1))
+    head_chunk: int = checked(at_least(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Evaluation on validation posts every so many steps, and at the end on test posts with `final` parameters."""
+
+    every: int = checked(at_least(1))
+    prompts: int = checked(at_least(1))
+    final_prompts: int = checked(at_least(1))
+    final_split: str = checked(one_of("validation", "test"))
+    final: str = checked(one_of("best", "last"))
+    best: str = checked(one_of("judge.score", "gold.score", "validation_loss"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Checkpoints every so many steps; the last `keep` stay, and the best."""
+
+    every: int = checked(at_least(1))
+    keep: int = checked(at_least(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """Training metrics every so many steps."""
+
+    every: int = checked(at_least(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    method: str = checked(one_of(*METHODS))
+    seed: int = checked(at_least(0))
+    steps: int = checked(at_least(1))
+    loss: Loss
+    policy: Policy
+    reference: Reference
+    annotator: Annotator
+    judge: Judge
+    data: Data
+    sample: Sample
+    optimizer: Optimizer
+    mesh: Mesh
+    compute: Compute
+    eval: Eval
+    checkpoint: Checkpoint
+    log: Log
+
+
+# What may differ when a run goes on in its workdir: nothing of it changes the steps already taken.
+MAY_CHANGE = ("steps", "log.every", "eval.every", "eval.prompts", "eval.final_prompts", "eval.final_split", "eval.final", "checkpoint.keep")  # fmt: skip
+
+
+def parse(values: Any) -> Config:
+    """Checks every key of a nested mapping (a ConfigDict, or a run's config.json) and returns the run's Config."""
+    config = _section(Config, values, "")
+    _check_together(config)
+    return config
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"loss.beta": 0.1, ...} in the order of the sections."""
+    flat = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{field.name}.")
+        else:
+            flat[f"{prefix}{field.name}"] = value
+    return flat
+
+
+def _section(cls: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, Mapping) and not hasattr(values, "items"):
+        raise ConfigError(f"config.{prefix.rstrip('.')}={values!r}: wanted a section with keys")
+    names = [field.name for field in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            raise ConfigError(f"config.{prefix}{key} doesn't exist{near(key, names)}")
+    parsed = {}
+    types = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        name = f"{prefix}{field.name}"
+        if field.name not in values:
+            raise ConfigError(f"config.{name} is missing")
+        value = values[field.name]
+        if dataclasses.is_dataclass(types[field.name]):
+            parsed[field.name] = _section(types[field.name], value, f"{name}.")
+        else:
+            parsed[field.name] = _value(name, value, types[field.name], field.metadata.get("check"))
+    return cls(**parsed)
+
+
+def _value(name: str, value: Any, wanted: type, check: Callable[[Any], str | None] | None) -> Any:
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not wanted:
+        raise ConfigError(f"config.{name}={value!r} is of type {type(value).__name__}, wanted {wanted.__name__}")
+    problem = check(value) if check else None
+    if problem:
+        hint = near(value, problem.removeprefix("one of ").split(", ")) if isinstance(value, str) else ""
+        raise ConfigError(f"config.{name}={value!r}, wanted {problem}{hint}")
+    return value
+
+
+def near(word: str, known) -> str:
+    """`; did you mean 'lr'?`, or what there is when nothing is near."""
+    known = list(known)
+    close = difflib.get_close_matches(str(word), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}" if known else ""
+
+
+def _check_together(config: Config) -> None:
+    """What single keys can't tell."""
+    accumulate, batch = config.optimizer.accumulate, config.data.batch
+    if batch % accumulate:
+        raise ConfigError(f"config.data.batch={batch} doesn't divide into config.optimizer.accumulate={accumulate} parts")
+    if config.mesh.data < 1 and config.mesh.data != -1:
+        raise ConfigError(f"config.mesh.data={config.mesh.data}, wanted a number of devices, or -1 for what is left")
+    if config.sample.top_p == 0:
+        raise ConfigError("config.sample.top_p=0.0, wanted a number above 0 (temperature=0 is greedy)")
+    shape = config.policy.shape
+    if shape.heads % shape.kv_heads:
+        raise ConfigError(
+            f"config.policy.shape.heads={shape.heads} is not a multiple of config.policy.shape.kv_heads={shape.kv_heads}"
+        )
+    if shape.head_dim % 2:
+        raise ConfigError(f"config.policy.shape.head_dim={shape.head_dim} is odd; rotary angles come in pairs")
+    if config.method == "online" and config.sample.temperature == 0:
+        raise ConfigError("config.sample.temperature=0.0: online training needs two different samples, wanted above 0")
+    if config.eval.every % config.checkpoint.every and config.eval.final == "best":
+        raise ConfigError(
+            f"config.eval.every={config.eval.every} is not a multiple of config.checkpoint.every={config.checkpoint.every}, "
+            "so that the best evaluated step may have no checkpoint"
+        )

@@ -1,0 +1,44 @@
+"""Preference pairs as JSON lines, plain or gzipped: {"prompt": ..., "chosen": ..., "rejected": ...}."""
+
+import dataclasses
+import gzip
+import json
+import pathlib
+
+from oaif_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPair:
+    """A prompt with a chosen and a rejected response."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def read_pairs(path: pathlib.Path) -> list[TextPair]:
+    """All pairs of a file; a line that isn't one raises, with file and line."""
+    if not path.is_file():
+        raise UserError(f"pairs {path}: no such file, wanted .jsonl or .jsonl.gz")
+    opener = gzip.open if path.suffix == ".gz" else open
+    pairs = []
+    with opener(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number}: not JSON ({error.msg})") from error
+            values = [record.get(key) for key in ("prompt", "chosen", "rejected")] if isinstance(record, dict) else []
+            if len(values) != 3 or not all(isinstance(value, str) for value in values):
+                raise UserError(f"{path}:{number}: wanted an object with texts prompt, chosen and rejected")
+            pairs.append(TextPair(*values))
+    if not pairs:
+        raise UserError(f"pairs {path}: no pairs in it")
+    return pairs
+
+
+def write_pairs(path: pathlib.Path, pairs: list[TextPair]) -> None:
+    """Writes pairs; the same pairs give the same bytes (gzip without a time stamp)."""
+    text = "".join(json.dumps(dataclasses.asdict(pair)) + "\n" for pair in pairs).encode()
+    path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)

@@ -1,0 +1,104 @@
+"""Evaluation of what supervised training makes: a fine-tuned policy by itself, and an annotator."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from oaif_jax import supervised
+from oaif_jax.evals import preference, verdicts
+from oaif_jax.sample import Sampler
+from oaif_jax.tiny import gold, templates
+from oaif_jax.tiny.data import TinyData
+
+CHUNK = 128
+
+sft_loss = jax.jit(supervised.sft_loss, static_argnames="objective")
+annotator_orders = jax.jit(
+    lambda params, batch, *, objective: supervised.llm.annotate(
+        params,
+        batch["questions"],
+        batch["question_valid"],
+        batch["responses"],
+        batch["mask"],
+        template=objective.template,
+        cfg=objective.annotator,
+        compute=objective.compute,
+    ),
+    static_argnames="objective",
+)
+
+
+def chunks(count: int) -> list[np.ndarray]:
+    """Indices of `count` posts in parts of one size, so that one program serves them all."""
+    size = min(CHUNK, count)
+    if count % size:
+        raise ValueError(f"count={count} is not a multiple of {size}")
+    return [np.arange(start, start + size) for start in range(0, count, size)]
+
+
+def sft(
+    params: PyTree,
+    data: TinyData,
+    *,
+    split: str,
+    count: int,
+    objective: supervised.SFTObjective,
+    sampler: Sampler,
+    place: Callable[[dict[str, np.ndarray]], dict[str, Array]],
+    key: Array,
+) -> tuple[dict, list[dict]]:
+    """Loss on references (nats a token), and what the policy's samples are worth: gold_share is the mean gold score as a
+    share of the largest."""
+    loss = tokens = 0.0
+    records, most = [], 0
+    lengths = []
+    for indices in chunks(count):
+        posts = data.posts(split, indices)
+        batch = place(data.sft_batch(split, indices) | {"rows": indices.astype(np.int32)})
+        part, size = sft_loss(params, batch, objective=objective)
+        loss, tokens = loss + float(part), tokens + float(size)
+        made = preference.respond(
+            params, batch, key, sampler=sampler, cfg=objective.policy, compute=objective.compute
+        )
+        drawn, mask = np.asarray(made.tokens)[:, 0], np.asarray(made.mask)[:, 0]
+        lengths.append(mask.sum(-1))
+        for post, reference, t, m in zip(posts, data.references(split, indices), drawn, mask, strict=True):
+            text = data.text(t, m)
+            scores = {"gold_reference": gold.score(post.text, reference), "gold_policy": gold.score(post.text, text)}
+            records.append({"prompt": post.text, "reference": reference, "policy": text, **scores})
+            most += len(post.topics)
+    total = sum(record["gold_policy"] for record in records)
+    metrics = {
+        "validation_loss": loss / tokens,
+        "gold_mean": total / len(records),
+        "gold_share": total / most,
+        "reference_gold_share": sum(record["gold_reference"] for record in records) / most,
+        "mean_length": float(np.concatenate(lengths).mean()),
+    }
+    return metrics, records
+
+
+def annotator(
+    params: PyTree,
+    data: TinyData,
+    *,
+    split: str,
+    count: int,
+    objective: supervised.AnnotatorObjective,
+    place: Callable[[dict[str, np.ndarray]], dict[str, Array]],
+) -> dict:
+    """Agreement with gold and of the two orders on fresh candidates, under each instruction, and their mean accuracy."""
+    found = {}
+    for name in templates.INSTRUCTIONS:
+        parts = []
+        for number, indices in enumerate(chunks(count)):
+            batch = data.annotator_batch(split, data.seed, number, len(indices), instructions=(name,))
+            orders = annotator_orders(params, place(batch), objective=objective)
+            parts.append((np.asarray(orders), batch["label"] - 0.5))
+        orders, difference = (np.concatenate(part) for part in zip(*parts, strict=True))
+        found[name] = verdicts.agreement(orders, difference, np.zeros(len(orders), bool))
+    accuracy = float(np.mean([each["gold_agreement"] for each in found.values()]))
+    return {"validation_loss": 1.0 - accuracy, "accuracy": accuracy, "annotator": found}
+

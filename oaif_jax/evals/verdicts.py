@@ -1,0 +1,62 @@
+"""Wins, ties and losses, and how sure they are."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+NORMAL_95 = 1.959964
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share of `count` trials (Wilson 1927). With ties as half a win the variance is smaller than a
+    coin's, so that the interval is on the wide side."""
+    z2 = NORMAL_95**2 / count
+    centre = (share + z2 / 2) / (1 + z2)
+    half = NORMAL_95 / (1 + z2) * math.sqrt(share * (1 - share) / count + z2 / (4 * count))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def summarise(verdicts: Sequence[float] | np.ndarray) -> dict:
+    """Shares of wins (1), ties (1/2) and losses (0), the score (win + tie/2) and its 95 % interval."""
+    verdicts = np.asarray(verdicts, float)
+    score = float(verdicts.mean())
+    return {
+        "win": float(np.mean(verdicts == 1.0)),
+        "tie": float(np.mean(verdicts == 0.5)),
+        "loss": float(np.mean(verdicts == 0.0)),
+        "score": score,
+        "interval": list(wilson(score, len(verdicts))),
+    }
+
+
+def by_scores(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Verdicts of a judge that scores: 1 where the first scores higher, 1/2 where both are equal."""
+    return np.where(np.abs(first - second) < 1e-9, 0.5, (first > second).astype(float))
+
+
+def by_orders(p_orders: np.ndarray, identical: np.ndarray) -> np.ndarray:
+    """Verdicts of a judge that compares, [B] from P(first is better) by each order [B, 2]: what both orders say, and a tie
+    where they contradict each other or there is no difference."""
+    votes = (p_orders > 0.5).sum(axis=1)
+    return np.where(identical, 0.5, votes / 2.0)
+
+
+def agreement(p_orders: np.ndarray, gold_difference: np.ndarray, identical: np.ndarray) -> dict:
+    """How an annotator does on pairs: agreement of its two orders (identical pairs left out), agreement of its averaged
+    preference with gold (gold's ties left out too), and the numbers of pairs these are shares of."""
+    different = ~identical
+    orders = (p_orders[:, 0] > 0.5) == (p_orders[:, 1] > 0.5)
+    decided = different & (np.abs(gold_difference) > 1e-9)
+    right = (p_orders.mean(axis=1) > 0.5) == (gold_difference > 0)
+    return {
+        "order_agreement": share(orders, different),
+        "gold_agreement": share(right, decided),
+        "pairs": int(different.sum()),
+        "decided": int(decided.sum()),
+    }
+
+
+def share(values: np.ndarray, among: np.ndarray) -> float:
+    """The share of true values among some; nan where there are none."""
+    return float(values[among].mean()) if among.any() else math.nan

@@ -1,0 +1,53 @@
+"""The language-model head, applied to few tokens at a time: an array [tokens, V] never exists."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from oaif_jax.models.config import ComputeConfig, ModelConfig
+from oaif_jax.models.transformer import MASKED, Params
+
+
+def logits(params: Params, hidden: Float[Array, "M D"], *, cfg: ModelConfig) -> Float[Array, "M V"]:
+    """Float32 logits of a few positions; ids beyond the tokenizer's vocabulary are masked."""
+    embedding = params["embedding"].astype(hidden.dtype)
+    logits_MV = jnp.einsum("MD,VD->MV", hidden, embedding, preferred_element_type=jnp.float32)
+    return jnp.where(jnp.arange(logits_MV.shape[-1]) < cfg.vocab_size, logits_MV, MASKED)
+
+
+def token_logprobs(
+    params: Params,
+    hidden: Float[Array, "*batch D"],
+    targets: Int[Array, "*batch"],
+    *,
+    cfg: ModelConfig,
+    compute: ComputeConfig,
+) -> Float[Array, "*batch"]:
+    """log p(target) at each position in float32, in chunks of `compute.head_chunk` tokens that the backward pass
+    computes again."""
+    tokens = targets.size
+    chunk = min(compute.head_chunk, tokens)
+    chunks = -(-tokens // chunk)
+    pad = chunks * chunk - tokens
+    hidden_XMD = jnp.pad(hidden.reshape(tokens, -1), ((0, pad), (0, 0))).reshape(chunks, chunk, -1)
+    targets_XM = jnp.pad(targets.reshape(tokens), (0, pad)).reshape(chunks, chunk)
+
+    @jax.checkpoint
+    def one_chunk(hidden_MD, targets_M):
+        logits_MV = logits(params, hidden_MD, cfg=cfg)
+        # A comparison instead of a gather: it fuses into the sum, and its gradient is no scatter.
+        hit_MV = jnp.arange(logits_MV.shape[-1]) == targets_M[:, None]
+        return jnp.sum(jnp.where(hit_MV, logits_MV, 0.0), axis=-1) - jax.nn.logsumexp(logits_MV, axis=-1)
+
+    logprobs_XM = jax.lax.map(lambda xs: one_chunk(*xs), (hidden_XMD, targets_XM))
+    return logprobs_XM.reshape(-1)[:tokens].reshape(targets.shape)
+
+
+def answer_logits(
+    params: Params, hidden: Float[Array, "*batch D"], answers: tuple[int, ...]
+) -> Float[Array, "*batch answers"]:
+    """Float32 logits of a few given tokens only."""
+    rows_AD = params["embedding"][jnp.array(answers)].astype(hidden.dtype)
+    return jnp.einsum("...D,AD->...A", hidden, rows_AD, preferred_element_type=jnp.float32)
+
+

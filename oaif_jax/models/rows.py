@@ -1,0 +1,74 @@
+"""Rows with branches: a trunk that is encoded once, and several continuations of it that don't see one another.
+
+    policy, reference   [prompt                 | response 1 | response 2]
+    annotator           [instruction and prompt | 1: A 2: B  | 1: B 2: A ]
+
+Positions go on from the trunk's in every branch, so that each branch is computed as if it stood alone after the trunk.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of T = S + C R columns: the trunk's S, then R of each of C branches. Nothing sees a column that isn't valid."""
+
+    tokens: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    valid: Bool[Array, "B T"]
+    slots: int = dataclasses.field(metadata={"static": True})  # S
+    branches: int = dataclasses.field(metadata={"static": True})  # C
+
+
+def positions_of(valid: Bool[Array, "*batch S"]) -> Int[Array, "*batch S"]:
+    """In: 0 0 1 1 1 (left-padded) -> Out: 0 0 0 1 2."""
+    return jnp.maximum(jnp.cumsum(valid, axis=-1) - 1, 0)
+
+
+def trunk_mask(valid: Bool[Array, "*batch S"]) -> Bool[Array, "*batch S S"]:
+    """Causal; a column that isn't valid is seen by itself alone (so that no row of the softmax is empty).
+
+    In: 0 1 1 -> Out: 1 0 0
+                      0 1 0
+                      0 1 1
+    """
+    slots = valid.shape[-1]
+    causal = jnp.tril(jnp.ones((slots, slots), bool))
+    return (causal & valid[..., None, :]) | jnp.eye(slots, dtype=bool)
+
+
+def trunk(tokens: Int[Array, "B S"], valid: Bool[Array, "B S"]) -> Rows:
+    """Rows without branches: prompts, or whole texts."""
+    return Rows(tokens, positions_of(valid), valid, slots=tokens.shape[-1], branches=0)
+
+
+def branch(
+    trunk: Int[Array, "B S"],
+    trunk_valid: Bool[Array, "B S"],
+    branches: Int[Array, "B C R"],
+    branch_valid: Bool[Array, "B C R"],
+) -> Rows:
+    """Lays out a trunk and its branches as rows; both may have holes, which nothing sees.
+
+    In: trunk of 1, branches of 2 and 2 -> Out, which column sees which: 1 0 0 0 0
+                                                                         1 1 0 0 0
+                                                                         1 1 1 0 0
+                                                                         1 0 0 1 0
+                                                                         1 0 0 1 1
+    """
+    rows, count, _ = branches.shape
+    lengths = jnp.sum(trunk_valid, axis=-1)
+    positions = lengths[:, None, None] + positions_of(branch_valid)
+    flat = lambda first, rest: jnp.concatenate([first, rest.reshape(rows, -1)], axis=-1)  # noqa: E731
+    return Rows(
+        tokens=flat(trunk, branches),
+        positions=flat(positions_of(trunk_valid), positions),
+        valid=flat(trunk_valid, branch_valid),
+        slots=trunk.shape[-1],
+        branches=count,
+    )

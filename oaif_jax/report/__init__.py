@@ -1,0 +1,45 @@
+"""From a run's files to what people read: tables, the curve, and a page with it all. Imports no jax.
+
+run = report.write(workdir)   # curve.png and report.html
+report.show(run)              # the final table and three posts side by side, on the terminal
+"""
+
+import os
+import pathlib
+
+from rich.console import Console
+from rich.text import Text
+
+from oaif_jax.report import html, plots, tables
+from oaif_jax.report.read import ReportError, Run, Sample, load
+
+__all__ = ["CURVE", "PAGE", "ReportError", "Run", "Sample", "load", "show", "write"]
+
+CURVE, PAGE = "curve.png", "report.html"
+
+
+def write(workdir: str | pathlib.Path, *, finished: bool = True) -> Run:
+    """Reads the run in `workdir` and writes its curve.png and report.html, each at once or not at all.
+
+    Raises:
+        ReportError: a file of the run is missing or malformed; with `finished=False` summary.json may be missing.
+    """
+    run = load(workdir, finished=finished)
+    page = html.report(run)
+    for name, save in (
+        (CURVE, lambda path: plots.curve(run, path)),
+        (PAGE, lambda path: path.write_text(page, "utf-8")),
+    ):
+        unfinished = run.workdir / f".{name}.tmp"
+        save(unfinished)
+        os.replace(unfinished, run.workdir / name)
+    return run
+
+
+def show(run: Run, console: Console | None = None) -> None:
+    """Prints the final table, three posts side by side, and where the curve and the page are."""
+    console = console or Console()
+    console.print(tables.final_table(run))
+    console.print(tables.side_by_side(run))
+    for name, path in (("curve ", run.workdir / CURVE), ("report", run.workdir / PAGE)):
+        console.print(Text(f"{name}  {path}"), soft_wrap=True)

@@ -1,0 +1,321 @@
+"""A run as one self-contained page: nothing is loaded from anywhere, and it can be mailed as it is.
+
+Whatever a run has written is text here: posts may hold markup, and it is shown and never interpreted. The page says so
+to the browser too: its policy admits no address at all, and of scripts only the one below.
+"""
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from oaif_jax.report import plots, tables
+from oaif_jax.report.read import FINAL, Run, Sample
+
+SHOWN_FIRST = 50  # samples that are visible without the script
+
+
+def report(run: Run) -> str:
+    """The page of a run, finished or not."""
+    parts = [
+        _header(run),
+        _tiles(run),
+        _section("Results", '<div class="results">', *(_table(table) for table in tables.final_tables(run)), "</div>"),
+        _section("Course", f'<figure role="img" aria-label="Curves of the run">{plots.curve_svg(run)}</figure>'),
+        _sample_browser(run),
+        _section("Details", _evaluations(run), _config(run), _versions(run)),
+    ]
+    script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{script_hash}'"
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escape(_name(run))}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<main>
+{"".join(parts)}
+</main>
+<script>{SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def _name(run: Run) -> str:
+    return run.workdir.resolve().name
+
+
+def _section(title: str, *content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{''.join(content)}</section>" if any(content) else ""
+
+
+def _header(run: Run) -> str:
+    found = run.summary
+    facts = [" ".join(tables.plain(found[key]) for key in ("method", "loss") if key in found)]
+    if "steps" in found:
+        facts.append(f"{tables.plain(found['steps'])} steps")
+    if "seconds" in found:
+        facts.append(tables.duration(found["seconds"]))
+    facts += [tables.plain(found[key]) for key in ("device",) if key in found]
+    state = " · ".join(fact for fact in facts if fact) if run.finished else "This run has not finished."
+    command = found.get("command")
+    again = f'<p class="again">Run it again:</p><pre>{escape(str(command))}</pre>' if command else ""
+    return f"<header><h1>{escape(_name(run))}</h1><p>{escape(state)}</p>{again}</header>"
+
+
+# ------------------------------------------------------------------------------------------------ tiles
+
+
+def _tiles(run: Run) -> str:
+    """The key results, one to a tile."""
+    found, annotator = run.standing, run.standing.get("annotator", {})
+    tiles = []
+    for judge, name in tables.JUDGES.items():
+        if judge in found:
+            interval = tables.percents(*found[judge]["interval"])
+            tiles.append((f"Win rate, {name} judge", tables.percent(found[judge]["score"]), interval))
+    for key, theirs, name, unit in (
+        ("gold_mean", "reference_gold_mean", "Gold score", ""),
+        ("mean_length", "reference_length", "Length", f" {tables.LENGTH_UNIT}"),
+        ("kl", "", "KL to the reference", " nats"),
+    ):
+        if key in found:
+            against = f"SFT {tables.decimal(found[theirs])}" if theirs in found else "of a response"
+            tiles.append((name, tables.decimal(found[key]) + unit, against))
+    for key, name, note in (
+        ("gold_agreement", "Annotator agrees with gold", "of pairs, ties left out"),
+        ("order_agreement", "Annotator's orders agree", "of pairs"),
+    ):
+        if key in annotator:
+            tiles.append((name, tables.percent(annotator[key]), note))
+    if not tiles:
+        tiles = [(name, tables.plain(value), "") for name, value in list(tables.leftovers(found).items())[:6]]
+    shown = "".join(
+        f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}</dd><small>{escape(note)}</small></div>'
+        for name, value, note in tiles
+    )
+    return f'<dl class="tiles">{shown}</dl>' if shown else ""
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def _table(table: tables.Table) -> str:
+    sides = ["" if table.left(i) else " class=number" for i in range(len(table.columns))]
+    head = "".join(f"<th scope=col{side}>{escape(name)}</th>" for side, name in zip(sides, table.columns, strict=True))
+    rows = "".join(
+        f"<tr><th scope=row>{escape(row[0])}</th>"
+        + "".join(f"<td{side}>{escape(cell)}</td>" for side, cell in zip(sides[1:], row[1:], strict=True))
+        + "</tr>"
+        for row in table.rows
+    )
+    head = "" if table.facts else f"<thead><tr>{head}</tr></thead>"
+    note = f"<p class=note>{escape(table.note)}</p>" if table.note else ""
+    caption = f"<caption>{escape(table.title)}</caption>" if table.title else ""
+    kind = "facts" if table.facts else "numbers"
+    return f'<div class="wide"><table class="{kind}">{caption}{head}<tbody>{rows}</tbody></table>{note}</div>'
+
+
+def _details(title: str, content: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>{content}</details>" if content else ""
+
+
+def _evaluations(run: Run) -> str:
+    """All evaluations, a row each."""
+    keys = [key for key in dict.fromkeys(key for line in run.evals for key in line) if key not in ("step", "kind")]
+    rows = [
+        (str(line["step"]), *(f"{line[key]:.3f}" if key in line else tables.NONE for key in keys)) for line in run.evals
+    ]
+    table = tables.Table("", ("Step", *keys), tuple(rows))
+    return _details("Every evaluation", _table(table)) if rows else ""
+
+
+def _config(run: Run) -> str:
+    return _details("Configuration", f'<div class="tree">{_tree(run.config)}</div>' if run.config else "")
+
+
+def _tree(tree: Mapping[str, Any]) -> str:
+    """A nested configuration: values first, then sections that fold."""
+    values = {key: value for key, value in tree.items() if not isinstance(value, Mapping)}
+    sections = {key: value for key, value in tree.items() if isinstance(value, Mapping)}
+    rows = "".join(
+        f"<tr><th scope=row>{escape(key)}</th><td>{escape(str(value))}</td></tr>" for key, value in values.items()
+    )
+    folded = "".join(
+        f"<details open><summary>{escape(key)}</summary>{_tree(value)}</details>" for key, value in sections.items()
+    )
+    return (f"<table><tbody>{rows}</tbody></table>" if rows else "") + folded
+
+
+def _versions(run: Run) -> str:
+    versions = run.summary.get("versions", {})
+    rows = tuple((str(name), tables.plain(version)) for name, version in versions.items())
+    return _details("Versions", _table(tables.Table("", ("Package", "Version"), rows)) if rows else "")
+
+
+# ------------------------------------------------------------------------------------------------ samples
+
+
+def _sample_browser(run: Run) -> str:
+    """All samples of the last evaluation: a table of the first fifty, which the script searches, sorts and extends."""
+    samples = run.last_samples
+    if not samples:
+        return ""
+    rows = "".join(_sample_row(i, sample) for i, sample in enumerate(samples))
+    name = next(reversed(run.samples))
+    which = "final evaluation" if name == FINAL else name.replace("_", " ")
+    controls = """<form class="controls" id="controls" hidden>
+<input type="search" id="filter" placeholder="Filter posts and summaries" aria-label="Filter">
+<select id="order" aria-label="Order">
+<option value="number">in their order</option>
+<option value="gain">policy's largest gains first</option>
+<option value="loss">policy's largest losses first</option>
+</select><output id="count"></output></form>"""
+    more = '<button id="more" hidden>Show more</button>'
+    head = "".join(f"<th scope=col>{name}</th>" for name in ("Post", "SFT", "Policy", "Gold", "Judge"))
+    note = (
+        f"<p class=note>{len(samples)} posts of the {escape(which)}. Gold: the policy's score less SFT's. "
+        f"Judge: how sure the language-model judge is that the policy's response is better.</p>"
+    )
+    return _section(
+        "Samples",
+        note,
+        controls,
+        f'<div class="wide"><table class="samples" id="samples"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>",
+        more,
+    )
+
+
+def _sample_row(number: int, sample: Sample) -> str:
+    difference = sample.gold_difference
+    hidden = " hidden" if number >= SHOWN_FIRST else ""
+    order = "" if difference is None else f' data-gain="{difference:.6g}"'
+    judge = "" if sample.judge is None else f"{100 * sample.judge:.0f} %"
+    return (
+        f"<tr{hidden}{order}><td class=post><small>{number + 1}</small>{escape(sample.prompt.strip())}</td>"
+        f"{_response(sample.reference, sample.gold_reference)}{_response(sample.policy, sample.gold_policy)}"
+        f"<td>{_difference(difference)}</td><td>{judge}</td></tr>"
+    )
+
+
+def _response(text: str | None, gold: float | None) -> str:
+    shown = "" if text is None else escape(text.strip()) or "<i>empty</i>"
+    return f"<td class=response>{shown}" + ("" if gold is None else f"<small>gold {gold:.2f}</small>") + "</td>"
+
+
+def _difference(value: float | None) -> str:
+    if value is None:
+        return ""
+    kind = "gain" if value > 0 else "drop" if value < 0 else "even"
+    return f'<b class="{kind}">{value:+.2f}</b>'.replace("-", "\N{MINUS SIGN}") if value else '<b class="even">0.00</b>'
+
+
+# ------------------------------------------------------------------------------------------------ style and script
+
+STYLE = """
+:root { --ground: #fff; --card: #f6f8fa; --ink: #24292f; --muted: #5d6670; --rule: #d8dee4;
+  --blue: #0072b2; --vermillion: #c65600; --green: #00875f; --purple: #a44c81; color-scheme: light dark; }
+@media (prefers-color-scheme: dark) { :root { --ground: #0f1419; --card: #182028; --ink: #e4e8ec; --muted: #98a3ae;
+  --rule: #2d3742; --blue: #56b4e9; --vermillion: #f08a4b; --green: #3ecf9f; --purple: #dc9cc4; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "Liberation Sans", sans-serif; }
+main { max-width: 1040px; margin: 0 auto; padding: 40px 20px 80px; }
+h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px; letter-spacing: -.01em; overflow-wrap: anywhere; }
+h2 { font-size: 19px; margin: 44px 0 8px; }
+header p { margin: 0; color: var(--muted); }
+header .again { margin-top: 16px; font-size: 13px; }
+pre { margin: 4px 0 0; padding: 10px 14px; background: var(--card); border-radius: 8px; white-space: pre-wrap;
+  overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(215px, 1fr)); gap: 12px; margin: 28px 0 0; }
+.tile { background: var(--card); border-radius: 10px; padding: 12px 16px 14px; overflow-wrap: anywhere; }
+.tile dt { color: var(--muted); font-size: 13px; }
+.tile dd { margin: 2px 0 0; font-size: 26px; font-weight: 600; line-height: 1.25; letter-spacing: -.01em; }
+.tile small { color: var(--muted); font-size: 13px; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; padding: 16px 0 4px; }
+th, td { padding: 6px 0 6px 20px; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); }
+th:first-child, td:first-child { padding-left: 0; }
+thead th { color: var(--muted); font-weight: 500; font-size: 13px; white-space: nowrap; }
+tbody th { font-weight: 400; }
+.results { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(400px, 100%), 1fr)); gap: 4px 48px;
+  align-items: start; }
+.results > :first-child:not(:last-child) { grid-column: 1 / -1; }
+.results > :nth-child(3) { grid-row: span 2; }
+.results table { width: 100%; }
+.numbers td, .numbers th { white-space: nowrap; }
+.number { text-align: right; }
+.facts td { overflow-wrap: anywhere; }
+.facts tbody th { color: var(--muted); white-space: nowrap; padding-right: 20px; }
+.note { color: var(--muted); font-size: 13px; margin: 6px 0 0; }
+figure { margin: 16px 0 0; }
+figure svg { width: 100%; height: auto; display: block; }
+figure text { font-family: inherit !important; }
+.controls { display: flex; flex-wrap: wrap; gap: 10px; align-items: center; margin: 12px 0; }
+.controls[hidden] { display: none; }
+input, select, button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--rule);
+  border-radius: 8px; padding: 6px 12px; }
+input { flex: 1 1 260px; max-width: 420px; }
+button { margin-top: 14px; cursor: pointer; }
+input:focus-visible, select:focus-visible, button:focus-visible, summary:focus-visible { outline: 2px solid var(--blue);
+  outline-offset: 1px; }
+output { color: var(--muted); font-size: 13px; }
+.samples { width: 100%; }
+.samples td { padding-top: 10px; padding-bottom: 10px; }
+.samples td:nth-child(n+4), .samples th:nth-child(n+4) { text-align: right; white-space: nowrap; }
+.samples .post { min-width: 260px; width: 42%; color: var(--muted); font-size: 14px; overflow-wrap: anywhere; }
+.samples .post small { display: inline-block; min-width: 30px; font-variant-numeric: tabular-nums; }
+.samples .response { min-width: 150px; overflow-wrap: anywhere; }
+.samples .response small { display: block; color: var(--muted); font-size: 12.5px; }
+b.gain { color: var(--blue); } b.drop { color: var(--vermillion); } b.even { color: var(--muted); font-weight: 400; }
+details { margin-top: 10px; }
+summary { cursor: pointer; font-weight: 500; }
+.tree { margin: 8px 0 0; padding: 4px 16px 12px; background: var(--card); border-radius: 10px; }
+.tree details details { margin-left: 18px; }
+.tree table { margin-left: 18px; font: 13px/1.45 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; }
+.tree th, .tree td { padding-top: 2px; padding-bottom: 2px; border: 0; overflow-wrap: anywhere; }
+.tree th { color: var(--muted); white-space: nowrap; }
+@media print { .controls, #more { display: none !important; } main { max-width: none; } }
+"""
+
+SCRIPT = """
+(() => {
+  const table = document.getElementById("samples");
+  if (!table) return;
+  const body = table.tBodies[0], rows = [...body.rows], page = 50;
+  const texts = rows.map(row => row.textContent.toLowerCase());
+  const get = id => document.getElementById(id);
+  const filter = get("filter"), order = get("order"), count = get("count"), more = get("more");
+  let room = page;
+  const gain = i => rows[i].dataset.gain === undefined ? 0 : Number(rows[i].dataset.gain);
+  const show = () => {
+    const words = filter.value.toLowerCase().split(/\\s+/).filter(word => word);
+    const found = rows.map((_, i) => i).filter(i => words.every(word => texts[i].includes(word)));
+    if (order.value !== "number") {
+      const sign = order.value === "gain" ? -1 : 1;
+      found.sort((a, b) => sign * (gain(a) - gain(b)) || a - b);
+    }
+    rows.forEach(row => { row.hidden = true; });
+    found.forEach((i, place) => { rows[i].hidden = place >= room; body.append(rows[i]); });
+    count.textContent = `${found.length} of ${rows.length}`;
+    more.hidden = found.length <= room;
+  };
+  const again = () => { room = page; show(); };
+  filter.addEventListener("input", again);
+  order.addEventListener("change", again);
+  more.addEventListener("click", () => { room += 4 * page; show(); });
+  get("controls").addEventListener("submit", event => event.preventDefault());
+  get("controls").hidden = false;
+  if (!rows.some(row => row.dataset.gain !== undefined)) order.hidden = true;
+  show();
+})();
+"""

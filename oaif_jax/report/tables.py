@@ -1,0 +1,381 @@
+"""What a run came to, as tables: the same rows for the terminal (rich), the README (Markdown) and the HTML report."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import rich.box
+import rich.table
+from rich.console import Group
+from rich.padding import Padding
+from rich.text import Text
+
+from oaif_jax.report.read import ReportError, Run, Sample, leaves
+
+JUDGES = {"gold": "gold", "judge": "language model"}
+LENGTH_UNIT = "tokens"
+NONE = "-"
+
+# Summary keys that have a place of their own in the tables; all others are listed as they are.
+PLACED = (
+    "gold", "judge", "greedy", "annotator", "versions", "mean_length", "reference_length", "kl", "gold_mean",
+    "reference_gold_mean", "method", "loss", "steps", "seconds", "params_sha256", "device", "evaluated_step", "split",
+    "prompts", "temperature", "command",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Cells as text; columns of numbers are set to the right. Two columns are facts, shown without a header."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    @property
+    def facts(self) -> bool:
+        return len(self.columns) == 2
+
+    def left(self, column: int) -> bool:
+        """Whether a column is text: it's the first, a fact, or one of its cells starts with a letter."""
+        return column == 0 or self.facts or any(row[column][:1].isalpha() for row in self.rows)
+
+
+# ------------------------------------------------------------------------------------------------ numbers as text
+
+
+def percent(share: float) -> str:
+    """0.883 -> "88.3 %"."""
+    return f"{100 * share:.1f} %"
+
+
+def percents(low: float, high: float) -> str:
+    """An interval of shares: (0.844, 0.922) -> "84.4 - 92.2 %"."""
+    return f"{100 * low:.1f} - {100 * high:.1f} %"
+
+
+def decimal(value: float) -> str:
+    """Two places, as scores and lengths are shown: 2.948 -> "2.95"."""
+    return f"{value:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """161 -> "2 min 41 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def plain(value: Any) -> str:
+    """Any value of a config or summary in one short text; numbers to four digits."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(each) for each in value) or NONE
+    return one_line(str(value))
+
+
+def readable(key: str) -> str:
+    """A dotted name in words: "helpful.gold_agreement" -> "helpful, gold agreement"."""
+    return key.replace(".", ", ").replace("_", " ")
+
+
+def one_line(text: str) -> str:
+    """White space as single spaces, and nothing that moves a terminal's cursor."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(text.split()))
+
+
+# ------------------------------------------------------------------------------------------------ one run
+
+
+def final_tables(run: Run) -> tuple[Table, ...]:
+    """The results of a run, whatever kind it is; of one that goes on, those of its last evaluation."""
+    made = (_win_table(run), _measure_table(run), _annotator_table(run), _run_table(run))
+    return tuple(table for table in made if table.rows)
+
+
+def final_table(run: Run) -> Group:
+    """The results for the terminal."""
+    return Group(*(to_rich(table) for table in final_tables(run)))
+
+
+def final_table_markdown(run: Run) -> str:
+    """The results for a README: the same rows."""
+    return "\n".join(to_markdown(table) for table in final_tables(run))
+
+
+def sampled(run: Run) -> str:
+    """How the evaluated responses were drawn: "at 0.9"."""
+    temperature = run.standing.get("temperature")
+    return "sampled" if temperature is None else f"at {temperature:g}"
+
+
+def posts(run: Run) -> str:
+    """What was evaluated: "256 test posts"."""
+    found = run.standing
+    return " ".join(str(found[key]) for key in ("prompts", "split") if key in found) + " posts"
+
+
+def _win_table(run: Run) -> Table:
+    rows = []
+    for decoding, found in ((sampled(run), run.standing), ("greedy", run.standing.get("greedy", {}))):
+        for judge, name in JUDGES.items():
+            if judge in found:
+                rows.append((name, decoding, *_verdict(found[judge], judge)))
+    title = f"Against SFT, {posts(run)}" if run.finished else f"Against SFT, step {run.standing.get('evaluated_step')}"
+    return Table(title, ("Judge", "Decoding", "Win", "Tie", "Loss", "Win + tie/2", "95 % interval"), tuple(rows))
+
+
+def _verdict(found: Any, name: str) -> tuple[str, ...]:
+    """Cells of one judge's verdict."""
+    try:
+        low, high = found["interval"]
+        return (*(percent(found[key]) for key in ("win", "tie", "loss", "score")), percents(low, high))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReportError(f"summary.json: {name} is {found!r}; wanted win, tie, loss, score, interval") from error
+
+
+def _measure_table(run: Run) -> Table:
+    found, greedy = run.standing, run.standing.get("greedy", {})
+    candidates = (
+        (f"mean length ({LENGTH_UNIT})", found.get("mean_length"), found.get("reference_length")),
+        (f"mean length, greedy ({LENGTH_UNIT})", greedy.get("mean_length"), greedy.get("reference_length")),
+        ("mean gold score", found.get("gold_mean"), found.get("reference_gold_mean")),
+        ("mean gold score, greedy", greedy.get("gold_mean"), greedy.get("reference_gold_mean")),
+        ("KL to the reference (nats)", found.get("kl"), None),
+    )
+    rows = tuple((name, _cell(ours), _cell(theirs)) for name, ours, theirs in candidates if ours is not None)
+    return Table("Responses", ("Measure", "Policy", "SFT"), rows)
+
+
+def _cell(value: float | None, show: Callable[[float], str] = decimal) -> str:
+    return NONE if value is None else show(value)
+
+
+def _annotator_table(run: Run) -> Table:
+    found = run.standing.get("annotator", {})
+    moments = [("whole run", found)]
+    instructions = dict.fromkeys((*found.get("start", {}), *found.get("end", {})))
+    for name in instructions:
+        moments += [
+            (f"{name.replace('_', ' ')}, {when}", found.get(when, {}).get(name, {})) for when in ("start", "end")
+        ]
+    rows = tuple(
+        (name, _cell(at.get("gold_agreement"), percent), _cell(at.get("order_agreement"), percent))
+        for name, at in moments
+        if "gold_agreement" in at or "order_agreement" in at
+    )
+    note = "Agreement with gold leaves ties out."
+    return Table(
+        "Annotator, on the policy's own pairs", ("Pairs", "Agrees with gold", "Its two orders agree"), rows, note
+    )
+
+
+def _run_table(run: Run) -> Table:
+    """How it was run, and every number of the summary that has no place of its own."""
+    found = run.standing
+    rows = [] if run.finished else [("state", f"not finished, at step {_last_step(run)}")]
+    if "method" in found:
+        rows.append(("method", " ".join(plain(found[key]) for key in ("method", "loss") if key in found)))
+    rows += [(name, plain(value)) for name, value in leftovers(found).items()]
+    for key, name, show in (
+        ("steps", "steps", plain),
+        ("evaluated_step", "evaluated at step", plain),
+        ("seconds", "time", duration),
+        ("device", "device", plain),
+        ("params_sha256", "parameters (SHA-256)", lambda digest: str(digest)[:12]),
+    ):
+        if key in found:
+            rows.append((name, show(found[key])))
+    return Table("Run", ("What", "Value"), tuple(rows))
+
+
+def _last_step(run: Run) -> int:
+    return int(max((line["step"] for line in (*run.train[-1:], *run.evals[-1:])), default=0))
+
+
+def leftovers(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What a summary holds beside the keys that have a place of their own: {"validation loss": 0.81}."""
+    return {readable(key): value for key, value in leaves(summary) if key.split(".")[0] not in PLACED}
+
+
+# ------------------------------------------------------------------------------------------------ side by side
+
+
+def evenly(count: int, total: int) -> list[int]:
+    """`count` places spread over `total`, from the middles of equal parts: (3, 256) -> [42, 128, 213]."""
+    count = min(count, total)
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
+
+
+def chosen(run: Run, count: int) -> list[tuple[int, Sample]]:
+    """Samples with their numbers, evenly spaced through the last evaluation: not the best ones."""
+    return [(i, run.last_samples[i]) for i in evenly(count, len(run.last_samples))]
+
+
+def side_by_side(run: Run, count: int = 3) -> Group:
+    """Posts with the SFT's and the policy's summaries, for the terminal; empty where a run has no samples."""
+    parts = []
+    for i, sample in chosen(run, count):
+        shown = rich.table.Table(box=rich.box.HORIZONTALS, expand=True, padding=(0, 1), show_edge=False)
+        sides = [side for side in _sides(sample) if side[1] is not None]
+        for name, _, score in sides:
+            shown.add_column(Text(name + score), ratio=1)
+        shown.add_row(*(Text(one_line(text) or "(empty)") for _, text, _ in sides))
+        parts += [
+            Text(f"Post {i + 1} of {len(run.last_samples)}", style="bold"),
+            Padding(Text(one_line(sample.prompt)), (0, 0, 1, 0)),
+            Padding(shown, (0, 0, 1, 0)),
+        ]
+    return Group(*parts)
+
+
+def side_by_side_table(run: Run, count: int = 3) -> Table:
+    """The same posts as one table."""
+    rows = tuple(
+        (one_line(sample.prompt), *(one_line(text) + score for _, text, score in _sides(sample) if text is not None))
+        for _, sample in chosen(run, count)
+    )
+    columns = ("Post", "SFT", "Policy") if rows and len(rows[0]) == 3 else ("Post", "Policy")
+    return Table("Side by side", columns, rows, "Evenly spaced through the samples, not the best ones.")
+
+
+def side_by_side_markdown(run: Run, count: int = 3) -> str:
+    """The same posts for a README; empty where a run has no samples."""
+    return to_markdown(side_by_side_table(run, count)) if run.last_samples else ""
+
+
+def _sides(sample: Sample):
+    """Name, response and score of each side: ("Policy", "river, dinner", " (gold 2.00)")."""
+    for name, text, score in (
+        ("SFT", sample.reference, sample.gold_reference),
+        ("Policy", sample.policy, sample.gold_policy),
+    ):
+        yield name, text, "" if score is None else f" (gold {score:.2f})"
+
+
+# ------------------------------------------------------------------------------------------------ several runs
+
+COMPARED = {
+    "Gold, sampled": ("gold.score", percent),
+    "Judge, sampled": ("judge.score", percent),
+    "Gold, greedy": ("greedy.gold.score", percent),
+    "Judge, greedy": ("greedy.judge.score", percent),
+    "Gold score": ("gold_mean", decimal),
+    f"Length ({LENGTH_UNIT})": ("mean_length", decimal),
+    "KL (nats)": ("kl", decimal),
+    "Annotator = gold": ("annotator.gold_agreement", percent),
+}
+
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
+T_95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+
+
+def t_quantile(freedom: int) -> float:
+    """The two-sided 95 % quantile of Student's t, to 0.001: a table, then Fisher's expansion about 1.96."""
+    if freedom <= len(T_95):
+        return T_95[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean over seeds, and half the width of its 95 % interval; one run has no interval."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def comparison(rows: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Table:
+    """Several runs against each other: (label, the summaries of its seeds) -> a row with means and 95 % intervals.
+
+    Shows the usual measures that any of the summaries has, then all other numbers, such as "validation_loss".
+    """
+    values = [(label, [dict(leaves(summary)) for summary in summaries]) for label, summaries in rows]
+    extra = {key for _, seeds in values for seed in seeds for key in seed if _is_result(key, seed[key])}
+    measures = {**COMPARED, **{readable(key): (key, plain) for key in sorted(extra)}}
+    present = {
+        name: measure
+        for name, measure in measures.items()
+        if any(measure[0] in seed for _, seeds in values for seed in seeds)
+    }
+    cells = tuple(
+        (label, str(len(seeds)), *(_mean_cell(label, seeds, key, show) for key, show in present.values()))
+        for label, seeds in values
+    )
+    note = "Mean over seeds and 95 % interval (Student's t). Gold and judge: win + tie/2 against SFT."
+    return Table("Comparison", ("Run", "Seeds", *present), cells, note)
+
+
+def _is_result(key: str, value: Any) -> bool:
+    """Whether a summary's leaf is a number without a place of its own."""
+    return key.split(".")[0] not in PLACED and isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _mean_cell(label: str, seeds: Sequence[Mapping[str, Any]], key: str, show: Callable[[float], str]) -> str:
+    values = [seed[key] for seed in seeds if key in seed]
+    if not values:
+        return NONE
+    if len(values) != len(seeds):
+        raise ReportError(f"{label}: {len(seeds) - len(values)} of {len(seeds)} summaries have no {key}")
+    mean, half = mean_interval(values)
+    if half is None:
+        return show(mean)
+    number, *unit = show(mean).split(" ")
+    return " ".join([number, "±", show(half).split(" ")[0], *unit])
+
+
+# ------------------------------------------------------------------------------------------------ renderings
+
+
+def to_rich(table: Table) -> Padding:
+    """A table for the terminal; texts are shown as they are, never read as markup."""
+    shown = rich.table.Table(
+        title=Text(table.title, style="bold"),
+        title_justify="left",
+        caption=Text(table.note, style="dim") if table.note else None,
+        caption_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+        collapse_padding=True,
+        show_edge=False,
+        show_header=not table.facts,
+    )
+    for i, name in enumerate(table.columns):
+        shown.add_column(Text(name), justify="left" if table.left(i) else "right", overflow="fold")
+    for row in table.rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    return Padding(shown, (0, 0, 1, 0))
+
+
+def to_markdown(table: Table) -> str:
+    """A table for a README."""
+    rule = "|".join("---" if table.left(i) else "---:" for i in range(len(table.columns)))
+    lines = [f"**{_markdown_text(table.title)}**", "", _markdown_row(table.columns), f"|{rule}|"]
+    lines += [_markdown_row(row) for row in table.rows]
+    lines += ["", _markdown_text(table.note)] if table.note else []
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(_markdown_text(cell) for cell in cells) + " |"
+
+
+def _markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
+    for mark in "|*`[]":
+        text = text.replace(mark, "\\" + mark)
+    return text

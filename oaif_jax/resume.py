@@ -1,0 +1,77 @@
+"""Going on in a workdir: whose run it is, what may have changed since, and where the run stands."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+from oaif_jax import config
+from oaif_jax.config import Config
+from oaif_jax.errors import UserError
+from oaif_jax.files import atomic_write_json
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """What must be equal for a run to go on bit for bit."""
+    device = jax.devices()[0]
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "device": f"{jax.device_count()} x {device.device_kind}",
+        "cores": os.cpu_count(),
+    }
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`cores: 2 before, 4 now`, ... of two environments."""
+    flat = lambda env: {**{k: v for k, v in env.items() if k != "versions"}, **env["versions"]}  # noqa: E731
+    before, now = flat(old), flat(new)
+    return [f"{name}: {before.get(name)} before, {now[name]} now" for name in now if before.get(name) != now[name]]
+
+
+def nested(cfg: Config) -> dict[str, Any]:
+    """The config as config.json holds it."""
+    return dataclasses.asdict(cfg)
+
+
+def claim(workdir: pathlib.Path, cfg: Config) -> list[str]:
+    """Makes the workdir this config's, or goes on in it: returns the changes of what may change, one line each.
+
+    Raises UserError where another config's run is there, naming the keys that differ.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        changes = _changes(path, cfg)
+    else:
+        if workdir.exists() and any(workdir.iterdir()):
+            raise UserError(f"--workdir={workdir} holds files but no config.json: wanted an empty directory or a run's")
+        changes = []
+    workdir.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(path, nested(cfg))
+    return changes
+
+
+def check(workdir: pathlib.Path, cfg: Config) -> None:
+    """Raises what `claim` would, and changes nothing."""
+    if (workdir / "config.json").exists():
+        _changes(workdir / "config.json", cfg)
+
+
+def _changes(path: pathlib.Path, cfg: Config) -> list[str]:
+    try:
+        before = config.flatten(config.parse(json.loads(path.read_text())))
+    except (json.JSONDecodeError, config.ConfigError) as error:
+        raise UserError(f"{path} isn't a config of this version ({error}); take another --workdir") from error
+    now = config.flatten(cfg)
+    changed = [name for name in now if before[name] != now[name]]
+    may_change = [name for name in config.MAY_CHANGE if name != "steps" or cfg.optimizer.schedule == "constant"]
+    refused = [name for name in changed if name not in may_change]
+    if refused:
+        listed = ", ".join(f"{name} ({before[name]!r} there, {now[name]!r} now)" for name in refused)
+        raise UserError(f"--workdir={path.parent} is another config's run: {listed}; take another --workdir or the same config")
+    return [f"config.{name}: {before[name]!r} before, {now[name]!r} now" for name in changed]

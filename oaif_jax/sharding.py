@@ -1,0 +1,97 @@
+"""One mesh of three axes, and one table that says how each parameter lies on it.
+
+`jax.jit` with shardings is what pjit became: state is placed by the table, batches over (data, fsdp), and XLA does the rest.
+"""
+
+import math
+import re
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from oaif_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Pattern of a leaf's path -> its spec. Layers are stacked: their leaves have a leading L, which is never sharded.
+PARTITION_RULES = (
+    (r"embedding$", PartitionSpec("tensor", "fsdp")),  # V D
+    (r"layers/qkv$", PartitionSpec(None, "fsdp", "tensor", None, None)),  # L D K G+2 H
+    (r"layers/out$", PartitionSpec(None, "tensor", None, None, "fsdp")),  # L K G H D
+    (r"layers/gate_up$", PartitionSpec(None, "fsdp", None, "tensor")),  # L D 2 F
+    (r"layers/down$", PartitionSpec(None, "tensor", "fsdp")),  # L F D
+    (r"norm/scale$", PartitionSpec()),
+)
+
+
+class ShardingError(UserError):
+    """A mesh that doesn't fit the devices, or an array that doesn't fit the mesh."""
+
+
+def make_mesh(data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
+    """A mesh of data x fsdp x tensor over all devices; data=-1 takes what is left."""
+    devices = jax.devices() if devices is None else devices
+    if data == -1:
+        if len(devices) % (fsdp * tensor):
+            raise ShardingError(
+                f"config.mesh.fsdp={fsdp} x config.mesh.tensor={tensor} doesn't divide the {len(devices)} devices"
+            )
+        data = len(devices) // (fsdp * tensor)
+    if data * fsdp * tensor != len(devices):
+        raise ShardingError(
+            f"config.mesh is data={data} x fsdp={fsdp} x tensor={tensor} = {data * fsdp * tensor} devices, "
+            f"wanted the {len(devices)} that there are (data=-1 takes what is left)"
+        )
+    axis_types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return Mesh(np.array(devices).reshape(data, fsdp, tensor), AXES, axis_types=axis_types)
+
+
+def path_name(path) -> str:
+    """layers/qkv"""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def spec_of(name: str) -> PartitionSpec:
+    """The spec of the one rule that a parameter's path matches."""
+    matches = [spec for pattern, spec in PARTITION_RULES if re.search(pattern, name)]
+    if len(matches) != 1:
+        raise ShardingError(f"{len(matches)} partition rules match the parameter {name!r}, wanted exactly one")
+    return matches[0]
+
+
+def param_shardings(abstract: PyTree, mesh: Mesh) -> PyTree:
+    """A NamedSharding for each leaf of a parameter tree (arrays or ShapeDtypeStructs); sizes that don't divide raise."""
+
+    def one(path, leaf):
+        name = path_name(path)
+        spec = spec_of(name)
+        for axis, names in enumerate(spec):
+            parts = math.prod(mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
+            if leaf.shape[axis] % parts:
+                raise ShardingError(
+                    f"parameter {name!r} of shape {leaf.shape} can't be sharded: axis {axis} doesn't divide by {parts} ({names})"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, abstract)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(batch: int, accumulate: int, mesh: Mesh) -> None:
+    """Raises when a (micro-)batch doesn't divide over the mesh."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if (batch // accumulate) % parts:
+        raise ShardingError(
+            f"config.data.batch={batch} in {accumulate} parts doesn't divide over data x fsdp = {parts} devices"
+        )

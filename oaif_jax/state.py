@@ -1,0 +1,79 @@
+"""The training state, made sharded from the start, and the one way in which a gradient changes it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PyTree
+
+from oaif_jax import sharding
+
+Metrics = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step changes. Trained leaves are float32: at a learning rate of 5e-7 a bfloat16 leaf doesn't move."""
+
+    step: Int[Array, ""]
+    params: PyTree
+    optimizer: PyTree
+
+
+def state_shardings(params: PyTree, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shardings of a state, from (abstract) parameters: moments lie as their parameters, what was reduced is replicated."""
+    on = sharding.param_shardings(params, mesh)
+    replicated = sharding.replicated(mesh)
+    by_shape = {
+        (sharding.path_name(path), leaf.shape): place
+        for (path, leaf), place in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(on), strict=True)
+    }
+
+    def of_moment(path, leaf):
+        name = sharding.path_name(path)
+        fits = [place for (param, shape), place in by_shape.items() if name.endswith("/" + param) and leaf.shape == shape]
+        return fits[0] if fits else replicated
+
+    moments = jax.eval_shape(tx.init, params)
+    return TrainState(
+        step=replicated, params=on, optimizer=jax.tree_util.tree_map_with_path(of_moment, moments)  # type: ignore[arg-type]
+    )
+
+
+def create(params: PyTree, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A state at step 0 from parameters on the host or anywhere else; the leaves are copies, in float32."""
+
+    def make(params):
+        params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+        return TrainState(step=jnp.array(0, jnp.int32), params=params, optimizer=tx.init(params))
+
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
+    return jax.jit(make, out_shardings=state_shardings(abstract, tx, mesh))(params)
+
+
+def place(params: PyTree, mesh: Mesh, dtype: str) -> PyTree:
+    """A frozen model's parameters on the mesh, as copies of their own (a donated state must not share them)."""
+    on = sharding.param_shardings(params, mesh)
+    return jax.jit(lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree), out_shardings=on)(params)
+
+
+def apply_gradients(
+    state: TrainState, gradients: PyTree, weight: Float[Array, ""], tx: optax.GradientTransformation
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step. Where no pair had any weight, nothing moves: neither parameters (decay included) nor moments."""
+    updates, optimizer = tx.update(gradients, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    moved = TrainState(step=state.step, params=params, optimizer=optimizer)
+    stay = dataclasses.replace(state)
+    kept = jax.tree.map(lambda new, old: jnp.where(weight > 0, new, old), moved, stay)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    changed = sum(jnp.sum(new != old) for new, old in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True))
+    metrics = {
+        "grad_norm": optax.global_norm(gradients),
+        "update_rms": optax.global_norm(updates) / size**0.5,
+        "changed": changed / size,
+    }
+    return dataclasses.replace(kept, step=state.step + 1), metrics

@@ -1,0 +1,261 @@
+"""The training step: sample, annotate and update in one jitted function.
+
+    step(state, frozen, batch, key) -> (state, metrics, outputs)
+
+An objective says what a micro-batch contributes; `train_step` adds the contributions up and takes one optimizer step.
+
+    online   prompts -> two samples from the policy -> the annotator's preference -> pair loss
+    offline  pairs with a label -> pair loss
+
+(The supervised ones, for SFT and for training an annotator, are in supervised.py.)
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from oaif_jax import losses, pairs
+from oaif_jax.annotators import llm
+from oaif_jax.models.config import ComputeConfig, ModelConfig
+from oaif_jax.sample import Sampler, sample
+from oaif_jax.state import Metrics, TrainState, apply_gradients
+
+Batch = dict[str, Array]
+Sums = dict[str, Array]  # name -> [sum, count]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Contribution:
+    """What one micro-batch adds to a step."""
+
+    gradients: PyTree  # of the summed loss
+    loss: Float[Array, ""]  # summed over what has weight
+    weight: Float[Array, ""]  # how many pairs (or tokens) that is
+    sums: Sums
+    outputs: PyTree  # leaves [B, ...] that the host may look at
+
+
+Objective = Callable[[PyTree, dict[str, PyTree], Batch, Array], Contribution]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Two responses to each of B prompts, and which one is preferred."""
+
+    responses: Int[Array, "B 2 R"]
+    mask: Bool[Array, "B 2 R"]
+    first_is_better: Bool[Array, " B"]
+    weight: Float[Array, " B"]  # 0: abstained, or the responses are identical
+
+
+@dataclasses.dataclass(frozen=True)
+class PairObjective:
+    """What the pair loss needs beside arrays."""
+
+    loss: str  # a name in losses.LOSSES
+    beta: float
+    policy: ModelConfig
+    reference: ModelConfig
+    compute: ComputeConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineObjective:
+    """What sampling and annotating need beside arrays."""
+
+    pair: PairObjective
+    sampler: Sampler
+    annotator: ModelConfig
+    template: llm.Template
+    missing_eos: str  # "loses" or "ignore"
+
+
+def named_key(key: Array, name: str) -> Array:
+    """The random key of a purpose; crc32, since Python's hash differs from process to process."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def row_keys(key: Array, rows: Int[Array, " B"]) -> Array:
+    """A key for each row by its global number, whatever device or micro-batch it lies on."""
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+
+
+def mean_of(values: Float[Array, " B"], weight: Float[Array, " B"] | None = None) -> Float[Array, "2"]:
+    """[sum, count], to be added up over micro-batches and divided at the end."""
+    values = values.astype(jnp.float32)
+    weight = jnp.ones_like(values) if weight is None else weight.astype(jnp.float32)
+    return jnp.stack([jnp.sum(values * weight), jnp.sum(weight)])
+
+
+def decide(
+    p_orders: Float[Array, "B 2"],
+    identical: Bool[Array, " B"],
+    finished: Bool[Array, "B 2"],
+    missing_eos: str,
+) -> tuple[Bool[Array, " B"], Float[Array, " B"]]:
+    """Hard labels from P(first is better) by each order: (first_is_better, weight).
+
+    Weight is 0 where the responses are identical or the mean is exactly 1/2. With missing_eos="loses", a finished response
+    beats one that was cut off, whatever the annotator says.
+    """
+    p_first = jnp.mean(p_orders, axis=-1)
+    if missing_eos == "loses":
+        p_first = jnp.where(finished[:, 0] & ~finished[:, 1], 1.0, p_first)
+        p_first = jnp.where(finished[:, 1] & ~finished[:, 0], 0.0, p_first)
+    weight = jnp.where(identical | (p_first == 0.5), 0.0, 1.0)
+    return p_first > 0.5, weight
+
+
+def collect(
+    params: PyTree, annotator: PyTree, batch: Batch, key: Array, *, online: OnlineObjective
+) -> tuple[Pairs, dict[str, Array], Sums]:
+    """Samples two responses to each prompt and lets the annotator choose; nothing of it is differentiated."""
+    with jax.named_scope("sample"):
+        responses = sample(
+            params,
+            batch["prompts"],
+            batch["prompt_valid"],
+            row_keys(named_key(key, "sample"), batch["rows"]),
+            sampler=online.sampler,
+            completions=2,
+            cfg=online.pair.policy,
+            compute=online.pair.compute,
+        )
+    with jax.named_scope("annotate"):
+        is_stop = jnp.any(responses.tokens[..., None] == jnp.array(online.sampler.stop_ids), axis=-1)
+        p_orders = llm.annotate(
+            annotator,
+            batch["questions"],
+            batch["question_valid"],
+            responses.tokens,
+            responses.mask & ~is_stop,
+            template=online.template,
+            cfg=online.annotator,
+            compute=online.pair.compute,
+        )
+    tokens, mask = responses.tokens, responses.mask
+    same_mask = jnp.all(mask[:, 0] == mask[:, 1], axis=-1)
+    identical = same_mask & jnp.all((tokens[:, 0] == tokens[:, 1]) | ~mask[:, 0], axis=-1)
+    first_is_better, weight = decide(p_orders, identical, responses.finished, online.missing_eos)
+    different = ~identical
+    p_first = jnp.mean(p_orders, axis=-1)
+    sums = {
+        "annotator.order_agreement": mean_of((p_orders[:, 0] > 0.5) == (p_orders[:, 1] > 0.5), different),
+        "annotator.confidence": mean_of(jnp.maximum(p_first, 1 - p_first), different),
+        "identical": mean_of(identical),
+        "abstained": mean_of(different & (weight == 0)),
+        "finished": mean_of(jnp.mean(responses.finished, axis=-1)),
+    }
+    made = Pairs(responses=tokens, mask=mask, first_is_better=first_is_better, weight=weight)
+    outputs = {"responses": tokens, "mask": mask, "p_orders": p_orders, "identical": identical}
+    return jax.lax.stop_gradient((made, outputs, sums))
+
+
+def pair_loss(
+    params: PyTree, reference: PyTree, batch: Batch, pair: Pairs, *, objective: PairObjective
+) -> tuple[Float[Array, ""], Sums]:
+    """The summed loss of pairs: policy and reference each score both responses in one row."""
+    args = (batch["prompts"], batch["prompt_valid"], pair.responses, pair.mask)
+    with jax.named_scope("reference"):
+        reference_BC = pairs.response_logprobs(reference, *args, cfg=objective.reference, compute=objective.compute).sum(-1)
+    with jax.named_scope("policy"):
+        policy_BC = pairs.response_logprobs(params, *args, cfg=objective.policy, compute=objective.compute).sum(-1)
+    log_ratios = policy_BC - jax.lax.stop_gradient(reference_BC)
+    lengths = jnp.sum(pair.mask, axis=-1).astype(jnp.float32)
+    chosen = jnp.where(pair.first_is_better, 0, 1)
+    of = lambda x, index: jnp.take_along_axis(x, index[:, None], axis=1)[:, 0]  # noqa: E731
+    ratios = losses.LogRatios(
+        chosen=of(log_ratios, chosen),
+        rejected=of(log_ratios, 1 - chosen),
+        chosen_length=of(lengths, chosen),
+        rejected_length=of(lengths, 1 - chosen),
+    )
+    per_pair = losses.LOSSES[objective.loss](ratios, objective.beta)
+    sums = {
+        "margin": mean_of(ratios.margin, pair.weight),
+        "accuracy": mean_of(ratios.margin > 0, pair.weight),
+        "length": mean_of(jnp.mean(lengths, axis=-1)),
+        "length_difference": mean_of(ratios.chosen_length - ratios.rejected_length, pair.weight),
+        "kl": mean_of(jnp.mean(log_ratios, axis=-1)),
+    }
+    # Where, not times: a loss that isn't finite in a pair without weight must not make the sum nan.
+    return jnp.sum(jnp.where(pair.weight > 0, per_pair * pair.weight, 0.0)), jax.lax.stop_gradient(sums)
+
+
+def pair_contribution(
+    params: PyTree, reference: PyTree, batch: Batch, pair: Pairs, *, objective: PairObjective
+) -> Contribution:
+    """Loss, gradients and metrics of given pairs."""
+    gradient = jax.value_and_grad(functools.partial(pair_loss, objective=objective), has_aux=True)
+    with jax.named_scope("update"):
+        (loss, sums), gradients = gradient(params, reference, batch, pair)
+    return Contribution(gradients, loss, jnp.sum(pair.weight), sums, {})
+
+
+def online(params, frozen, batch: Batch, key: Array, *, objective: OnlineObjective) -> Contribution:
+    """OAIF (Guo et al. 2024, algorithm 1) on a micro-batch of prompts; frozen: reference, annotator."""
+    pair, outputs, sums = collect(params, frozen["annotator"], batch, key, online=objective)
+    part = pair_contribution(params, frozen["reference"], batch, pair, objective=objective.pair)
+    return dataclasses.replace(part, sums=part.sums | sums, outputs=outputs)
+
+
+def offline(params, frozen, batch: Batch, key: Array, *, objective: PairObjective) -> Contribution:
+    """The same loss on a fixed set of labelled pairs; frozen: reference."""
+    del key
+    pair = Pairs(
+        responses=batch["responses"],
+        mask=batch["mask"],
+        first_is_better=batch["first_is_better"],
+        weight=jnp.ones(len(batch["prompts"]), jnp.float32),
+    )
+    return pair_contribution(params, frozen["reference"], batch, pair, objective=objective)
+
+
+def add_up(contribute: Callable[[Batch], Contribution], batch: Batch, parts: int) -> Contribution:
+    """The contributions of `parts` micro-batches, one after another, with the same parameters."""
+    if parts == 1:
+        return contribute(batch)
+    # Row r goes to micro-batch r % parts: each device then splits its own rows, and nothing moves between devices.
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(contribute, jax.tree.map(lambda x: x[0], split)),
+    )
+
+    def one(total: Contribution, micro: Batch):
+        part = contribute(micro)
+        outputs, part = part.outputs, dataclasses.replace(part, outputs={})
+        return jax.tree.map(jnp.add, total, part), outputs
+
+    total, outputs = jax.lax.scan(one, dataclasses.replace(zeros, outputs={}), split)
+    join = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])  # noqa: E731
+    return dataclasses.replace(total, outputs=jax.tree.map(join, outputs))
+
+
+def train_step(
+    state: TrainState,
+    frozen: dict[str, PyTree],
+    batch: Batch,
+    key: Array,
+    *,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    parts: int,
+) -> tuple[TrainState, Metrics, PyTree]:
+    """One step: contributions of all micro-batches, divided by their total weight, and one optimizer update."""
+    step_key = jax.random.fold_in(key, state.step)
+    contribute = lambda micro: objective(state.params, frozen, micro, step_key)  # noqa: E731
+    total = add_up(contribute, batch, parts)
+    weight = jnp.maximum(total.weight, 1.0)
+    gradients = jax.tree.map(lambda g: g / weight, total.gradients)
+    state, metrics = apply_gradients(state, gradients, total.weight, tx)
+    metrics |= {name: both[0] / jnp.maximum(both[1], 1.0) for name, both in total.sums.items()}
+    return state, metrics | {"loss": total.loss / weight, "weight": total.weight}, total.outputs

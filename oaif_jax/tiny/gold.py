@@ -1,0 +1,76 @@
+"""The gold judge of the tiny world, and three simulated raters who see it through noise.
+
+The judge plays the part that human raters play in the paper: it scores results and labels the offline pairs. It never
+trains an online policy, except in an experiment that is named so.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from oaif_jax.tiny import world
+
+REPEAT_COST = 1.0
+INVENTION_COST = 1.0
+CHATTER_COST = 0.25
+
+
+def score(post: str, summary: str) -> float:
+    """How good a summary is: +1 for each topic of the post, -1 for a repeat or an invented topic, -1/4 for another word.
+
+    The largest score is the number of topics in the post; an empty summary scores 0.
+    """
+    topics = set(world.topics_of(post))
+    total, named = 0.0, set()
+    for word in world.words(summary):
+        if word not in world.TOPICS:
+            total -= CHATTER_COST
+        elif word not in topics:
+            total -= INVENTION_COST
+        elif word in named:
+            total -= REPEAT_COST
+        else:
+            total += 1.0
+            named.add(word)
+    return total
+
+
+# The n-th word of a summary costs n times this: brevity counts for more the longer the summary already is.
+BREVITY = {"helpful": 0.0, "short": 0.3, "very_short": 0.4}
+
+
+def utility(post: str, summary: str, instruction: str = "helpful") -> float:
+    """What an instruction asks for: the score, less a cost of length that grows with each further word.
+
+    With n words the cost is c n (n + 1) / 2, so that naming a third topic just pays under `short` (c = 0.3) and a second
+    under `very_short` (c = 0.4).
+    """
+    count = len(world.words(summary))
+    return score(post, summary) - BREVITY[instruction] * count * (count + 1) / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Rater:
+    """A person who sees scores through noise, and may be taken in by length."""
+
+    name: str
+    noise: float  # standard deviation of what is added to each score, in topics
+    length_bias: float  # topics' worth that this rater sees in each further word
+
+    def opinion(self, rng: np.random.Generator, post: str, summary: str) -> float:
+        """The score as this rater sees it, once."""
+        return score(post, summary) + self.length_bias * len(world.words(summary)) + self.noise * float(rng.normal())
+
+    def quality(self, rng: np.random.Generator, post: str, summary: str) -> int:
+        """A mark from 1 (useless) to 5 (every topic, nothing else)."""
+        share = self.opinion(rng, post, summary) / len(world.topics_of(post))
+        return int(np.clip(round(1 + 4 * share), 1, 5))
+
+
+RATERS = (Rater("careful", 0.5, 0.0), Rater("ordinary", 1.0, 0.1), Rater("hasty", 1.5, 0.2))
+
+
+def pick(rng: np.random.Generator, post: str, first: str, second: str) -> tuple[bool, int]:
+    """The raters' majority: whether the first summary is the better one, and how many of the three said so."""
+    votes = sum(rater.opinion(rng, post, first) > rater.opinion(rng, post, second) for rater in RATERS)
+    return votes >= 2, votes

@@ -1,0 +1,26 @@
+"""The texts around posts and summaries: the policy's cue, and the annotator's question."""
+
+import pathlib
+
+INSTRUCTION_DIR = pathlib.Path(__file__).parent / "instructions"
+INSTRUCTIONS = ("helpful", "short", "very_short")
+
+TASK, POST, CUE = "TASK:", "POST:", "\nTL;DR:"
+FIRST, SECOND, CLOSING = "\n1:", "\n2:", "\nbetter:"
+MARKS = (TASK, POST, CUE, FIRST, SECOND, "better:")  # each is one piece
+ANSWERS = ("1", "2")
+
+
+def prompt(post: str) -> str:
+    """What the policy continues."""
+    return f"{POST} {post}{CUE}"
+
+
+def annotation(post: str, text: str) -> str:
+    """What the annotator reads before the two summaries; `text` is an instruction's."""
+    return f"{TASK} {text}\n{POST} {post}"
+
+
+def instruction(name: str) -> str:
+    """The text of an instruction that comes with the tiny world."""
+    return (INSTRUCTION_DIR / f"{name}.txt").read_text().strip()

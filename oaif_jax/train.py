@@ -1,0 +1,229 @@
+"""Start here: trains a policy (or an annotator) as a config says, in a workdir, and reports.
+
+    python -m oaif_jax.train --config=experiments/tiny_tldr_online_dpo.py --workdir=runs/online_dpo --config.loss.beta=0.3
+
+The same command goes on after a kill, from the last complete checkpoint, and prints the results again once it is done.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from oaif_jax import cli, config, optim, report, resume, sharding, state, step, tasks
+from oaif_jax.checkpoint import Checkpoints, load_params
+from oaif_jax.config import Config
+from oaif_jax.errors import UserError
+from oaif_jax.files import atomic_write_json, sha256_of_tree
+from oaif_jax.metrics import MetricsLog
+from oaif_jax.progress import Progress
+
+
+class NonFiniteError(UserError):
+    """A loss that isn't a number: the run stops, and its last checkpoint is from before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """A step that was dispatched, whose metrics have not been read yet."""
+
+    number: int  # steps taken, this one included
+    metrics: dict[str, Any]
+    outputs: Any
+    tokens: int  # of prompts
+    began: float
+
+
+def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = None) -> dict[str, Any]:
+    """Trains as a config says (a ConfigDict, or nested dicts of the same keys) and returns the summary.
+
+    Raises UserError for what can't be run, before anything is computed or written.
+    """
+    began = time.monotonic()
+    console = console or Console()
+    cfg = config.parse(values)
+    workdir = pathlib.Path(workdir)
+
+    # ------------------------------------------------------------------------------------------ is it done already?
+    resume.check(workdir, cfg)
+    if (workdir / "summary.json").exists():
+        done = report.load(workdir)
+        if done.summary and done.summary["steps"] == cfg.steps:
+            console.print(f"finished before, in {workdir}")
+            report.show(done, console)
+            return dict(done.summary)
+
+    # ------------------------------------------------------------------------- mesh, models, data: all that can be wrong
+    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
+    sharding.check_batch(cfg.data.batch, cfg.optimizer.accumulate, mesh)
+    for count in (cfg.eval.prompts, cfg.eval.final_prompts):
+        sharding.check_batch(count, 1, mesh)
+    task = tasks.build(cfg, mesh)
+    task.batch(0)
+    tx = optim.optimizer(optimizer_config(cfg))
+    changes = resume.claim(workdir, cfg)
+    for change in changes:
+        console.print(change)
+
+    # ------------------------------------------------------------------------------------ state, new or from a checkpoint
+    training = state.create(task.begin.params, tx, mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.checkpoint.keep)
+    begin = checkpoints.latest()
+    seconds_before, history = 0.0, {}
+    environment = resume.environment()
+    if begin is not None:
+        meta = checkpoints.meta(begin)
+        restored = checkpoints.restore(begin, {"params": training.params, "optimizer": training.optimizer})
+        training = dataclasses.replace(training, step=training.step + begin, **restored)
+        seconds_before, history = meta["seconds"], meta["history"]
+        console.print(f"going on from step {begin} in {workdir}")
+        for difference in resume.differences(meta["environment"], environment):
+            console.print(f"not bit for bit what an uninterrupted run gives: {difference}")
+    log = MetricsLog(workdir, begin)
+
+    # ----------------------------------------------------------------------------------------------------- the step
+    train_step = jax.jit(
+        functools.partial(step.train_step, objective=task.objective, tx=tx, parts=cfg.optimizer.accumulate),
+        donate_argnames="state",
+    )
+    key = step.named_key(jax.random.key(cfg.seed), "train")
+    learning_rate = optim.schedule(optimizer_config(cfg))
+
+    # ----------------------------------------------------------------------------------------------------- the loop
+    with checkpoints, Progress(cfg.steps, begin or 0, cfg.method, console=console) as progress:
+
+        def read(taken: Taken) -> None:
+            """Metrics of a step, once the next one is under way; a loss that isn't finite ends the run here."""
+            metrics = {name: float(value) for name, value in taken.metrics.items()}
+            if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+                last = checkpoints.latest()
+                kept = f"the checkpoint of step {last} is good" if last is not None else "there is no checkpoint yet"
+                raise NonFiniteError(
+                    f"step {taken.number}: loss={metrics['loss']}, grad_norm={metrics['grad_norm']}, wanted finite; {kept} ({workdir})"
+                )
+            outputs = jax.tree.map(np.asarray, taken.outputs)
+            metrics |= task.observe(taken.number - 1, outputs)
+            seconds = time.monotonic() - taken.began
+            tokens = taken.tokens + (int(outputs["mask"].sum()) if "mask" in outputs else 0)
+            metrics |= {"lr": float(learning_rate(taken.number - 1)), "seconds": seconds, "tokens_per_second": tokens / seconds}
+            add_to_history(history, metrics)
+            progress.update(taken.number, metrics)
+            if taken.number % cfg.log.every == 0 or taken.number == cfg.steps:
+                log.write(taken.number, "train", metrics)
+
+        def evaluate(number: int) -> float | None:
+            """An evaluation on validation posts; returns what "best" is chosen by (higher is better)."""
+            metrics, records = task.evaluate(training.params)
+            flat = log.write(number, "eval", metrics)
+            log.write_samples(f"step_{number:06d}", records)
+            progress.update(number, flat)
+            if "annotator" in metrics:
+                history["start" if number == 0 else "end"] = metrics["annotator"]
+            best = flat.get(cfg.eval.best)
+            return -best if best is not None and cfg.eval.best == "validation_loss" else best
+
+        if begin is None:
+            evaluate(0)
+        taken: Taken | None = None
+        for number in range((begin or 0) + 1, cfg.steps + 1):
+            batch = task.batch(number - 1)
+            dispatched = Taken(number, {}, {}, prompt_tokens(batch), time.monotonic())
+            training, metrics, outputs = train_step(training, task.frozen, tasks.place(batch, mesh), key)
+            if taken is not None:
+                read(taken)
+            taken = dataclasses.replace(dispatched, metrics=metrics, outputs=outputs)
+            is_last = number == cfg.steps
+            evaluates = number % cfg.eval.every == 0 or is_last
+            if evaluates or number % cfg.checkpoint.every == 0:
+                read(taken)
+                taken = None
+                best = evaluate(number) if evaluates else None
+                meta = {
+                    "step": number,
+                    "seed": cfg.seed,
+                    "model": dataclasses.asdict(task.begin.cfg),
+                    "config": resume.nested(cfg),
+                    "environment": environment,
+                    "history": history,
+                    "seconds": seconds_before + time.monotonic() - began,
+                }
+                items = {"params": training.params, "optimizer": training.optimizer}
+                checkpoints.save(number, items, meta, metric=best)
+        checkpoints.wait()
+
+        # ----------------------------------------------------------------------------------- final evaluation, summary
+        final_step = checkpoints.best() if cfg.eval.final == "best" else checkpoints.latest()
+        params, _ = load_params(workdir / "checkpoints", str(final_step))
+        metrics, records = task.finish(state.place(params, mesh, "float32"))
+        log.write_samples("final", records)
+        log.close()
+    summary = summarise(cfg, metrics, history, environment) | {
+        "evaluated_step": final_step,
+        "seconds": seconds_before + time.monotonic() - began,
+        "params_sha256": sha256_of_tree(jax.tree.map(np.asarray, training.params)),
+    }
+    atomic_write_json(workdir / "summary.json", summary)
+    report.show(report.write(workdir), console)
+    return summary
+
+
+def optimizer_config(cfg: Config) -> optim.OptimizerConfig:
+    """The optimizer's part of a config, and the number of steps that its schedule needs."""
+    values = dataclasses.asdict(cfg.optimizer)
+    del values["accumulate"]
+    return optim.OptimizerConfig(**values, steps=cfg.steps)
+
+
+def prompt_tokens(batch: Mapping[str, np.ndarray]) -> int:
+    """Valid prompt (or question) tokens of a batch, and of responses that came with it."""
+    return int(sum(batch[name].sum() for name in ("prompt_valid", "question_valid", "mask") if name in batch))
+
+
+HISTORY = ("annotator.order_agreement", "annotator.gold_agreement")
+
+
+def add_to_history(history: dict, metrics: Mapping[str, float]) -> None:
+    """Adds a step to the run's averages, weighted by the pairs that each is a share of."""
+    for name in HISTORY:
+        value = metrics.get(name, math.nan)
+        if math.isfinite(value):
+            weight = metrics["annotator.decided"] if name.endswith("gold_agreement") else 1.0 - metrics["identical"]
+            total, count = history.get(name, (0.0, 0.0))
+            history[name] = (total + value * weight, count + weight)
+
+
+def summarise(cfg: Config, metrics: Mapping[str, Any], history: dict, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """summary.json, but for what only the end of the run knows."""
+    summary = {
+        "method": cfg.method,
+        "loss": cfg.loss.name,
+        "beta": cfg.loss.beta,
+        "instruction": cfg.annotator.instruction,
+        "seed": cfg.seed,
+        "steps": cfg.steps,
+        "split": cfg.eval.final_split,
+        "prompts": cfg.eval.final_prompts,
+        **environment,
+        **metrics,
+    }
+    if cfg.method == "online":
+        averages = {name.removeprefix("annotator."): history[name][0] / history[name][1] for name in HISTORY}
+        summary["annotator"] = averages | {when: history[when] for when in ("start", "end")}
+    return summary
+
+
+def main() -> None:
+    """The command line."""
+    config_flag, workdir_flag = cli.define_config(), cli.define_workdir()
+    cli.run_main(lambda: run(config_flag.value, workdir_flag.value))
+
+
+if __name__ == "__main__":
+    main()

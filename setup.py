@@ -1,0 +1,42 @@
+"""Packages oaif_jax; pyproject.toml holds the tools' tables only."""
+
+from setuptools import find_packages, setup
+
+# Lower bounds only where an older release is known to differ: the JAX family, at the releases that the tests run with.
+# constraints.txt pins the whole closure.
+REQUIRES = (
+    "absl-py",
+    "flax>=0.12",
+    "grain>=0.2",
+    "jax>=0.10",
+    "jaxtyping",
+    "matplotlib",
+    "ml_collections",
+    "numpy>=2",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12",
+    "rich",
+    "safetensors",
+    "sentencepiece",
+    "tensorboardX",
+)
+
+EXTRAS = {
+    # pyright[nodejs]: its JavaScript runtime as a wheel, so that the type check needs pip only.
+    "test": ["beartype", "pre-commit", "pyright[nodejs]", "pytest", "ruff"],
+    "tpu": ["jax[tpu]"],
+    "cuda": ["jax[cuda13]"],
+}
+
+setup(
+    name="oaif_jax",
+    version="0.1.0",
+    description="Online AI feedback and self-exploring alignment of language models in JAX, from a laptop to a TPU pod",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["oaif_jax", "oaif_jax.*", "experiments", "experiments.*", "launch", "launch.*"]),
+    package_data={"oaif_jax": ["py.typed"], "oaif_jax.tiny": ["assets/**/*", "instructions/*.txt"]},
+    install_requires=list(REQUIRES),
+    extras_require=EXTRAS,
+    zip_safe=False,
+)

@@ -1,0 +1,47 @@
+"""What all tests share: eight CPU devices, strict shapes and types, warnings as errors, and a compilation cache.
+
+The settings are environment variables, set before the first import of jax, so that a test's child processes have them too.
+"""
+
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DEVICES = 8
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# The second run of the suite compiles next to nothing: every program is kept, however small and quick to compile.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+import beartype  # noqa: E402
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+
+# An int is good where a float is annotated, as PEP 484 and pyright have it and beartype by default hasn't.
+typechecked = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+
+# Before any import of oaif_jax: types are checked at each call, and shapes when a function is traced.
+jaxtyping.install_import_hook("oaif_jax", f"{__name__}.typechecked")
+
+FILTERS = (
+    "error",
+    # rich annotates with typing.Iterable, and a function of ours that returns its RenderResult passes that on. In our
+    # own annotations ruff (UP035) finds these.
+    "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in FILTERS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_sessionstart() -> None:
+    """A setting that came too late would weaken every test without a word."""
+    assert len(jax.devices()) == DEVICES, f"{len(jax.devices())} devices, wanted {DEVICES}: jax started before conftest.py"
+    assert jax.config.jax_numpy_rank_promotion == "raise", jax.config.jax_numpy_rank_promotion

@@ -1,0 +1,442 @@
+"""Checkpoints come back bit for bit, or not at all."""
+
+import contextlib
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from oaif_jax import checkpoint
+from oaif_jax.checkpoint import MANIFEST, CheckpointError, Checkpoints, Reader, load_params
+from oaif_jax.files import atomic_write_json, atomic_write_text, sha256_of_tree
+
+OPTIMIZER = optax.adamw(1e-3)
+
+
+def params_of(seed: int) -> dict:
+    keys = jax.random.split(jax.random.key(seed), 2)
+    return {
+        "embed": jax.random.normal(keys[0], (8, 16)),
+        "layer": {"w": jax.random.normal(keys[1], (16, 8), jnp.bfloat16), "b": jnp.arange(8.0)},
+    }
+
+
+def items_of(seed: int) -> dict:
+    params = params_of(seed)
+    _, optimizer = OPTIMIZER.update(jax.tree.map(lambda x: 0.1 * x, params), OPTIMIZER.init(params), params)
+    return {"params": params, "optimizer": optimizer}
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def assert_same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (left.dtype, left.shape) == (right.dtype, right.shape)
+        assert np.asarray(left).tobytes() == np.asarray(right).tobytes()
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("run") / "checkpoints"
+    with Checkpoints(directory, keep=5) as checkpoints:
+        for step, metric in ((40, 0.5), (80, 0.75), (120, 0.75)):
+            checkpoints.save(step, items_of(step), {"step": step, "position": 32 * step}, metric=metric)
+    return directory
+
+
+@pytest.fixture
+def saved(original, tmp_path) -> Path:
+    """A run with checkpoints 40, 80 (the best) and 120, which a test may spoil."""
+    return shutil.copytree(original, tmp_path / "checkpoints")
+
+
+def files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def test_round_trip_bit_for_bit(saved):
+    want = items_of(120)
+    with Checkpoints(saved, keep=5) as checkpoints:
+        assert (checkpoints.steps(), checkpoints.latest(), checkpoints.best()) == ([40, 80, 120], 120, 80)
+        assert checkpoints.meta(120) == {"step": 120, "position": 3840}
+        got = checkpoints.restore(120, abstract(want))
+    assert_same(got, want)
+    assert type(got["optimizer"][0]) is optax.ScaleByAdamState
+    grads = jax.tree.map(jnp.ones_like, want["params"])
+    assert_same(*(OPTIMIZER.update(grads, state["optimizer"], state["params"]) for state in (got, want)))
+
+
+def test_numbers_numpy_and_stateless_optimizers(tmp_path):
+    items = {
+        "state": {"step": 3, "lr": 0.1, "table": np.arange(6, dtype=np.int8)},
+        "optimizer": optax.sgd(1.0).init({}),
+    }
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(0, items, {})
+        checkpoints.wait()
+        got = checkpoints.restore(0, items)
+    assert got["optimizer"] == items["optimizer"]
+    assert (got["state"]["step"], got["state"]["lr"]) == (3, 0.1)
+    np.testing.assert_array_equal(got["state"].pop("table"), items["state"].pop("table"), strict=True)
+
+
+def test_reader_takes_only_what_it_asks_for(saved):
+    want = params_of(80)
+    asked = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), want)
+    got = Reader(saved).restore(80, {"params": asked})
+    assert list(got) == ["params"]
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(got))
+    assert_same(got["params"], want)
+
+
+def test_other_numbers_of_devices(tmp_path):
+    assert len(jax.devices()) == 8
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
+    params = params_of(0)
+
+    def placed(spec: PartitionSpec) -> dict:
+        return jax.tree.map(
+            lambda x: jax.device_put(x, NamedSharding(mesh, spec if x.ndim == 2 else PartitionSpec())), params
+        )
+
+    one = jax.tree.map(lambda x: jax.device_put(x, SingleDeviceSharding(jax.devices()[0])), params)
+    layouts = [
+        placed(PartitionSpec("data", "fsdp")),
+        one,
+        placed(PartitionSpec(("fsdp", "data"))),
+        placed(PartitionSpec()),
+    ]
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        for step, layout in enumerate(layouts):
+            checkpoints.save(step, {"params": layout}, {})
+        checkpoints.wait()
+        for step in checkpoints.steps():
+            for layout in layouts:
+                got = checkpoints.restore(step, {"params": abstract(layout)})["params"]
+                assert_same(got, params)
+                assert jax.tree.map(lambda x: x.sharding, got) == jax.tree.map(lambda x: x.sharding, layout)
+
+
+def test_donation_and_deletion_directly_after_save(tmp_path):
+    double = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree), donate_argnums=0)
+    base = (
+        np.random.default_rng(0).normal(size=(8, 1 << 18)).astype(np.float32)
+    )  # 8 MB: its writing outlasts the steps below
+    sharding = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data"))
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        for step, place in enumerate((jax.devices()[0], sharding)):
+            tree = {"donated": jax.device_put(base.copy(), place), "deleted": jax.device_put(base + 1, place)}
+            checkpoints.save(step, {"params": tree}, {})
+            tree.pop("deleted").delete()
+            for _ in range(3):
+                tree = jax.block_until_ready(double(tree))
+            checkpoints.wait()
+            got, _ = load_params(tmp_path, "last")
+            np.testing.assert_array_equal(np.asarray(tree["donated"]), 8 * base)
+            np.testing.assert_array_equal(got["donated"], base)
+            np.testing.assert_array_equal(got["deleted"], base + 1)
+
+
+def assert_refused(directory: Path, named: Path, step: int = 120, other: int = 80) -> str:
+    """Nothing loads `step`; the error is one line that names the path and says what to do. Returns its message."""
+    reader = Reader(directory)
+    with pytest.raises(CheckpointError) as error:
+        reader.restore(step, {"params": abstract(params_of(step))})
+    message = str(error.value)
+    assert message.startswith(f"{named}: ")
+    assert message.endswith(f"; delete {directory / str(step)} to go on from step {other}")
+    assert "\n" not in message
+    for which in (str(step), "last"):
+        with pytest.raises(CheckpointError, match=str(named)):
+            load_params(directory, which)
+    return message
+
+
+def test_flipped_byte_in_each_file(saved):
+    paths = files(saved / "120")
+    assert {path.name for path in paths} >= {
+        "meta.json",
+        MANIFEST,
+        "_METADATA",
+        "manifest.ocdbt",
+        "_CHECKPOINT_METADATA",
+    }
+    assert any(path.parent.name == "d" for path in paths)  # the arrays
+    for path in paths:
+        whole = path.read_bytes()
+        for at in (len(whole) // 2, len(whole) - 1, 0):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with pytest.raises(CheckpointError):
+                Reader(saved).verify(120)
+        assert_refused(saved, path)
+        path.write_bytes(whole)
+    Reader(saved).verify(120)
+
+
+def test_manifest_needs_no_sum_of_its_own(saved):
+    reader, path = Reader(saved), saved / "120" / MANIFEST
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 9):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
+        with pytest.raises(CheckpointError, match=str(saved / "120")):
+            reader.verify(120)
+
+
+def test_truncated_file(saved):
+    for path in files(saved / "120"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1])
+        fault = "is unreadable" if path.name == MANIFEST else f"has {len(whole) - 1} bytes, not {len(whole)}"
+        assert fault in assert_refused(saved, path)
+        path.write_bytes(whole)
+
+
+def test_missing_file(saved):
+    for path in files(saved / "120"):
+        whole = path.read_bytes()
+        path.unlink()
+        message = assert_refused(saved, path if path.name != MANIFEST else path.parent)
+        assert f"has no {MANIFEST}" in message if path.name == MANIFEST else "is missing" in message
+        path.write_bytes(whole)
+
+
+def test_extra_file(saved):
+    extra = saved / "120" / "params" / "d" / "extra"
+    extra.touch()
+    assert f"is not in {MANIFEST}" in assert_refused(saved, extra)
+
+
+def test_empty_step_directory_is_an_error_not_the_latest(saved):
+    (saved / "160").mkdir()
+    assert "is an empty directory" in assert_refused(saved, saved / "160", step=160, other=120)
+    with pytest.raises(CheckpointError, match="empty directory"), Checkpoints(saved, keep=5) as checkpoints:
+        checkpoints.latest()
+    assert (saved / "160").is_dir()
+    (saved / "160").rmdir()  # as the error said
+    assert Reader(saved).latest() == 120
+
+
+@pytest.mark.parametrize("text", ["", "garbage", "[]", "{}", '{"meta.json": 3}', '{"meta.json": {}}', "null", "\x00"])
+def test_garbage_manifest(saved, text):
+    (saved / "120" / MANIFEST).write_text(text)
+    with pytest.raises(CheckpointError, match=f"{saved / '120'}.*delete {saved / '120'} to go on from step 80"):
+        Reader(saved).restore(120, {"params": abstract(params_of(120))})
+
+
+def test_a_damaged_one_hides_no_other(saved):
+    shutil.rmtree(saved / "120" / "params")
+    assert_same(load_params(saved, "80")[0], params_of(80))
+    for step in (40, 80):
+        shutil.rmtree(saved / str(step))
+    with pytest.raises(CheckpointError, match=f"delete {saved / '120'} to start from the beginning"):
+        Reader(saved).verify(120)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda p: {"embed": p["embed"]}, "layer/b float32[8] is not wanted, layer/w bfloat16[16,8] is not wanted"),
+        (lambda p: p | {"head": jnp.zeros(2)}, "head float32[2] is missing"),
+        (lambda p: p | {"embed": p["embed"].T}, "embed is float32[8,16], not float32[16,8]"),
+        (lambda p: p | {"embed": p["embed"].astype(jnp.bfloat16)}, "embed is float32[8,16], not bfloat16[8,16]"),
+    ],
+)
+def test_another_structure_is_one_clear_error(saved, change, fault):
+    with pytest.raises(CheckpointError) as error:
+        Reader(saved).restore(120, {"params": abstract(change(params_of(120)))})
+    assert str(error.value) == f"{saved / '120' / 'params'}: {fault}; use the config that it was saved with"
+
+
+def test_another_optimizer_is_one_clear_error(saved):
+    other = optax.chain(OPTIMIZER, optax.identity()).init(params_of(0))
+    with pytest.raises(CheckpointError, match=str(saved / "120" / "optimizer")) as error:
+        Reader(saved).restore(120, {"optimizer": abstract(other)})
+    assert "\n" not in str(error.value)
+    with pytest.raises(CheckpointError, match="was not saved; this checkpoint has params, optimizer"):
+        Reader(saved).restore(120, {"lora": {}})
+
+
+def test_retention_keeps_the_last_and_the_best(tmp_path):
+    kept = []
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step, metric in enumerate((0.1, 0.9, None, 0.2, 0.9, 0.3, 0.4)):
+            checkpoints.save(step, {"params": {"w": jnp.full(4, step)}}, {}, metric=metric)
+            checkpoints.wait()
+            kept.append(checkpoints.steps())
+    assert kept == [[0], [0, 1], [1, 2], [1, 2, 3], [1, 3, 4], [1, 4, 5], [1, 5, 6]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "5", "6"]
+    assert Reader(tmp_path).best() == 1
+
+
+def test_leftovers_of_a_kill(saved):
+    def listing() -> list[str]:
+        return sorted(str(path) for path in saved.rglob("*"))
+
+    for name in ("160.unfinished", "160.unfinished.orbax-checkpoint-tmp", "0.deleted"):
+        shutil.copytree(saved / "40", saved / name)
+    (saved / "notes.txt").touch()
+    before = listing()
+    reader = Reader(saved)
+    assert (reader.steps(), reader.latest(), reader.best()) == ([40, 80, 120], 120, 80)
+    reader.restore(120, {"params": abstract(params_of(120))})
+    load_params(saved, "best")
+    assert listing() == before  # who only reads deletes nothing
+    Checkpoints(saved, keep=1).close()
+    assert sorted(path.name for path in saved.iterdir()) == ["120", "40", "80", "notes.txt"]
+
+
+@contextlib.contextmanager
+def in_the_way(directory: Path):
+    """A file where the directory should be, so that Orbax itself fails in its thread."""
+    aside = directory.rename(directory.with_name("aside"))
+    directory.touch()
+    yield
+    directory.unlink()
+    aside.rename(directory)
+
+
+def test_a_failed_save_is_raised_and_does_not_count(tmp_path, monkeypatch):
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        monkeypatch.setattr(checkpoint, "fsync", full)
+        checkpoints.save(1, items_of(1), {})
+        with pytest.raises(CheckpointError, match=f"{tmp_path}.*No space left on device"):
+            checkpoints.save(2, items_of(2), {})
+        monkeypatch.undo()
+        assert checkpoints.steps() == []
+        checkpoints.save(1, items_of(1), {})
+        checkpoints.wait()
+        with in_the_way(tmp_path):
+            checkpoints.save(2, items_of(2), {})
+            with pytest.raises(CheckpointError, match=str(tmp_path)):
+                checkpoints.wait()
+        assert checkpoints.steps() == [1]
+        assert_same(checkpoints.restore(1, abstract(items_of(1))), items_of(1))
+
+
+def test_what_save_refuses(saved):
+    with Checkpoints(saved, keep=5) as checkpoints:
+        with pytest.raises(CheckpointError, match="120: exists already"):
+            checkpoints.save(120, items_of(120), {})
+        with pytest.raises(ValueError, match="metric=nan of step 160"):
+            checkpoints.save(160, items_of(160), {}, metric=float("nan"))
+        with pytest.raises(TypeError, match="JSON"):
+            checkpoints.save(160, items_of(160), {"w": jnp.zeros(2)})
+        assert checkpoints.steps() == [40, 80, 120]
+    with pytest.raises(ValueError, match="keep=0"):
+        Checkpoints(saved, keep=0)
+
+
+def test_nothing_is_printed(tmp_path, capfd):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, items_of(step), {})
+        checkpoints.wait()
+        with in_the_way(tmp_path):
+            checkpoints.save(3, items_of(3), {})
+            with pytest.raises(CheckpointError):
+                checkpoints.wait()
+        checkpoints.restore(2, abstract(items_of(2)))
+    load_params(tmp_path, "last")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("which", "step"), [("best", 80), ("last", 120), ("40", 40)])
+def test_load_params(saved, which, step):
+    params, meta = load_params(saved, which)
+    assert meta["step"] == step
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(params))
+    assert_same(params, params_of(step))
+    assert sha256_of_tree(params) == sha256_of_tree(params_of(step))
+
+
+@pytest.mark.parametrize("which", ["41", "worst", "040", "-1", ""])
+def test_load_params_says_what_there_is(saved, which):
+    with pytest.raises(CheckpointError, match="there are: 40, 80, 120") as error:
+        load_params(saved, which)
+    assert str(saved) in str(error.value)
+
+
+def test_load_params_of_nothing(tmp_path):
+    for which in ("best", "last", "40"):
+        with pytest.raises(CheckpointError, match=f"{tmp_path}/none.*there are: none"):
+            load_params(tmp_path / "none", which)
+    assert not (tmp_path / "none").exists()
+
+
+ENDLESS_RUN = """
+import sys, pathlib, jax.numpy as jnp
+from oaif_jax.checkpoint import Checkpoints
+checkpoints = Checkpoints(pathlib.Path(sys.argv[1]), keep=2)
+assert not [path for path in checkpoints.directory.iterdir() if not path.name.isdecimal()]
+start = checkpoints.latest()
+for step in range(0 if start is None else start + 1, 10**6):
+    items = {name: {"w": jnp.full((64, 64), step), "b": jnp.full(8, step)} for name in ("params", "optimizer")}
+    checkpoints.save(step, items, {"step": step}, metric=-abs(step - 3))
+"""
+
+
+def test_sigkill_leaves_only_complete_checkpoints(tmp_path):
+    directory, delays, latest = tmp_path / "checkpoints", random.Random(0), -1
+    for _ in range(5):
+        with subprocess.Popen([sys.executable, "-c", ENDLESS_RUN, str(directory)]) as run:
+            before, deadline = latest, time.monotonic() + 60
+            while latest == before and run.poll() is None and time.monotonic() < deadline:
+                names = [path.name for path in directory.glob("*")]
+                latest = max((int(name) for name in names if name.isdecimal()), default=-1)
+                time.sleep(0.005)
+            time.sleep(delays.uniform(0, 0.3))
+            assert run.poll() is None
+            run.send_signal(signal.SIGKILL)
+        reader = Reader(directory)
+        steps = reader.steps()
+        latest = reader.latest()
+        assert latest > before
+        assert len(steps) >= min(2, latest)
+        for step in steps:
+            like = {"w": np.zeros((64, 64), np.int32), "b": np.zeros(8, np.int32)}
+            got = reader.restore(step, {"params": like, "optimizer": like})
+            assert all((leaf == step).all() for leaf in jax.tree.leaves(got))
+            assert reader.meta(step) == {"step": step}
+    assert reader.best() == 3
+
+
+def test_atomic_writes(tmp_path):
+    path = tmp_path / "summary.json"
+    atomic_write_text(path, "old")
+    with pytest.raises(TypeError):
+        atomic_write_json(path, {"bad": object()})
+    assert path.read_text() == "old"
+    atomic_write_json(path, {"gold": {"win": 0.5}})
+    assert json.loads(path.read_text()) == {"gold": {"win": 0.5}}
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_sha256_of_tree_sees_path_dtype_shape_and_bytes():
+    params = {"a": {"b": np.zeros((2, 3), np.float32)}, "c": np.ones(2, np.int32)}
+    others = [
+        {"a": {"x": params["a"]["b"]}, "c": params["c"]},
+        {"a": {"b": np.zeros((2, 3), np.int32)}, "c": params["c"]},
+        {"a": {"b": np.zeros((3, 2), np.float32)}, "c": params["c"]},
+        {"a": {"b": -params["a"]["b"]}, "c": params["c"]},
+    ]
+    digest = sha256_of_tree(params)
+    assert len(digest) == 64
+    assert sha256_of_tree({"c": jnp.ones(2, jnp.int32), "a": params["a"]}) == digest
+    assert len({digest, *map(sha256_of_tree, others)}) == 5

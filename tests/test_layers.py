@@ -1,0 +1,201 @@
+"""The floors of the house, read from the syntax trees: what may import what."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Modules of oaif_jax and what is inside of them, lowest floor first; of two entries that fit a module the longer
+# counts. A module imports its own floor and lower ones.
+FLOORS = (
+    ("errors", "files", "config", "cli", "progress", "report", "losses", "metrics", "sharding", "optim", "models",
+     "data.tokenizer"),
+    ("sample", "pairs", "annotators", "state", "data", "tiny"),
+    ("step", "supervised", "checkpoint", "evals", "resume", "start", "tasks"),
+    ("train", "evaluate"),
+)  # fmt: skip
+
+# They start or read without the seconds that JAX takes to start: nothing that they import imports it either.
+WITHOUT_JAX = ("oaif_jax.errors", "oaif_jax.files", "oaif_jax.config", "oaif_jax.cli", "oaif_jax.progress",
+               "oaif_jax.report", "launch.sweep")  # fmt: skip
+JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "grain")
+
+Imports = dict[str, set[str]]  # module -> the full names it imports
+
+
+def modules(root: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The repository's modules by name."""
+    found = {}
+    for package in ("oaif_jax", "experiments", "launch"):
+        for path in sorted((root / package).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(root: pathlib.Path) -> Imports:
+    """What each module imports, anywhere in it, but not where it is run as a program."""
+    known = modules(root)
+    return {name: imported(ast.parse(path.read_text()), known, name) for name, path in known.items()}
+
+
+def imported(tree: ast.Module, known, name: str) -> set[str]:
+    """`from a import b` is "a.b" if that is a module of ours, else "a" """
+    tree.body = [node for node in tree.body if not is_program(node)]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import in line {node.lineno}; wanted the full name"
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            outside = not node.module.startswith(("oaif_jax", "experiments", "launch"))
+            found |= {module if outside or module in known else node.module for module in full}
+    return found
+
+
+def is_program(node: ast.stmt) -> bool:
+    """if __name__ == "__main__": ..."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+
+
+def floor(module: str) -> int | None:
+    """In: "oaif_jax.data.tokenizer". Out: 0, by the entry "data.tokenizer" and not by "data"."""
+    inside = module.removeprefix("oaif_jax.")
+    fitting = [
+        (len(entry), number)
+        for number, entries in enumerate(FLOORS)
+        for entry in entries
+        if inside == entry or inside.startswith(f"{entry}.")
+    ]
+    return max(fitting)[1] if fitting else None
+
+
+def wrong_floors(found: Imports) -> list[str]:
+    own = {module: names for module, names in found.items() if module.startswith("oaif_jax.")}
+    homeless = [f"{module} has no floor; wanted it in FLOORS" for module in own if floor(module) is None]
+    upward = [
+        f"{module} (floor {floor(module)}) imports {name} (floor {floor(name)})"
+        for module, names in own.items()
+        for name in names
+        if name in own and None not in (floor(module), floor(name)) and floor(name) > floor(module)
+    ]
+    outward = [
+        f"{module} imports {name}"
+        for module, names in own.items()
+        for name in names
+        if name.split(".")[0] in ("launch", "experiments")
+    ]
+    return homeless + upward + outward
+
+
+def reached(module: str, found: Imports) -> set[str]:
+    """All that is imported with a module: what is inside of it, its packages, and what these import."""
+    todo, seen = [name for name in found if name == module or name.startswith(f"{module}.")], set()
+    while todo:
+        name = todo.pop()
+        if name not in seen:
+            seen.add(name)
+            parts = name.split(".")
+            todo += [*found.get(name, ()), *(".".join(parts[:i]) for i in range(1, len(parts)))]
+    return seen
+
+
+def wrong_jax(found: Imports) -> list[str]:
+    return [
+        f"{module} reaches {name}"
+        for module in WITHOUT_JAX
+        for name in sorted(reached(module, found))
+        if name.split(".")[0] in JAX
+    ]
+
+
+def wrong_experiments(found: Imports) -> list[str]:
+    return [
+        f"{module} imports {name}"
+        for module, names in found.items()
+        if module.startswith("experiments")
+        for name in names
+        if name.split(".")[0] != "ml_collections" and name != "experiments.common"
+    ]
+
+
+def wrong_flax(found: Imports) -> list[str]:
+    return [
+        f"{module} imports {name}"
+        for module, names in found.items()
+        if not module.startswith("oaif_jax.models.")
+        for name in names
+        if name.startswith("flax")
+    ]
+
+
+RULES = (wrong_floors, wrong_jax, wrong_experiments, wrong_flax)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_repository(rule):
+    assert rule(imports(ROOT)) == []
+
+
+def test_modules_are_seen():
+    """The rules hold of the modules there are: none is missed, and what must be free of JAX exists."""
+    found = imports(ROOT)
+    assert len(found) == len(
+        {path for package in ("oaif_jax", "experiments", "launch") for path in (ROOT / package).rglob("*.py")}
+    )
+    assert set(WITHOUT_JAX) <= set(found)
+    assert any(name.startswith("flax.linen") for name in found["oaif_jax.models.transformer"])
+    assert "oaif_jax.models.transformer" in found["oaif_jax.sample"]
+    assert "jax" in reached("oaif_jax.sample", found)
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "line", "said"),
+    [
+        (wrong_floors, "oaif_jax/losses.py", "from oaif_jax import sample", "losses (floor 0) imports oaif_jax.sample"),
+        (wrong_floors, "oaif_jax/sample.py", "def f():\n    import oaif_jax.step", "oaif_jax.step (floor 2)"),
+        (wrong_floors, "oaif_jax/data/tokenizer.py", "from oaif_jax.data import jsonl", "imports oaif_jax.data.jsonl"),
+        (wrong_floors, "oaif_jax/novelty.py", "", "oaif_jax.novelty has no floor"),
+        (wrong_floors, "oaif_jax/step.py", "from launch import sweep", "oaif_jax.step imports launch.sweep"),
+        (wrong_jax, "oaif_jax/report/html.py", "import jax.numpy as jnp", "oaif_jax.report reaches jax.numpy"),
+        (wrong_jax, "oaif_jax/files.py", "from oaif_jax.models import heads", "oaif_jax.cli reaches jax"),
+        (wrong_jax, "oaif_jax/__init__.py", "from optax import adam", "oaif_jax.progress reaches optax.adam"),
+        (wrong_experiments, "experiments/a.py", "import numpy", "experiments.a imports numpy"),
+        (wrong_experiments, "experiments/a.py", "from experiments import b", "experiments.a imports experiments"),
+        (wrong_flax, "oaif_jax/state.py", "import flax.linen as nn", "oaif_jax.state imports flax.linen"),
+        (wrong_flax, "oaif_jax/state.py", "from flax import linen", "oaif_jax.state imports flax.linen"),
+    ],
+)  # fmt: skip
+def test_rules_find_what_they_are_for(tmp_path, rule, path, line, said):
+    """A small house in order; then one line that isn't."""
+    house = {
+        "oaif_jax/__init__.py": "",
+        "oaif_jax/files.py": "import json",
+        "oaif_jax/cli.py": "from oaif_jax import files",
+        "oaif_jax/progress.py": "import rich",
+        "oaif_jax/report/__init__.py": "from oaif_jax.report import html",
+        "oaif_jax/report/html.py": "from oaif_jax.files import write",
+        "oaif_jax/losses.py": "import jax",
+        "oaif_jax/models/__init__.py": "",
+        "oaif_jax/models/heads.py": "import jax\nimport flax.linen as nn",
+        "oaif_jax/data/jsonl.py": "",
+        "oaif_jax/data/tokenizer.py": "from oaif_jax.files import read",
+        "oaif_jax/sample.py": "from oaif_jax.models import heads\nif __name__ == '__main__':\n    import oaif_jax.step",
+        "oaif_jax/step.py": "from oaif_jax.sample import Sampler",
+        "oaif_jax/train.py": "from oaif_jax import cli, losses, report, step",
+        "launch/sweep.py": "from oaif_jax import cli",
+        "experiments/common.py": "from ml_collections import ConfigDict",
+        "experiments/a.py": "from experiments import common",
+    }
+
+    def write(files: dict[str, str]) -> Imports:
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        return imports(tmp_path)
+
+    assert [wrong for each in RULES for wrong in each(write(house))] == []
+    assert any(said in wrong for wrong in rule(write({path: f"{house.get(path, '')}\n{line}\n"})))

@@ -1,0 +1,574 @@
+"""The reports of synthetic runs: what is read, what is refused, what the tables, the curve and the page show."""
+
+import base64
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import pathlib
+import re
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from oaif_jax import report
+from oaif_jax.report import __main__ as command
+from oaif_jax.report import html, plots, read, tables
+from oaif_jax.tiny import gold, templates, world, writers
+
+STEPS, EVERY, PROMPTS = 60, 20, 64
+HOSTILE = "POST: </td><script>alert('x')</script> [red]&amp; a|b `c`\x1b[2J\u2028\nTL;DR:"
+
+
+def judged(score: float, prompts: int = PROMPTS) -> dict[str, float]:
+    """A verdict as evaluations report it: fractions and a 95 % interval."""
+    tie = 0.25 * min(score, 1 - score)
+    half = 1.96 * math.sqrt(score * (1 - score) / prompts)
+    low, high = max(score - half, 0.0), min(score + half, 1.0)
+    return {"win": score - tie / 2, "tie": tie, "loss": 1 - score - tie / 2, "score": score, "low": low, "high": high}
+
+
+def write_lines(path: pathlib.Path, lines: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_samples(path: pathlib.Path, count: int, progress: float) -> None:
+    """Posts of the tiny world with the reference writer's summaries, and with better ones as `progress` nears 1."""
+    lines = []
+    for i in range(count):
+        rng, post = np.random.default_rng([7, i]), world.post(0, "test", i)
+        style = dataclasses.replace(
+            writers.REFERENCE, keep=0.7 + 0.28 * progress, invent=0.1 * (1 - progress), chatter=0
+        )
+        ours, theirs = world.join(writers.write(rng, post.topics, style)), writers.reference(0, "test", i)
+        line = {"prompt": templates.prompt(post.text), "reference": theirs, "policy": ours}
+        line |= {"gold_reference": gold.score(post.text, theirs), "gold_policy": gold.score(post.text, ours)}
+        line["judge"] = float(1 / (1 + np.exp(line["gold_reference"] - line["gold_policy"] + rng.normal())))
+        lines.append(line)
+    write_lines(path, lines)
+
+
+def evaluation(step: int, progress: float) -> dict[str, float]:
+    line = {"step": step, "kind": "eval"}
+    line |= {f"gold.{key}": value for key, value in judged(0.5 + 0.4 * progress).items()}
+    line |= {f"judge.{key}": value for key, value in judged(0.5 + 0.36 * progress).items()}
+    line |= {"mean_length": 3.9 + 3.2 * progress, "reference_length": 3.9, "kl": 12.3 * progress**1.5}
+    line |= {"gold_mean": 0.9 + 2.1 * progress, "reference_gold_mean": 0.9}
+    for name, agreement in (("helpful", 0.92), ("short", 0.9), ("very_short", 0.88)):
+        line[f"annotator.{name}.gold_agreement"] = agreement + 0.02 * progress
+        line[f"annotator.{name}.order_agreement"] = agreement - 0.03 + 0.02 * progress
+    return line
+
+
+def training(step: int, progress: float, rng: np.random.Generator) -> dict[str, float]:
+    return {
+        "step": step,
+        "kind": "train",
+        "loss": 0.69 - 0.35 * progress + 0.08 * rng.normal(),
+        "accuracy": 0.5 + 0.4 * progress,
+        "annotator.gold_agreement": min(1.0, 0.93 - 0.03 * progress + 0.04 * rng.normal()),
+        "annotator.order_agreement": min(1.0, 0.9 + 0.02 * progress + 0.04 * rng.normal()),
+        "annotator.confidence": 0.86 + 0.01 * rng.normal(),
+        "kl": 12.0 * progress**1.5 + 0.5 * rng.random(),
+        "length": 3.9 + 3.2 * progress,
+        "tokens_per_second": 12345.0,
+        "seconds": 0.9,
+    }
+
+
+def summary_of(last: dict[str, float], first: dict[str, float]) -> dict:
+    def nested(prefix: str) -> dict[str, object]:
+        found = {key: last[f"{prefix}.{key}"] for key in ("win", "tie", "loss", "score")}
+        return found | {"interval": [last[f"{prefix}.low"], last[f"{prefix}.high"]]}
+
+    def agreements(line: dict[str, float]) -> dict[str, dict[str, float]]:
+        measures = ("gold_agreement", "order_agreement")
+        return {name: {key: line[f"annotator.{name}.{key}"] for key in measures} for name in templates.INSTRUCTIONS}
+
+    measured = ("mean_length", "reference_length", "kl", "gold_mean", "reference_gold_mean")
+    overall = {"order_agreement": 0.91, "gold_agreement": 0.924}
+    return {
+        "method": "online", "loss": "dpo", "steps": STEPS, "seconds": 161.2, "params_sha256": "0123456789abcdef" * 4,
+        "device": "2 x cpu", "versions": {"jax": "0.10.2", "python": "3.12.3"}, "evaluated_step": STEPS,
+        "split": "test", "prompts": PROMPTS, "temperature": 0.9, "gold": nested("gold"), "judge": nested("judge"),
+        "command": "python -m oaif_jax.train --config=experiments/tiny_tldr_online_dpo.py --workdir=runs/online_dpo",
+        **{key: last[key] for key in measured},
+        "greedy": {"gold": nested("gold"), "judge": nested("judge"), "mean_length": last["mean_length"]},
+        "annotator": overall | {"start": agreements(first), "end": agreements(last)},
+    }  # fmt: skip
+
+
+def write_online_run(workdir: pathlib.Path, steps: int = STEPS, every: int = EVERY, prompts: int = PROMPTS) -> None:
+    """A finished online run, as train.py leaves it."""
+    rng = np.random.default_rng(0)
+    progress = [1 - math.exp(-3 * step / steps) for step in range(steps + 1)]
+    lines = [evaluation(0, 0.0)]
+    for step in range(1, steps + 1):
+        lines.append(training(step, progress[step], rng))
+        if step % every == 0:
+            lines.append(evaluation(step, progress[step]))
+            write_samples(workdir / "samples" / f"step_{step:06d}.jsonl", 8, progress[step])
+    write_lines(workdir / "metrics.jsonl", lines)
+    write_samples(workdir / "samples" / "final.jsonl", prompts, 1.0)
+    config = {"seed": 0, "loss": {"name": "dpo", "beta": 0.1}, "policy": {"init": "sft", "model": {"width": 96}}}
+    (workdir / "config.json").write_text(json.dumps(config))
+    (workdir / "summary.json").write_text(json.dumps(summary_of(lines[-1], lines[0])))
+
+
+def write_plain_run(workdir: pathlib.Path, method: str, lines: list[dict], results: dict) -> None:
+    """A finished run without policy samples: sft, annotator."""
+    write_lines(workdir / "metrics.jsonl", lines)
+    (workdir / "config.json").write_text(json.dumps({"seed": 0}))
+    summary = {"method": method, "steps": 3, "seconds": 12.0, "params_sha256": "ab" * 32, "device": "cpu", **results}
+    (workdir / "summary.json").write_text(json.dumps(summary))
+
+
+def sft_lines() -> list[dict]:
+    lines = [{"step": step, "kind": "train", "loss": 2.0 / step} for step in (1, 2, 3)]
+    return [*lines, {"step": 3, "kind": "eval", "validation_loss": 0.8123}]
+
+
+def annotator_lines() -> list[dict]:
+    keys = [f"annotator.{name}.gold_agreement" for name in templates.INSTRUCTIONS]
+    lines = [{"step": step, "kind": "eval", **dict.fromkeys(keys, 0.8 + 0.04 * step)} for step in (1, 3)]
+    return [{"step": step, "kind": "train", "loss": 0.7 / step, "accuracy": 0.5} for step in (1, 2, 3)] + lines
+
+
+@pytest.fixture(scope="module")
+def online(tmp_path_factory) -> pathlib.Path:
+    """The workdir of a finished online run; not to be written to."""
+    workdir = tmp_path_factory.mktemp("runs") / "online_dpo"
+    write_online_run(workdir)
+    return workdir
+
+
+@pytest.fixture
+def workdir(tmp_path) -> pathlib.Path:
+    """A small finished run that a test may spoil."""
+    write_plain_run(tmp_path, "sft", sft_lines(), {"validation_loss": 0.8123, "perplexity": 2.253})
+    return tmp_path
+
+
+def printed(renderable, width: int = 100) -> str:
+    """What a terminal of this width shows."""
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def cells(text: str) -> list[str]:
+    """What a table's rows hold, whatever is drawn around it."""
+    return re.sub(r"[|\s\u2500*]+", " ", text.replace("---:", "").replace("---", "")).split()
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def test_a_run_is_read_whole(online):
+    run = report.load(online)
+    assert run.finished
+    assert run.config["loss"]["beta"] == 0.1
+    assert [line["step"] for line in run.train] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in run.evals] == [0, 20, 40, 60]
+    assert list(run.samples) == ["step_000020", "step_000040", "step_000060", "final"]
+    assert len(run.last_samples) == PROMPTS
+    first = run.last_samples[0]
+    assert first.gold_difference == first.gold_policy - first.gold_reference
+    assert read.series(run.evals, "mean_length")[0] == [0, 20, 40, 60]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        run.config = {}
+
+
+def test_an_unfinished_run_is_read_only_on_request(online, tmp_path):
+    unfinished = tmp_path / "run"
+    shutil.copytree(online, unfinished)
+    (unfinished / "summary.json").unlink()
+    (unfinished / "samples" / "final.jsonl").unlink()
+    with pytest.raises(report.ReportError, match=r"summary.json: no such file; the run has not finished"):
+        report.load(unfinished)
+    run, finished = report.load(unfinished, finished=False), report.load(online)
+    assert not run.finished
+    assert run.last_samples == run.samples["step_000060"]
+    for key in ("kl", "mean_length", "reference_gold_mean"):
+        assert run.standing[key] == finished.summary[key]
+    assert run.standing["gold"]["interval"] == finished.summary["gold"]["interval"]
+    assert run.standing["annotator"]["start"] == finished.summary["annotator"]["start"]
+    assert "not finished, at step 60" in printed(tables.final_table(run))
+
+
+def test_samples_are_in_the_order_of_steps_with_the_final_ones_last(workdir):
+    for name in ("final", "step_1000000", "step_000020", "step_999999"):
+        write_lines(workdir / "samples" / f"{name}.jsonl", [{"prompt": name, "policy": ""}])
+    assert list(report.load(workdir).samples) == ["step_000020", "step_999999", "step_1000000", "final"]
+
+
+GOOD = '{"step": 1, "kind": "train", "loss": 1.0}\n'
+SPOILED = {
+    "half a line": ("metrics.jsonl", GOOD + '{"step": 2, "ki', r"metrics\.jsonl:2: not JSON"),
+    "empty line": ("metrics.jsonl", GOOD + "\n" + GOOD, r"metrics\.jsonl:2: not JSON"),
+    "no object": ("metrics.jsonl", "[1]\n", r"metrics\.jsonl:1: wanted a JSON object, found list"),
+    "not a number": ("metrics.jsonl", '{"step": 1, "kind": "train", "loss": NaN}\n', r"jsonl:1: NaN is not JSON"),
+    "too large": ("metrics.jsonl", '{"step": 1, "kind": "train", "loss": 1e999}\n', r"jsonl:1: loss is inf; wanted"),
+    "text": ("metrics.jsonl", '{"step": 1, "kind": "train", "loss": "1"}\n', r"jsonl:1: loss is '1'; wanted a finite"),
+    "kind": ("metrics.jsonl", '{"step": 1, "kind": "test"}\n', r"jsonl:1: kind is 'test'; wanted one of train, eval"),
+    "no step": ("metrics.jsonl", '{"kind": "train"}\n', r"metrics\.jsonl:1: step is None"),
+    "step twice": ("metrics.jsonl", GOOD + GOOD, r"metrics\.jsonl:2: train step 1 comes after train step 1"),
+    "not UTF-8": ("metrics.jsonl", b"\xff\n", r"metrics\.jsonl: not UTF-8 \(byte 0\)"),
+    "no policy": ("samples/final.jsonl", '{"prompt": "a"}\n', r"final\.jsonl:1: no policy"),
+    "unknown": (
+        "samples/final.jsonl",
+        '{"prompt": "a", "policy": "b", "gold": 1}\n',
+        r"jsonl:1: unknown key 'gold'; wa",
+    ),
+    "no text": ("samples/final.jsonl", '{"prompt": 1, "policy": "b"}\n', r"jsonl:1: prompt is 1; wanted text"),
+    "no score": (
+        "samples/final.jsonl",
+        '{"prompt": "", "policy": "", "judge": true}\n',
+        r"judge is True; wanted a fin",
+    ),
+    "summary": ("summary.json", "{", r"summary\.json: not JSON"),
+    "config": ("config.json", "3", r"config\.json: wanted a JSON object, found int"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), SPOILED.values(), ids=SPOILED)
+def test_what_is_malformed_is_one_line_with_its_place(workdir, name, content, message):
+    (workdir / name).parent.mkdir(exist_ok=True)
+    (workdir / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(report.ReportError, match=message) as caught:
+        report.load(workdir)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "summary.json"])
+def test_what_is_missing_is_named(workdir, name):
+    (workdir / name).unlink()
+    with pytest.raises(report.ReportError, match=rf"{re.escape(str(workdir / name))}: no such file"):
+        report.load(workdir)
+
+
+def test_a_directory_that_is_missing_is_named(tmp_path):
+    with pytest.raises(report.ReportError, match="nowhere: no such directory; wanted the workdir of a run"):
+        report.load(tmp_path / "nowhere")
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def test_the_final_tables_hold_the_results(online):
+    run = report.load(online)
+    text = tables.final_table_markdown(run)
+    verdict = run.summary["gold"]
+    assert "**Against SFT, 64 test posts**" in text
+    shown = [tables.percent(verdict[key]) for key in ("win", "tie", "loss", "score")]
+    interval = tables.percents(*verdict["interval"])
+    assert f"| gold | at 0.9 | {' | '.join(shown)} | {interval} |" in text
+    assert f"| gold | greedy | {' | '.join(shown)} | {interval} |" in text
+    assert "| language model | at 0.9 |" in text
+    assert f"| mean length (tokens) | {run.summary['mean_length']:.2f} | 3.90 |" in text
+    assert f"| mean gold score | {run.summary['gold_mean']:.2f} | 0.90 |" in text
+    assert f"| KL to the reference (nats) | {run.summary['kl']:.2f} | - |" in text
+    assert "| whole run | 92.4 % | 91.0 % |" in text
+    assert "| very short, start | 88.0 % | 85.0 % |" in text
+    assert "| parameters (SHA-256) | 0123456789ab |" in text
+    assert "| time | 2 min 41 s |" in text
+    assert "0123456789abc" not in text
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_terminal_shows_the_same_rows_as_the_readme(online, width):
+    shown = printed(tables.final_table(report.load(online)), width)
+    assert max(map(len, shown.splitlines())) <= width
+    wanted = tables.final_table_markdown(report.load(online)).replace("| What | Value |", "")
+    assert cells(shown) == cells(wanted)
+
+
+def test_runs_of_other_kinds_show_what_is_there(workdir):
+    text = tables.final_table_markdown(report.load(workdir))
+    assert "| validation loss | 0.8123 |" in text
+    assert "| perplexity | 2.253 |" in text
+    assert "| method | sft |" in text
+    assert "Against SFT" not in text
+    results = {"accuracy": 0.924, "by_instruction": {"very_short": {"gold_agreement": 0.9}}}
+    write_plain_run(workdir, "annotator", annotator_lines(), results)
+    assert "| by instruction, very short, gold agreement | 0.9 |" in tables.final_table_markdown(report.load(workdir))
+    assert tables.side_by_side_markdown(report.load(workdir)) == ""
+    assert printed(tables.side_by_side(report.load(workdir))).strip() == ""
+
+
+def test_a_verdict_that_lacks_a_number_is_an_error(workdir):
+    summary = json.loads((workdir / "summary.json").read_text()) | {"gold": {"win": 0.5}}
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(report.ReportError, match=r"gold is \{'win': 0.5\}; wanted win, tie, loss, score, interval"):
+        tables.final_table(report.load(workdir))
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "places"),
+    [(3, 256, [42, 128, 213]), (3, 3, [0, 1, 2]), (3, 2, [0, 1]), (1, 9, [4]), (3, 0, [])],
+)
+def test_posts_are_chosen_evenly(count, total, places):
+    assert tables.evenly(count, total) == places
+
+
+def test_side_by_side_shows_both_summaries_and_their_scores(online):
+    run = report.load(online)
+    shown, text = printed(tables.side_by_side(run), 200), tables.side_by_side_markdown(run)
+    for i in (10, 32, 53):
+        sample = run.last_samples[i]
+        assert f"Post {i + 1} of 64" in shown
+        for part in (shown, text):
+            assert " ".join(sample.prompt.split()) in part
+        assert f"{sample.reference} (gold {sample.gold_reference:.2f})" in text
+        assert f"{sample.policy} (gold {sample.gold_policy:.2f})" in text
+    assert text.count("\n| POST:") == 3
+
+
+def test_texts_are_shown_as_they_are(workdir):
+    write_lines(workdir / "samples" / "final.jsonl", [{"prompt": HOSTILE, "policy": "", "reference": "[b]x[/b]"}])
+    run = report.load(workdir)
+    shown, text = printed(tables.side_by_side(run), 200), tables.side_by_side_markdown(run)
+    assert "[red]&amp; a|b `c`" in shown  # markup of the terminal's library is text
+    assert "[b]x[/b]" in shown
+    assert "\x1b" not in shown + text
+    assert "<script>" not in text
+    assert r"a\|b" in text
+    assert len([line for line in text.splitlines() if line.startswith("| POST:")]) == 1
+
+
+def test_comparison_gives_means_and_student_intervals():
+    seeds = [{"gold": {"score": score}, "kl": 1.0} for score in (0.86, 0.88, 0.93)]
+    table = tables.comparison([("online", seeds), ("offline", [{"gold": {"score": 0.6}}]), ("none", [])])
+    half = 4.3027 * statistics.stdev([86, 88, 93]) / math.sqrt(3)
+    assert table.columns == ("Run", "Seeds", "Gold, sampled", "KL (nats)")
+    assert table.rows[0] == ("online", "3", f"89.0 ± {half:.1f} %", "1.00 ± 0.00")
+    assert table.rows[1] == ("offline", "1", "60.0 %", "-")
+    assert table.rows[2] == ("none", "0", "-", "-")
+    assert "| offline | 1 | 60.0 % | - |" in tables.to_markdown(table)
+    assert f"89.0 ± {half:.1f} %" in printed(tables.to_rich(table))
+
+
+def test_comparison_of_other_kinds_shows_their_numbers():
+    table = tables.comparison([("sft", [{"method": "sft", "steps": 3, "validation_loss": 0.5, "note": "x"}])])
+    assert table.columns == ("Run", "Seeds", "validation loss")
+    assert table.rows == (("sft", "1", "0.5"),)
+
+
+def test_comparison_refuses_seeds_that_lack_a_number():
+    with pytest.raises(report.ReportError, match="online: 1 of 2 summaries have no kl"):
+        tables.comparison([("online", [{"kl": 1.0}, {}])])
+
+
+@pytest.mark.parametrize(
+    ("freedom", "wanted"), [(1, 12.706), (2, 4.303), (10, 2.228), (11, 2.201), (30, 2.042), (500, 1.965)]
+)
+def test_student_quantiles_are_those_of_the_tables(freedom, wanted):
+    assert tables.t_quantile(freedom) == pytest.approx(wanted, abs=1e-3)  # tables give three decimals
+
+
+# ------------------------------------------------------------------------------------------------ the curve
+
+
+def panel_titles(run: report.Run) -> list[str]:
+    """The bold line above each panel."""
+    return [ax.texts[-2].get_text() for ax in plots.figure(run).axes]
+
+
+def test_the_curve_is_a_png_of_1000_pixels(online, tmp_path):
+    data = plots.curve(report.load(online), tmp_path / "curve.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", data[16:24]) == (1000, 900)
+    assert data == plots.curve(report.load(online), tmp_path / "again.png").read_bytes()
+
+
+def test_panels_are_those_that_were_measured(online, workdir):
+    assert panel_titles(report.load(online)) == [
+        "Win rate against SFT",
+        "Loss",
+        "Gold score",
+        "Length",
+        "KL to the reference, in nats",
+        "Annotator on the policy's pairs",
+    ]
+    assert panel_titles(report.load(workdir)) == ["Loss"]
+    write_plain_run(workdir, "annotator", annotator_lines(), {})
+    assert panel_titles(report.load(workdir)) == ["Loss", "Held-out accuracy"]
+
+
+def test_a_run_without_metrics_still_has_a_curve(workdir):
+    (workdir / "metrics.jsonl").write_text("")
+    assert "nothing measured yet" in plots.curve_svg(report.load(workdir))
+
+
+def test_win_rates_are_drawn_in_percent_with_their_bands(online):
+    run = report.load(online)
+    ax = plots.figure(run).axes[0]
+    drawn = ax.lines[0].get_xydata()
+    np.testing.assert_allclose(drawn[:, 0], [0, 20, 40, 60])
+    np.testing.assert_allclose(drawn[:, 1], [100 * line["gold.score"] for line in run.evals])
+    low, high = ax.collections[0].get_datalim(ax.transData).intervaly
+    assert low == pytest.approx(100 * run.evals[0]["gold.low"])
+    assert high == pytest.approx(100 * run.evals[-1]["gold.high"])
+
+
+def test_the_svg_takes_its_colours_from_the_page(online):
+    svg = plots.curve_svg(report.load(online))
+    assert svg.startswith("<svg")
+    assert not any(colour in svg for colour in plots.CSS_NAMES)
+    assert set(re.findall(r"var\((--\w+)\)", svg)) <= set(plots.CSS_NAMES.values())
+    assert svg == plots.curve_svg(report.load(online))
+
+
+def test_smoothing_keeps_a_line_and_takes_out_noise():
+    line = [float(i) for i in range(100)]
+    smooth, width = plots.smooth(line)
+    assert width == 5
+    np.testing.assert_allclose(smooth[2:-2], line[2:-2])
+    noise = np.random.default_rng(0).normal(size=100)
+    assert np.std(plots.smooth(list(noise))[0]) < 0.6 * np.std(noise)
+    assert plots.smooth([3.0]) == ([3.0], 1)
+
+
+def test_names_are_moved_apart_about_their_middle():
+    assert plots.spread([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])
+    assert plots.spread([0.9, 0.1], 0.1) == [0.9, 0.1]
+    moved = plots.spread([0.5, 0.52, 0.54, 0.1], 0.1)
+    assert moved == pytest.approx([0.42, 0.52, 0.62, 0.1])
+
+
+# ------------------------------------------------------------------------------------------------ the page
+
+
+class Page(HTMLParser):
+    """Tags and attributes of a page, and its text outside of style and script."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.text, self.addresses, self._inside = [], [], [], ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self._inside = tag
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "action", "xlink:href", "data")]
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, data):
+        if self._inside not in ("style", "script"):
+            self.text.append(data)
+
+
+def test_the_page_loads_nothing(online):
+    text = html.report(report.load(online))
+    page = Page(text)
+    assert all(address.startswith("#") for address in page.addresses)
+    assert not re.findall(r"url\((?!['\"]?#)", text)
+    assert "@import" not in text
+    assert not {"link", "iframe", "object", "embed", "img", "base"} & set(page.tags)
+    assert page.tags.count("svg") == 1
+
+
+def test_the_page_admits_its_own_script_only(online):
+    text = html.report(report.load(online))
+    script = re.search(r"<script>(.*?)</script>", text, re.DOTALL).group(1)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in text
+    assert "default-src 'none'" in text
+
+
+def test_the_page_shows_the_results(online):
+    run = report.load(online)
+    shown = " ".join(" ".join(Page(html.report(run)).text).split())
+    for table in tables.final_tables(run):
+        assert table.title in shown
+        assert all(cell in shown for row in table.rows for cell in row)
+    assert run.summary["command"] in shown
+    assert "0.10.2" in shown
+    assert run.last_samples[-1].policy in shown
+
+
+def test_fifty_samples_are_visible_without_the_script(online):
+    rows = re.findall(r"<tr( hidden)?(?: data-gain=\"([^\"]*)\")?><td class=post>", html.report(report.load(online)))
+    assert [bool(hidden) for hidden, _ in rows] == [False] * 50 + [True] * (PROMPTS - 50)
+    gains = [sample.gold_difference for sample in report.load(online).last_samples]
+    assert [float(gain) for _, gain in rows] == gains
+
+
+def test_no_text_of_a_run_becomes_markup(tmp_path):
+    bad = "</td></details></style><script>alert('x')</script><img src=x onerror=alert(1)>"
+    workdir = tmp_path / "<script>alert(1)<"
+    workdir.mkdir()
+    write_plain_run(workdir, bad, sft_lines(), {bad: bad, "command": bad, "versions": {bad: bad}, "device": bad})
+    (workdir / "config.json").write_text(json.dumps({bad: {bad: bad, "list": [bad]}}))
+    sample = dict.fromkeys(("prompt", "policy", "reference"), HOSTILE + bad)
+    write_lines(workdir / "samples" / "final.jsonl", [sample])
+    lines = [*sft_lines(), {"step": 4, "kind": "eval", bad: 1.0, f"annotator.{bad}.gold_agreement": 0.5}]
+    write_lines(workdir / "metrics.jsonl", lines)
+    text = html.report(report.load(workdir))
+    page = Page(text)
+    assert page.tags.count("script") == 1
+    assert "img" not in page.tags
+    assert text.count("<script") == 1
+    assert "<img" not in text
+    assert "".join(page.text).count("alert('x')") >= 8  # and it is there, as text
+
+
+def test_pages_of_other_kinds_and_of_unfinished_runs(workdir):
+    assert "0.8123" in html.report(report.load(workdir))
+    (workdir / "summary.json").unlink()
+    text = html.report(report.load(workdir, finished=False))
+    assert "This run has not finished." in text
+    assert "NaN" not in text
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def test_write_leaves_both_files_and_nothing_else(workdir):
+    before = {path.name for path in workdir.iterdir()}
+    run = report.write(workdir)
+    assert {path.name for path in workdir.iterdir()} - before == {"curve.png", "report.html"}
+    assert run.summary["method"] == "sft"
+
+
+def test_show_prints_tables_posts_and_paths(online):
+    console = Console(width=90, file=io.StringIO(), color_system=None)
+    report.show(report.load(online), console)
+    shown = console.file.getvalue()
+    assert "Against SFT" in shown
+    assert "Post 33 of 64" in shown
+    assert str(online / "report.html") in shown
+
+
+def test_the_command_rebuilds_each_run_and_names_what_it_cannot_read(workdir, capsys):
+    assert command.main([str(workdir / "nowhere"), str(workdir)]) == 1
+    shown = capsys.readouterr()
+    assert shown.err == f"error: {workdir / 'nowhere'}: no such directory; wanted the workdir of a run\n"
+    assert shown.out.splitlines() == [str(workdir / "curve.png"), str(workdir / "report.html")]
+    assert command.main([str(workdir), "--markdown"]) == 0
+    assert "| validation loss | 0.8123 |" in capsys.readouterr().out
+
+
+def test_importing_the_reports_is_cheap_and_needs_no_jax():
+    program = "import sys, oaif_jax.report, oaif_jax.progress; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert "oaif_jax.report.plots" in modules
+    assert not {"jax", "flax", "matplotlib"} & set(modules)
+
+
+def test_drawing_leaves_pyplot_alone(workdir):
+    program = f"""import sys, oaif_jax.report as report; report.write({str(workdir)!r})
+assert "matplotlib.figure" in sys.modules and "matplotlib.pyplot" not in sys.modules"""
+    subprocess.run([sys.executable, "-c", program], check=True)
