@@ -87,6 +87,7 @@ def data() -> dict:
         "batch": 32,  # posts, pairs or references a step, over all devices
         "prompt_tokens": 56,  # limit of a prompt; longer ones are refused
         "response_tokens": 16,  # limit of a response, with its end
+        "writer": "reference",  # sft: who wrote the references: reference, careless, careful
         "pairs": "tiny:pairs",  # offline: tiny:NAME (an asset), or a path to JSONL
     }
 

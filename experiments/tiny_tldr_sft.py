@@ -4,7 +4,7 @@
 
 Preference training from it: --config=experiments/tiny_tldr_online_dpo.py --config.policy.init=runs/sft
 
-Sets beside common.base(): method, steps, policy.init, data.batch, optimizer.lr, optimizer.schedule, optimizer.warmup,
+Sets beside common.base(): method, steps, policy.init, optimizer.lr, optimizer.schedule, optimizer.warmup,
 eval.every, eval.best, checkpoint.every.
 """
 
@@ -17,13 +17,12 @@ def get_config() -> ConfigDict:
     """The keys of common.base() and what is set here, locked."""
     config = common.base()
     config.method = "sft"
-    config.steps = 3000
+    config.steps = 2400
     config.policy.init = "scratch"
-    config.data.batch = 64
     config.optimizer.lr = 1e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup = 100
-    config.eval.every = 250
+    config.eval.every = 200
     config.eval.best = "validation_loss"
-    config.checkpoint.every = 250
+    config.checkpoint.every = 200
     return config.lock()

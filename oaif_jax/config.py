@@ -101,7 +101,8 @@ class Judge:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Posts by split and seed, in batches; limits in tokens. `pairs`: the offline pairs' file, tiny:NAME or a path."""
+    """Posts by split and seed, in batches; limits in tokens. `writer`: who wrote the references that SFT sees;
+    `pairs`: the offline pairs' file, tiny:NAME or a path."""
 
     name: str = checked(one_of("tiny"))
     seed: int = checked(at_least(0))
@@ -109,6 +110,7 @@ class Data:
     batch: int = checked(at_least(1))
     prompt_tokens: int = checked(at_least(1))
     response_tokens: int = checked(at_least(1))
+    writer: str = checked(one_of("reference", "careless", "careful"))
     pairs: str
 
 
@@ -207,7 +209,16 @@ class Config:
 
 
 # What may differ when a run goes on in its workdir: nothing of it changes the steps already taken.
-MAY_CHANGE = ("steps", "log.every", "eval.every", "eval.prompts", "eval.final_prompts", "eval.final_split", "eval.final", "checkpoint.keep")  # fmt: skip
+MAY_CHANGE = (
+    "steps",  # where the schedule doesn't depend on it
+    "log.every",
+    "eval.every",
+    "eval.prompts",
+    "eval.final_prompts",
+    "eval.final_split",
+    "eval.final",
+    "checkpoint.keep",
+)
 
 
 def parse(values: Any) -> Config:
@@ -273,7 +284,9 @@ def _check_together(config: Config) -> None:
     """What single keys can't tell."""
     accumulate, batch = config.optimizer.accumulate, config.data.batch
     if batch % accumulate:
-        raise ConfigError(f"config.data.batch={batch} doesn't divide into config.optimizer.accumulate={accumulate} parts")
+        raise ConfigError(
+            f"config.data.batch={batch} doesn't divide into config.optimizer.accumulate={accumulate} parts"
+        )
     if config.mesh.data < 1 and config.mesh.data != -1:
         raise ConfigError(f"config.mesh.data={config.mesh.data}, wanted a number of devices, or -1 for what is left")
     if config.sample.top_p == 0:

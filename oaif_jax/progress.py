@@ -36,7 +36,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.total_steps = total_steps
-        self.step = start_step
+        self.step = self.start_step = start_step
         self.description = description
         self.interval = interval
         self.console = console or Console()
@@ -66,9 +66,10 @@ class Progress:
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes over the metrics of `step`; numbers that aren't finite count as not measured."""
         now = self._clock()
-        if self._first is None:
-            self._first = (step, now)
-        if self._last is None or step > self._last[0]:
+        if step > (
+            self._last[0] if self._last else self.start_step
+        ):  # not an evaluation, before the first or after a step
+            self._first = self._first or (step, now)
             self._last = (step, now)
         self.step, self._unprinted = step, True
         self._values |= {key: float(value) for key, value in metrics.items() if key in SHOWN}
@@ -138,7 +139,7 @@ class Progress:
 
     def _numbers_text(self, *, short: bool) -> Text:
         if self._first is None:
-            return Text("the first step is being compiled", style="dim")
+            return Text("compiling", style="dim")
         text = Text()
         for i, (name, short_name, value) in enumerate(self._numbers()):
             text.append("  " if i else "").append(f"{short_name if short else name} ", style="dim").append(value)
@@ -153,7 +154,7 @@ AGREEMENTS = {
 SHOWN = ("loss", "gold.score", "judge.score", "tokens_per_second")
 
 
-def _line(*parts: object) -> Table:
+def _line(*parts: Text | ProgressBar) -> Table:
     """Parts side by side; the bar takes what the others leave."""
     grid = Table.grid(expand=True, padding=(0, 2, 0, 0), pad_edge=False)
     for part in parts:

@@ -73,5 +73,7 @@ def _changes(path: pathlib.Path, cfg: Config) -> list[str]:
     refused = [name for name in changed if name not in may_change]
     if refused:
         listed = ", ".join(f"{name} ({before[name]!r} there, {now[name]!r} now)" for name in refused)
-        raise UserError(f"--workdir={path.parent} is another config's run: {listed}; take another --workdir or the same config")
+        raise UserError(
+            f"--workdir={path.parent} is another config's run: {listed}; take another --workdir or the same config"
+        )
     return [f"config.{name}: {before[name]!r} before, {now[name]!r} now" for name in changed]

@@ -34,12 +34,16 @@ def state_shardings(params: PyTree, tx: optax.GradientTransformation, mesh: Mesh
 
     def of_moment(path, leaf):
         name = sharding.path_name(path)
-        fits = [place for (param, shape), place in by_shape.items() if name.endswith("/" + param) and leaf.shape == shape]
+        fits = [
+            place for (param, shape), place in by_shape.items() if name.endswith("/" + param) and leaf.shape == shape
+        ]
         return fits[0] if fits else replicated
 
     moments = jax.eval_shape(tx.init, params)
     return TrainState(
-        step=replicated, params=on, optimizer=jax.tree_util.tree_map_with_path(of_moment, moments)  # type: ignore[arg-type]
+        step=replicated,
+        params=on,
+        optimizer=jax.tree_util.tree_map_with_path(of_moment, moments),  # type: ignore[arg-type]
     )
 
 
@@ -70,7 +74,9 @@ def apply_gradients(
     stay = dataclasses.replace(state)
     kept = jax.tree.map(lambda new, old: jnp.where(weight > 0, new, old), moved, stay)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    changed = sum(jnp.sum(new != old) for new, old in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True))
+    changed = sum(
+        jnp.sum(new != old) for new, old in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True)
+    )
     metrics = {
         "grad_norm": optax.global_norm(gradients),
         "update_rms": optax.global_norm(updates) / size**0.5,

@@ -165,7 +165,9 @@ def pair_loss(
     """The summed loss of pairs: policy and reference each score both responses in one row."""
     args = (batch["prompts"], batch["prompt_valid"], pair.responses, pair.mask)
     with jax.named_scope("reference"):
-        reference_BC = pairs.response_logprobs(reference, *args, cfg=objective.reference, compute=objective.compute).sum(-1)
+        reference_BC = pairs.response_logprobs(
+            reference, *args, cfg=objective.reference, compute=objective.compute
+        ).sum(-1)
     with jax.named_scope("policy"):
         policy_BC = pairs.response_logprobs(params, *args, cfg=objective.policy, compute=objective.compute).sum(-1)
     log_ratios = policy_BC - jax.lax.stop_gradient(reference_BC)

@@ -62,7 +62,8 @@ def annotator_loss(params, batch: Batch, *, objective: AnnotatorObjective) -> tu
 
     - the answer: cross-entropy of the two answer tokens, in both orders, where the judge isn't undecided;
     - at each word of both summaries (yes or no): does it add to the score?
-    - after each summary: its mark. One answer a row is too little to learn from; these two say why it is the answer;
+    - at each comma the mark of the summary so far, and after each summary its mark. One answer a row is too little to
+      learn from; these two say why it is the answer;
     - the two orders' log-odds should agree, where the judge is undecided too.
     """
     template, tokens = objective.template, batch["responses"].shape[-1]
@@ -79,10 +80,13 @@ def annotator_loss(params, batch: Batch, *, objective: AnnotatorObjective) -> tu
     both = lambda x: jnp.stack([x, x[:, ::-1]], axis=1)  # noqa: E731, by order: [B, 2, 2, ...]
     first_at = len(template.first)
     second_at = first_at + tokens + len(template.second)
-    shown = [hidden[:, :, at : at + tokens] for at in (first_at, second_at)]
-    after = [hidden[:, :, at] for at in (first_at + tokens, second_at + tokens)]
-    word_loss, word_right, word_count = _chosen(params, jnp.stack(shown, 2), both(batch["words"]), objective.word_answers)
-    mark_loss, _, mark_count = _chosen(params, jnp.stack(after, 2), both(batch["mark"]), objective.marks)
+    # Each summary's columns and the one after it, [B, 2, 2, R + 1, D].
+    shown = jnp.stack([hidden[:, :, at : at + tokens + 1] for at in (first_at, second_at)], axis=2)
+    marks = jnp.concatenate([batch["marks"], batch["mark"][..., None]], axis=-1)
+    word_loss, word_right, word_count = _chosen(
+        params, shown[:, :, :, :-1], both(batch["words"]), objective.word_answers
+    )
+    mark_loss, mark_right, mark_count = _chosen(params, shown, both(marks), objective.marks)
 
     odds = heads.answer_logits(params, hidden[:, :, -1], template.answers)
     odds = odds[..., 0] - odds[..., 1]
@@ -98,6 +102,7 @@ def annotator_loss(params, batch: Batch, *, objective: AnnotatorObjective) -> tu
         "accuracy": mean_of(first_is_better == (label[:, 0] > 0.5), decided[:, 0]),
         "order_agreement": mean_of((odds[:, 0] > 0) == (odds[:, 1] > 0)),
         "words": jnp.stack([word_right, word_count]),
+        "marks": jnp.stack([mark_right, mark_count]),
         "answer_loss": mean_of(jnp.mean(answer, axis=1), decided[:, 0]),
     }
     return loss, jax.lax.stop_gradient(sums)

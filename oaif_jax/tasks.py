@@ -46,7 +46,8 @@ def build(cfg: Config, mesh: Mesh) -> Task:
 
 def tiny_data(cfg: Config) -> TinyData:
     """The tiny world with a run's limits."""
-    return TinyData(Tokenizer(asset("tokenizer")), cfg.data.seed, cfg.data.prompt_tokens, cfg.data.response_tokens)
+    limits = (cfg.data.prompt_tokens, cfg.data.response_tokens)
+    return TinyData(Tokenizer(asset("tokenizer")), cfg.data.seed, *limits, cfg.data.writer)
 
 
 def compute_of(cfg: Config) -> ComputeConfig:
@@ -250,4 +251,3 @@ def _annotator(cfg: Config, mesh: Mesh) -> Task:
         evaluate=lambda params: evaluate(params, "validation", cfg.eval.prompts),
         finish=lambda params: evaluate(params, cfg.eval.final_split, cfg.eval.final_prompts),
     )
-

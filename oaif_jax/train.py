@@ -105,14 +105,17 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
             if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
                 last = checkpoints.latest()
                 kept = f"the checkpoint of step {last} is good" if last is not None else "there is no checkpoint yet"
-                raise NonFiniteError(
-                    f"step {taken.number}: loss={metrics['loss']}, grad_norm={metrics['grad_norm']}, wanted finite; {kept} ({workdir})"
-                )
+                found = f"loss={metrics['loss']}, grad_norm={metrics['grad_norm']}"
+                raise NonFiniteError(f"step {taken.number}: {found}, wanted finite; {kept} ({workdir})")
             outputs = jax.tree.map(np.asarray, taken.outputs)
             metrics |= task.observe(taken.number - 1, outputs)
             seconds = time.monotonic() - taken.began
             tokens = taken.tokens + (int(outputs["mask"].sum()) if "mask" in outputs else 0)
-            metrics |= {"lr": float(learning_rate(taken.number - 1)), "seconds": seconds, "tokens_per_second": tokens / seconds}
+            metrics |= {
+                "lr": float(learning_rate(taken.number - 1)),
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+            }
             add_to_history(history, metrics)
             progress.update(taken.number, metrics)
             if taken.number % cfg.log.every == 0 or taken.number == cfg.steps:

@@ -43,5 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_sessionstart() -> None:
     """A setting that came too late would weaken every test without a word."""
-    assert len(jax.devices()) == DEVICES, f"{len(jax.devices())} devices, wanted {DEVICES}: jax started before conftest.py"
+    assert len(jax.devices()) == DEVICES, (
+        f"{len(jax.devices())} devices, wanted {DEVICES}: jax started before conftest.py"
+    )
     assert jax.config.jax_numpy_rank_promotion == "raise", jax.config.jax_numpy_rank_promotion

@@ -112,6 +112,17 @@ def test_time_left_is_that_of_this_process_after_a_resume(clock):
     assert progress.seconds_left() == 0
 
 
+def test_an_evaluation_before_the_first_step_is_no_step(clock):
+    progress = Progress(11, 0, "online dpo", console=log(), clock=clock)
+    progress.update(0, {"gold.score": 0.5})
+    clock.now += 60  # compilation
+    progress.update(1, TRAINING)
+    assert progress.seconds_left() is None
+    clock.now += 1
+    progress.update(2, TRAINING)
+    assert progress.seconds_left() == pytest.approx(9)
+
+
 def test_an_evaluation_counts_into_the_time_left(clock):
     progress = Progress(21, 0, "online dpo", console=log(), clock=clock)
     progress.update(1, TRAINING)

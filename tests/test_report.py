@@ -22,7 +22,7 @@ from rich.console import Console
 from oaif_jax import report
 from oaif_jax.report import __main__ as command
 from oaif_jax.report import html, plots, read, tables
-from oaif_jax.tiny import gold, templates, world, writers
+from oaif_jax.tiny import gold, templates, world
 
 STEPS, EVERY, PROMPTS = 60, 20, 64
 HOSTILE = "POST: </td><script>alert('x')</script> [red]&amp; a|b `c`\x1b[2J\u2028\nTL;DR:"
@@ -42,15 +42,15 @@ def write_lines(path: pathlib.Path, lines: list[dict]) -> None:
 
 
 def write_samples(path: pathlib.Path, count: int, progress: float) -> None:
-    """Posts of the tiny world with the reference writer's summaries, and with better ones as `progress` nears 1."""
+    """Posts of the tiny world, with summaries that name some of the topics, one of them twice; more with `progress`."""
     lines = []
     for i in range(count):
         rng, post = np.random.default_rng([7, i]), world.post(0, "test", i)
-        style = dataclasses.replace(
-            writers.REFERENCE, keep=0.7 + 0.28 * progress, invent=0.1 * (1 - progress), chatter=0
+        theirs, ours = (
+            world.join([topic for topic in (*post.topics, post.topics[0]) if rng.random() < share])
+            for share in (0.5, 0.5 + 0.4 * progress)
         )
-        ours, theirs = world.join(writers.write(rng, post.topics, style)), writers.reference(0, "test", i)
-        line = {"prompt": templates.prompt(post.text), "reference": theirs, "policy": ours}
+        line = {"prompt": post.text, "reference": theirs, "policy": ours}
         line |= {"gold_reference": gold.score(post.text, theirs), "gold_policy": gold.score(post.text, ours)}
         line["judge"] = float(1 / (1 + np.exp(line["gold_reference"] - line["gold_policy"] + rng.normal())))
         lines.append(line)
@@ -62,10 +62,12 @@ def evaluation(step: int, progress: float) -> dict[str, float]:
     line |= {f"gold.{key}": value for key, value in judged(0.5 + 0.4 * progress).items()}
     line |= {f"judge.{key}": value for key, value in judged(0.5 + 0.36 * progress).items()}
     line |= {"mean_length": 3.9 + 3.2 * progress, "reference_length": 3.9, "kl": 12.3 * progress**1.5}
-    line |= {"gold_mean": 0.9 + 2.1 * progress, "reference_gold_mean": 0.9}
+    line |= {"gold_mean": 0.9 + 2.1 * progress, "reference_gold_mean": 0.9, "words": 2.9 + 3.2 * progress}
+    line |= {"gold_share": 0.22 + 0.53 * progress, "reference_gold_share": 0.22}
     for name, agreement in (("helpful", 0.92), ("short", 0.9), ("very_short", 0.88)):
         line[f"annotator.{name}.gold_agreement"] = agreement + 0.02 * progress
         line[f"annotator.{name}.order_agreement"] = agreement - 0.03 + 0.02 * progress
+        line[f"annotator.{name}.pairs"], line[f"annotator.{name}.decided"] = 60.0, 50.0
     return line
 
 
@@ -91,19 +93,21 @@ def summary_of(last: dict[str, float], first: dict[str, float]) -> dict:
         return found | {"interval": [last[f"{prefix}.low"], last[f"{prefix}.high"]]}
 
     def agreements(line: dict[str, float]) -> dict[str, dict[str, float]]:
-        measures = ("gold_agreement", "order_agreement")
+        measures = ("gold_agreement", "order_agreement", "pairs", "decided")
         return {name: {key: line[f"annotator.{name}.{key}"] for key in measures} for name in templates.INSTRUCTIONS}
 
-    measured = ("mean_length", "reference_length", "kl", "gold_mean", "reference_gold_mean")
-    overall = {"order_agreement": 0.91, "gold_agreement": 0.924}
+    verdicts = {"gold": nested("gold"), "judge": nested("judge")}
+    own = {key: last[key] for key in ("mean_length", "words", "gold_mean", "gold_share")}
+    against = {key: last[key] for key in ("reference_length", "kl", "reference_gold_mean", "reference_gold_share")}
     return {
-        "method": "online", "loss": "dpo", "steps": STEPS, "seconds": 161.2, "params_sha256": "0123456789abcdef" * 4,
-        "device": "2 x cpu", "versions": {"jax": "0.10.2", "python": "3.12.3"}, "evaluated_step": STEPS,
-        "split": "test", "prompts": PROMPTS, "temperature": 0.9, "gold": nested("gold"), "judge": nested("judge"),
+        "method": "online", "loss": "dpo", "beta": 0.1, "instruction": "helpful", "seed": 0, "steps": STEPS,
+        "split": "test", "prompts": PROMPTS, "versions": {"jax": "0.10.2", "python": "3.12.3"}, "device": "2 x cpu",
+        "cores": 2, **verdicts, **own, **against, "greedy": {**verdicts, **own},
+        "annotator": {
+            "order_agreement": 0.91, "gold_agreement": 0.924, "start": agreements(first), "end": agreements(last)
+        },
+        "evaluated_step": STEPS, "seconds": 161.2, "params_sha256": "0123456789abcdef" * 4,
         "command": "python -m oaif_jax.train --config=experiments/tiny_tldr_online_dpo.py --workdir=runs/online_dpo",
-        **{key: last[key] for key in measured},
-        "greedy": {"gold": nested("gold"), "judge": nested("judge"), "mean_length": last["mean_length"]},
-        "annotator": overall | {"start": agreements(first), "end": agreements(last)},
     }  # fmt: skip
 
 
@@ -119,7 +123,8 @@ def write_online_run(workdir: pathlib.Path, steps: int = STEPS, every: int = EVE
             write_samples(workdir / "samples" / f"step_{step:06d}.jsonl", 8, progress[step])
     write_lines(workdir / "metrics.jsonl", lines)
     write_samples(workdir / "samples" / "final.jsonl", prompts, 1.0)
-    config = {"seed": 0, "loss": {"name": "dpo", "beta": 0.1}, "policy": {"init": "sft", "model": {"width": 96}}}
+    config = {"method": "online", "seed": 0, "loss": {"name": "dpo", "beta": 0.1}, "sample": {"temperature": 0.9}}
+    config |= {"policy": {"init": "sft", "shape": {"width": 96}}}
     (workdir / "config.json").write_text(json.dumps(config))
     (workdir / "summary.json").write_text(json.dumps(summary_of(lines[-1], lines[0])))
 
@@ -127,20 +132,40 @@ def write_online_run(workdir: pathlib.Path, steps: int = STEPS, every: int = EVE
 def write_plain_run(workdir: pathlib.Path, method: str, lines: list[dict], results: dict) -> None:
     """A finished run without policy samples: sft, annotator."""
     write_lines(workdir / "metrics.jsonl", lines)
-    (workdir / "config.json").write_text(json.dumps({"seed": 0}))
-    summary = {"method": method, "steps": 3, "seconds": 12.0, "params_sha256": "ab" * 32, "device": "cpu", **results}
+    config = {"method": method, "seed": 0, "loss": {"name": "dpo"}}
+    (workdir / "config.json").write_text(json.dumps(config))
+    summary = {
+        "method": method,
+        "steps": 3,
+        "seconds": 12.0,
+        "params_sha256": "ab" * 32,
+        "device": "cpu",
+        "loss": "dpo",
+        **results,
+    }
     (workdir / "summary.json").write_text(json.dumps(summary))
 
 
 def sft_lines() -> list[dict]:
     lines = [{"step": step, "kind": "train", "loss": 2.0 / step} for step in (1, 2, 3)]
-    return [*lines, {"step": 3, "kind": "eval", "validation_loss": 0.8123}]
+    return [*lines, {"step": 3, "kind": "eval", "validation_loss": 0.8123, "gold_mean": 1.4, "mean_length": 4.2}]
 
 
 def annotator_lines() -> list[dict]:
-    keys = [f"annotator.{name}.gold_agreement" for name in templates.INSTRUCTIONS]
-    lines = [{"step": step, "kind": "eval", **dict.fromkeys(keys, 0.8 + 0.04 * step)} for step in (1, 3)]
-    return [{"step": step, "kind": "train", "loss": 0.7 / step, "accuracy": 0.5} for step in (1, 2, 3)] + lines
+    lines = [{"step": step, "kind": "train", "loss": 0.7 / step, "accuracy": 0.5} for step in (1, 2, 3)]
+    for step in (1, 3):
+        lines.append({"step": step, "kind": "eval", "accuracy": 0.84, "validation_loss": 0.16})
+        for i, name in enumerate(templates.INSTRUCTIONS):
+            lines[-1][f"annotator.{name}.gold_agreement"] = 0.75 + 0.04 * step + 0.02 * i
+    return lines
+
+
+ANNOTATOR_RESULTS = {
+    "accuracy": 0.924,
+    "validation_loss": 0.076,
+    "annotator": {"very_short": {"gold_agreement": 0.9, "order_agreement": 0.88, "pairs": 60, "decided": 50}},
+}
+SFT_RESULTS = {"validation_loss": 0.8123, "gold_mean": 1.4, "gold_share": 0.36, "reference_gold_share": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +179,7 @@ def online(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture
 def workdir(tmp_path) -> pathlib.Path:
     """A small finished run that a test may spoil."""
-    write_plain_run(tmp_path, "sft", sft_lines(), {"validation_loss": 0.8123, "perplexity": 2.253})
+    write_plain_run(tmp_path, "sft", sft_lines(), SFT_RESULTS)
     return tmp_path
 
 
@@ -274,9 +299,13 @@ def test_the_final_tables_hold_the_results(online):
     assert f"| gold | at 0.9 | {' | '.join(shown)} | {interval} |" in text
     assert f"| gold | greedy | {' | '.join(shown)} | {interval} |" in text
     assert "| language model | at 0.9 |" in text
-    assert f"| mean length (tokens) | {run.summary['mean_length']:.2f} | 3.90 |" in text
-    assert f"| mean gold score | {run.summary['gold_mean']:.2f} | 0.90 |" in text
-    assert f"| KL to the reference (nats) | {run.summary['kl']:.2f} | - |" in text
+    assert "| Measure | Policy, at 0.9 | Policy, greedy | SFT |" in text
+    for name, key, theirs in (
+        ("mean length (tokens)", "mean_length", "3.90"),
+        ("mean gold score", "gold_mean", "0.90"),
+    ):
+        assert f"| {name} | {run.summary[key]:.2f} | {run.summary['greedy'][key]:.2f} | {theirs} |" in text
+    assert f"| KL to the reference (nats) | {run.summary['kl']:.2f} | - | - |" in text
     assert "| whole run | 92.4 % | 91.0 % |" in text
     assert "| very short, start | 88.0 % | 85.0 % |" in text
     assert "| parameters (SHA-256) | 0123456789ab |" in text
@@ -292,17 +321,41 @@ def test_the_terminal_shows_the_same_rows_as_the_readme(online, width):
     assert cells(shown) == cells(wanted)
 
 
+@pytest.mark.parametrize("width", [20, 40, 60])
+def test_a_narrow_terminal_shows_a_row_at_a_time_and_loses_nothing(online, width):
+    table = tables.final_tables(report.load(online))[0]
+    shown = printed(tables.to_rich(table), width)
+    assert max(map(len, shown.splitlines())) <= width
+    for row in table.rows:
+        for name, cell in zip(table.columns[1:], row[1:], strict=True):
+            assert f"{name}: {cell}" in " ".join(shown.split())
+
+
 def test_runs_of_other_kinds_show_what_is_there(workdir):
     text = tables.final_table_markdown(report.load(workdir))
+    assert "| Measure | SFT | Reference |" in text
+    assert "| mean gold score | 1.40 | - |" in text
+    assert "| share of the largest gold score | 36.0 % | 50.0 % |" in text
     assert "| validation loss | 0.8123 |" in text
-    assert "| perplexity | 2.253 |" in text
     assert "| method | sft |" in text
+    assert "dpo" not in text
     assert "Against SFT" not in text
-    results = {"accuracy": 0.924, "by_instruction": {"very_short": {"gold_agreement": 0.9}}}
-    write_plain_run(workdir, "annotator", annotator_lines(), results)
-    assert "| by instruction, very short, gold agreement | 0.9 |" in tables.final_table_markdown(report.load(workdir))
+    write_plain_run(workdir, "annotator", annotator_lines(), ANNOTATOR_RESULTS)
+    text = tables.final_table_markdown(report.load(workdir))
+    assert "**Annotator, on held-out pairs**" in text
+    assert "| very short | 90.0 % | 88.0 % |" in text
+    assert "| accuracy | 0.924 |" in text
     assert tables.side_by_side_markdown(report.load(workdir)) == ""
     assert printed(tables.side_by_side(report.load(workdir))).strip() == ""
+
+
+def test_a_share_of_nothing_shows_as_a_dash(workdir):
+    nothing = {"annotator": {"short": {"gold_agreement": None, "order_agreement": 0.9}}, "gold_mean": None}
+    write_plain_run(workdir, "annotator", annotator_lines(), nothing)
+    text = tables.final_table_markdown(report.load(workdir))
+    assert "| short | - | 90.0 % |" in text
+    assert "| mean gold score | - | - |" in text
+    assert "None" not in html.report(report.load(workdir))
 
 
 def test_a_verdict_that_lacks_a_number_is_an_error(workdir):
@@ -330,7 +383,7 @@ def test_side_by_side_shows_both_summaries_and_their_scores(online):
             assert " ".join(sample.prompt.split()) in part
         assert f"{sample.reference} (gold {sample.gold_reference:.2f})" in text
         assert f"{sample.policy} (gold {sample.gold_policy:.2f})" in text
-    assert text.count("\n| POST:") == 3
+    assert len(tables.side_by_side_table(run).rows) == 3
 
 
 def test_texts_are_shown_as_they_are(workdir):
@@ -349,16 +402,21 @@ def test_comparison_gives_means_and_student_intervals():
     seeds = [{"gold": {"score": score}, "kl": 1.0} for score in (0.86, 0.88, 0.93)]
     table = tables.comparison([("online", seeds), ("offline", [{"gold": {"score": 0.6}}]), ("none", [])])
     half = 4.3027 * statistics.stdev([86, 88, 93]) / math.sqrt(3)
-    assert table.columns == ("Run", "Seeds", "Gold, sampled", "KL (nats)")
+    assert table.columns == ("Run", "Seeds", "Gold", "KL (nats)")
     assert table.rows[0] == ("online", "3", f"89.0 ± {half:.1f} %", "1.00 ± 0.00")
     assert table.rows[1] == ("offline", "1", "60.0 %", "-")
     assert table.rows[2] == ("none", "0", "-", "-")
     assert "| offline | 1 | 60.0 % | - |" in tables.to_markdown(table)
-    assert f"89.0 ± {half:.1f} %" in printed(tables.to_rich(table))
+    for width in (30, 120):
+        shown = printed(tables.to_rich(table), width)
+        assert f"89.0 ± {half:.1f} %" in shown
+        assert "offline" in shown
 
 
 def test_comparison_of_other_kinds_shows_their_numbers():
-    table = tables.comparison([("sft", [{"method": "sft", "steps": 3, "validation_loss": 0.5, "note": "x"}])])
+    table = tables.comparison(
+        [("sft", [{"method": "sft", "steps": 3, "validation_loss": 0.5, "note": "x", "seed": 3}])]
+    )
     assert table.columns == ("Run", "Seeds", "validation loss")
     assert table.rows == (("sft", "1", "0.5"),)
 
@@ -399,8 +457,8 @@ def test_panels_are_those_that_were_measured(online, workdir):
         "KL to the reference, in nats",
         "Annotator on the policy's pairs",
     ]
-    assert panel_titles(report.load(workdir)) == ["Loss"]
-    write_plain_run(workdir, "annotator", annotator_lines(), {})
+    assert panel_titles(report.load(workdir)) == ["Loss", "Gold score", "Length"]
+    write_plain_run(workdir, "annotator", annotator_lines(), ANNOTATOR_RESULTS)
     assert panel_titles(report.load(workdir)) == ["Loss", "Held-out accuracy"]
 
 
@@ -529,7 +587,7 @@ def test_pages_of_other_kinds_and_of_unfinished_runs(workdir):
     assert "0.8123" in html.report(report.load(workdir))
     (workdir / "summary.json").unlink()
     text = html.report(report.load(workdir, finished=False))
-    assert "This run has not finished." in text
+    assert "sft · not finished" in text
     assert "NaN" not in text
 
 

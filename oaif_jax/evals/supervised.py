@@ -59,9 +59,7 @@ def sft(
         batch = place(data.sft_batch(split, indices) | {"rows": indices.astype(np.int32)})
         part, size = sft_loss(params, batch, objective=objective)
         loss, tokens = loss + float(part), tokens + float(size)
-        made = preference.respond(
-            params, batch, key, sampler=sampler, cfg=objective.policy, compute=objective.compute
-        )
+        made = preference.respond(params, batch, key, sampler=sampler, cfg=objective.policy, compute=objective.compute)
         drawn, mask = np.asarray(made.tokens)[:, 0], np.asarray(made.mask)[:, 0]
         lengths.append(mask.sum(-1))
         for post, reference, t, m in zip(posts, data.references(split, indices), drawn, mask, strict=True):
@@ -101,4 +99,3 @@ def annotator(
         found[name] = verdicts.agreement(orders, difference, np.zeros(len(orders), bool))
     accuracy = float(np.mean([each["gold_agreement"] for each in found.values()]))
     return {"validation_loss": 1.0 - accuracy, "accuracy": accuracy, "annotator": found}
-

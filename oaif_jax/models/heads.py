@@ -49,5 +49,3 @@ def answer_logits(
     """Float32 logits of a few given tokens only."""
     rows_AD = params["embedding"][jnp.array(answers)].astype(hidden.dtype)
     return jnp.einsum("...D,AD->...A", hidden, rows_AD, preferred_element_type=jnp.float32)
-
-

@@ -163,7 +163,9 @@ class Block(nn.Module):
         prefix = (k[:, :, : rows.slots], v[:, :, : rows.slots])
         return self.finish(x_BTD, attend_rows(q, k, v, rows)), prefix
 
-    def decode(self, x_PCD: Array, positions: Array, prefix: KeyValues, prefix_valid: Array, suffix: KeyValues, layer, t):
+    def decode(
+        self, x_PCD: Array, positions: Array, prefix: KeyValues, prefix_valid: Array, suffix: KeyValues, layer, t
+    ):
         """A layer over one token of each completion. `suffix` holds all layers, [L, P, K, C, R, H], and comes back with
         this layer's keys and values written at slot `t`: carried and updated in place, since XLA would copy all of it
         for each token if it went through the scan's inputs and outputs."""

@@ -14,6 +14,7 @@ from oaif_jax.report import plots, tables
 from oaif_jax.report.read import FINAL, Run, Sample
 
 SHOWN_FIRST = 50  # samples that are visible without the script
+MOST_TILES = 8
 
 
 def report(run: Run) -> str:
@@ -57,14 +58,9 @@ def _section(title: str, *content: str) -> str:
 
 
 def _header(run: Run) -> str:
-    found = run.summary
-    facts = [" ".join(tables.plain(found[key]) for key in ("method", "loss") if key in found)]
-    if "steps" in found:
-        facts.append(f"{tables.plain(found['steps'])} steps")
-    if "seconds" in found:
-        facts.append(tables.duration(found["seconds"]))
-    facts += [tables.plain(found[key]) for key in ("device",) if key in found]
-    state = " · ".join(fact for fact in facts if fact) if run.finished else "This run has not finished."
+    found, shown = run.summary, {"steps": "{} steps".format, "seconds": tables.duration, "device": tables.plain}
+    facts = [show(found[key]) for key, show in shown.items() if key in found] if run.finished else ["not finished"]
+    state = " · ".join([tables.method(run), *facts])
     command = found.get("command")
     again = f'<p class="again">Run it again:</p><pre>{escape(str(command))}</pre>' if command else ""
     return f"<header><h1>{escape(_name(run))}</h1><p>{escape(state)}</p>{again}</header>"
@@ -86,20 +82,21 @@ def _tiles(run: Run) -> str:
         ("mean_length", "reference_length", "Length", f" {tables.LENGTH_UNIT}"),
         ("kl", "", "KL to the reference", " nats"),
     ):
-        if key in found:
-            against = f"SFT {tables.decimal(found[theirs])}" if theirs in found else "of a response"
+        if found.get(key) is not None:
+            against = (
+                f"{run.sides[0]} {tables.decimal(found[theirs])}" if found.get(theirs) is not None else "of a response"
+            )
             tiles.append((name, tables.decimal(found[key]) + unit, against))
     for key, name, note in (
         ("gold_agreement", "Annotator agrees with gold", "of pairs, ties left out"),
         ("order_agreement", "Annotator's orders agree", "of pairs"),
     ):
-        if key in annotator:
+        if annotator.get(key) is not None:
             tiles.append((name, tables.percent(annotator[key]), note))
-    if not tiles:
-        tiles = [(name, tables.plain(value), "") for name, value in list(tables.leftovers(found).items())[:6]]
+    tiles += [(name, tables.plain(value), "") for name, value in tables.leftovers(found).items()]
     shown = "".join(
         f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}</dd><small>{escape(note)}</small></div>'
-        for name, value, note in tiles
+        for name, value, note in tiles[:MOST_TILES]
     )
     return f'<dl class="tiles">{shown}</dl>' if shown else ""
 
@@ -169,8 +166,8 @@ def _sample_browser(run: Run) -> str:
     if not samples:
         return ""
     rows = "".join(_sample_row(i, sample) for i, sample in enumerate(samples))
-    name = next(reversed(run.samples))
-    which = "final evaluation" if name == FINAL else name.replace("_", " ")
+    name = list(run.samples)[-1]
+    which = "the final evaluation" if name == FINAL else f"step {name.rpartition('_')[2].lstrip('0') or 0}"
     controls = """<form class="controls" id="controls" hidden>
 <input type="search" id="filter" placeholder="Filter posts and summaries" aria-label="Filter">
 <select id="order" aria-label="Order">
@@ -179,10 +176,11 @@ def _sample_browser(run: Run) -> str:
 <option value="loss">policy's largest losses first</option>
 </select><output id="count"></output></form>"""
     more = '<button id="more" hidden>Show more</button>'
-    head = "".join(f"<th scope=col>{name}</th>" for name in ("Post", "SFT", "Policy", "Gold", "Judge"))
+    theirs, ours = run.sides
+    head = "".join(f"<th scope=col>{name}</th>" for name in ("Post", theirs, ours, "Gold", "Judge"))
     note = (
-        f"<p class=note>{len(samples)} posts of the {escape(which)}. Gold: the policy's score less SFT's. "
-        f"Judge: how sure the language-model judge is that the policy's response is better.</p>"
+        f"<p class=note>{len(samples)} posts of {escape(which)}. Gold: {ours}'s score less {theirs}'s. "
+        f"Judge: how sure the language-model judge is that {ours}'s response is better.</p>"
     )
     return _section(
         "Samples",

@@ -52,11 +52,12 @@ def curve_svg(run: Run) -> str:
 def figure(run: Run):
     """A matplotlib Figure of the run: two panels to a row, the first one across where their number is odd."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     panels = [draw for shown, draw in PANELS if shown(run)] or [_draw_nothing]
     rows = (len(panels) + 1) // 2
-    made = Figure(figsize=(WIDTH, rows * PANEL_HEIGHT), layout="constrained")
-    made.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.04, hspace=0.05)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.04, hspace=0.05)
+    made = Figure(figsize=(WIDTH, rows * PANEL_HEIGHT), layout=layout)
     grid = made.add_gridspec(rows, 2)
     odd = len(panels) % 2
     last = max((line["step"] for line in (*run.train, *run.evals)), default=1) or 1
@@ -93,7 +94,7 @@ def _draw_win_rate(ax, run: Run) -> None:
 
 def _draw_loss(ax, run: Run) -> None:
     ends = []
-    train, held_out = series(run.train, "loss"), _first_series(run.evals, HELD_OUT_LOSSES)
+    train, held_out = series(run.train, "loss"), series(_held_out(run), HELD_OUT_LOSS)
     smoothed, width = smooth(train[1])
     if train[0]:
         ax.plot(*train, color=BLUE, linewidth=0.7, alpha=0.35)
@@ -124,8 +125,8 @@ def _draw_policy_and_reference(ax, run: Run, ours: str, theirs: str) -> None:
     ax.plot(steps, values, color=BLUE, linewidth=2, marker="o", markersize=4)
     ax.plot(reference_steps, reference, color=MUTED, linewidth=1.5, linestyle=(0, (4, 3)))
     _fit(ax, values, reference)
-    ends = [(values[-1], f"policy {values[-1]:.2f}", BLUE)]
-    ends += [(value, f"SFT {value:.2f}", MUTED) for value in reference[-1:]]
+    ends = [(values[-1], f"{run.sides[1]} {values[-1]:.2f}", BLUE)]
+    ends += [(value, f"{run.sides[0]} {value:.2f}", MUTED) for value in reference[-1:]]
     _name_ends(ax, ends)
 
 
@@ -173,7 +174,7 @@ def _draw_nothing(ax, run: Run) -> None:
     ax.text(0.5, 0.5, "nothing measured yet", transform=ax.transAxes, ha="center", va="center", color=MUTED)
 
 
-HELD_OUT_LOSSES = ("validation_loss", "loss")
+HELD_OUT_LOSS = "validation_loss"
 ANNOTATOR_LINES = (
     ("annotator.gold_agreement", "agrees with gold", BLUE),
     ("annotator.order_agreement", "orders agree", GREEN),
@@ -186,6 +187,11 @@ def _has(lines: str, *keys: str) -> Callable[[Run], bool]:
     return lambda run: any(key in line for line in getattr(run, lines) for key in keys)
 
 
+def _held_out(run: Run) -> list[Mapping[str, float]]:
+    """Evaluations whose validation_loss is of the training loss's kind; an annotator's is its error, and not drawn."""
+    return [line for line in run.evals if "accuracy" not in line]
+
+
 def _accuracy_keys(run: Run) -> list[str]:
     """Held-out accuracies: "accuracy", or an annotator's agreement with gold under each instruction."""
     keys = dict.fromkeys(key for line in run.evals for key in line)
@@ -194,7 +200,7 @@ def _accuracy_keys(run: Run) -> list[str]:
 
 PANELS: Sequence[tuple[Callable[[Run], bool], Callable[[Any, Run], None]]] = (
     (_has("evals", "gold.score", "judge.score"), _draw_win_rate),
-    (lambda run: _has("train", "loss")(run) or _has("evals", *HELD_OUT_LOSSES)(run), _draw_loss),
+    (lambda run: _has("train", "loss")(run) or bool(series(_held_out(run), HELD_OUT_LOSS)[0]), _draw_loss),
     (_has("evals", "gold_mean"), _draw_gold),
     (_has("evals", "mean_length"), _draw_length),
     (lambda run: _has("train", "kl")(run) or _has("evals", "kl")(run), _draw_kl),
@@ -209,10 +215,6 @@ PANELS: Sequence[tuple[Callable[[Run], bool], Callable[[Any, Run], None]]] = (
 def _percent_series(lines: Sequence[Mapping[str, float]], key: str) -> tuple[list[int], list[float]]:
     steps, values = series(lines, key)
     return steps, [100 * value for value in values]
-
-
-def _first_series(lines: Sequence[Mapping[str, float]], keys: Sequence[str]) -> tuple[list[int], list[float]]:
-    return next((found for key in keys if (found := series(lines, key))[0]), ([], []))
 
 
 def smooth(values: Sequence[float]) -> tuple[list[float], int]:

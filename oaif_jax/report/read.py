@@ -10,11 +10,13 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from oaif_jax.errors import UserError
+
 KINDS = ("train", "eval")
 FINAL = "final"
 
 
-class ReportError(ValueError):
+class ReportError(UserError):
     """A run's files can't be read: one line with the file, what is wrong with it, and what was wanted."""
 
 
@@ -53,9 +55,18 @@ class Run:
         return bool(self.summary)
 
     @property
+    def method(self) -> str:
+        return str(self.config.get("method", ""))
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """What a sample's reference and policy are called: fine-tuning is compared with the written references."""
+        return ("Reference", "SFT") if self.method == "sft" else ("SFT", "Policy")
+
+    @property
     def last_samples(self) -> tuple[Sample, ...]:
         """The final evaluation's samples; of a run that goes on, the last evaluation's."""
-        return next(reversed(self.samples.values()), ())
+        return list(self.samples.values())[-1] if self.samples else ()
 
     @property
     def standing(self) -> Mapping[str, Any]:

@@ -3,12 +3,13 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import rich.box
 import rich.table
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.text import Text
 
@@ -18,12 +19,16 @@ JUDGES = {"gold": "gold", "judge": "language model"}
 LENGTH_UNIT = "tokens"
 NONE = "-"
 
-# Summary keys that have a place of their own in the tables; all others are listed as they are.
+# Summary keys that have a place of their own in the tables; all others are results that are listed as they are.
 PLACED = (
-    "gold", "judge", "greedy", "annotator", "versions", "mean_length", "reference_length", "kl", "gold_mean",
-    "reference_gold_mean", "method", "loss", "steps", "seconds", "params_sha256", "device", "evaluated_step", "split",
-    "prompts", "temperature", "command",
+    "gold", "judge", "greedy", "annotator", "versions", "mean_length", "reference_length", "words", "kl", "gold_mean",
+    "reference_gold_mean", "gold_share", "reference_gold_share", "method", "loss", "beta", "instruction", "seed",
+    "steps", "seconds", "params_sha256", "device", "cores", "evaluated_step", "split", "prompts", "command",
 )  # fmt: skip
+
+
+SUPERVISED = ("sft", "annotator")
+PREFERENCE = ("beta", "instruction")  # settings that supervised training has, but doesn't look at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +78,8 @@ def duration(seconds: float) -> str:
 
 def plain(value: Any) -> str:
     """Any value of a config or summary in one short text; numbers to four digits."""
+    if value is None:
+        return NONE
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
@@ -111,8 +118,8 @@ def final_table_markdown(run: Run) -> str:
 
 def sampled(run: Run) -> str:
     """How the evaluated responses were drawn: "at 0.9"."""
-    temperature = run.standing.get("temperature")
-    return "sampled" if temperature is None else f"at {temperature:g}"
+    temperature = run.config.get("sample", {}).get("temperature")
+    return f"at {temperature:g}" if temperature else "sampled"
 
 
 def posts(run: Run) -> str:
@@ -141,16 +148,20 @@ def _verdict(found: Any, name: str) -> tuple[str, ...]:
 
 
 def _measure_table(run: Run) -> Table:
-    found, greedy = run.standing, run.standing.get("greedy", {})
-    candidates = (
-        (f"mean length ({LENGTH_UNIT})", found.get("mean_length"), found.get("reference_length")),
-        (f"mean length, greedy ({LENGTH_UNIT})", greedy.get("mean_length"), greedy.get("reference_length")),
-        ("mean gold score", found.get("gold_mean"), found.get("reference_gold_mean")),
-        ("mean gold score, greedy", greedy.get("gold_mean"), greedy.get("reference_gold_mean")),
-        ("KL to the reference (nats)", found.get("kl"), None),
-    )
-    rows = tuple((name, _cell(ours), _cell(theirs)) for name, ours, theirs in candidates if ours is not None)
-    return Table("Responses", ("Measure", "Policy", "SFT"), rows)
+    found, greedy, rows = run.standing, run.standing.get("greedy", {}), []
+    for key, theirs, name, show in (
+        ("gold_mean", "reference_gold_mean", "mean gold score", decimal),
+        ("gold_share", "reference_gold_share", "share of the largest gold score", percent),
+        ("mean_length", "reference_length", f"mean length ({LENGTH_UNIT})", decimal),
+        ("words", "reference_words", "mean length (words)", decimal),
+        ("kl", "", "KL to the reference (nats)", decimal),
+    ):
+        if key in found:
+            by_greedy = (_cell(greedy.get(key), show),) if greedy else ()
+            rows.append((name, _cell(found[key], show), *by_greedy, _cell(found.get(theirs), show)))
+    theirs, ours = run.sides
+    columns = (f"{ours}, {sampled(run)}", f"{ours}, greedy") if greedy else (ours,)
+    return Table("Responses", ("Measure", *columns, theirs), tuple(rows))
 
 
 def _cell(value: float | None, show: Callable[[float], str] = decimal) -> str:
@@ -158,41 +169,49 @@ def _cell(value: float | None, show: Callable[[float], str] = decimal) -> str:
 
 
 def _annotator_table(run: Run) -> Table:
+    """Agreement under each instruction: at the start and end of a run that an annotator led, or an annotator's own."""
     found = run.standing.get("annotator", {})
-    moments = [("whole run", found)]
+    entries = [("whole run", found)]
     instructions = dict.fromkeys((*found.get("start", {}), *found.get("end", {})))
     for name in instructions:
-        moments += [
-            (f"{name.replace('_', ' ')}, {when}", found.get(when, {}).get(name, {})) for when in ("start", "end")
-        ]
+        entries += [(f"{name}, {moment}", found.get(moment, {}).get(name, {})) for moment in ("start", "end")]
+    entries += [(name, at) for name, at in found.items() if isinstance(at, Mapping)]
     rows = tuple(
-        (name, _cell(at.get("gold_agreement"), percent), _cell(at.get("order_agreement"), percent))
-        for name, at in moments
+        (readable(name), _cell(at.get("gold_agreement"), percent), _cell(at.get("order_agreement"), percent))
+        for name, at in entries
         if "gold_agreement" in at or "order_agreement" in at
     )
-    note = "Agreement with gold leaves ties out."
-    return Table(
-        "Annotator, on the policy's own pairs", ("Pairs", "Agrees with gold", "Its two orders agree"), rows, note
-    )
+    title = "Annotator, on held-out pairs" if run.method == "annotator" else "Annotator, on the policy's own pairs"
+    columns = ("Pairs", "Agrees with gold", "Its two orders agree")
+    return Table(title, columns, rows, "Agreement with gold leaves ties out.")
 
 
 def _run_table(run: Run) -> Table:
     """How it was run, and every number of the summary that has no place of its own."""
     found = run.standing
     rows = [] if run.finished else [("state", f"not finished, at step {_last_step(run)}")]
-    if "method" in found:
-        rows.append(("method", " ".join(plain(found[key]) for key in ("method", "loss") if key in found)))
     rows += [(name, plain(value)) for name, value in leftovers(found).items()]
+    rows += [("method", method(run))] if run.method else []
     for key, name, show in (
+        ("beta", "beta", plain),
+        ("instruction", "instruction", plain),
+        ("seed", "seed", plain),
         ("steps", "steps", plain),
         ("evaluated_step", "evaluated at step", plain),
         ("seconds", "time", duration),
         ("device", "device", plain),
+        ("cores", "cores", plain),
         ("params_sha256", "parameters (SHA-256)", lambda digest: str(digest)[:12]),
     ):
-        if key in found:
+        if key in found and not (key in PREFERENCE and run.method in SUPERVISED):
             rows.append((name, show(found[key])))
     return Table("Run", ("What", "Value"), tuple(rows))
+
+
+def method(run: Run) -> str:
+    """What was done: "online dpo", "sft"."""
+    loss = run.config.get("loss", {}).get("name", "")
+    return run.method if run.method in SUPERVISED else f"{run.method} {loss}".strip()
 
 
 def _last_step(run: Run) -> int:
@@ -223,10 +242,12 @@ def side_by_side(run: Run, count: int = 3) -> Group:
     parts = []
     for i, sample in chosen(run, count):
         shown = rich.table.Table(box=rich.box.HORIZONTALS, expand=True, padding=(0, 1), show_edge=False)
-        sides = [side for side in _sides(sample) if side[1] is not None]
-        for name, _, score in sides:
-            shown.add_column(Text(name + score), ratio=1)
-        shown.add_row(*(Text(one_line(text) or "(empty)") for _, text, _ in sides))
+        texts = []
+        for name, text, score in _sides(run, sample):
+            if text is not None:
+                shown.add_column(Text(name + score), ratio=1)
+                texts.append(Text(one_line(text) or "(empty)"))
+        shown.add_row(*texts)
         parts += [
             Text(f"Post {i + 1} of {len(run.last_samples)}", style="bold"),
             Padding(Text(one_line(sample.prompt)), (0, 0, 1, 0)),
@@ -238,10 +259,13 @@ def side_by_side(run: Run, count: int = 3) -> Group:
 def side_by_side_table(run: Run, count: int = 3) -> Table:
     """The same posts as one table."""
     rows = tuple(
-        (one_line(sample.prompt), *(one_line(text) + score for _, text, score in _sides(sample) if text is not None))
+        (
+            one_line(sample.prompt),
+            *(one_line(text) + score for _, text, score in _sides(run, sample) if text is not None),
+        )
         for _, sample in chosen(run, count)
     )
-    columns = ("Post", "SFT", "Policy") if rows and len(rows[0]) == 3 else ("Post", "Policy")
+    columns = ("Post", *run.sides) if rows and len(rows[0]) == 3 else ("Post", run.sides[1])
     return Table("Side by side", columns, rows, "Evenly spaced through the samples, not the best ones.")
 
 
@@ -250,26 +274,24 @@ def side_by_side_markdown(run: Run, count: int = 3) -> str:
     return to_markdown(side_by_side_table(run, count)) if run.last_samples else ""
 
 
-def _sides(sample: Sample):
+def _sides(run: Run, sample: Sample) -> tuple[tuple[str, str | None, str], ...]:
     """Name, response and score of each side: ("Policy", "river, dinner", " (gold 2.00)")."""
-    for name, text, score in (
-        ("SFT", sample.reference, sample.gold_reference),
-        ("Policy", sample.policy, sample.gold_policy),
-    ):
-        yield name, text, "" if score is None else f" (gold {score:.2f})"
+    theirs, ours = run.sides
+    shown = lambda score: "" if score is None else f" (gold {score:.2f})"  # noqa: E731
+    return (
+        (theirs, sample.reference, shown(sample.gold_reference)),
+        (ours, sample.policy, shown(sample.gold_policy)),
+    )
 
 
 # ------------------------------------------------------------------------------------------------ several runs
 
 COMPARED = {
-    "Gold, sampled": ("gold.score", percent),
-    "Judge, sampled": ("judge.score", percent),
+    "Gold": ("gold.score", percent),
     "Gold, greedy": ("greedy.gold.score", percent),
-    "Judge, greedy": ("greedy.judge.score", percent),
-    "Gold score": ("gold_mean", decimal),
+    "Judge": ("judge.score", percent),
     f"Length ({LENGTH_UNIT})": ("mean_length", decimal),
     "KL (nats)": ("kl", decimal),
-    "Annotator = gold": ("annotator.gold_agreement", percent),
 }
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
@@ -341,23 +363,50 @@ def _mean_cell(label: str, seeds: Sequence[Mapping[str, Any]], key: str, show: C
 
 def to_rich(table: Table) -> Padding:
     """A table for the terminal; texts are shown as they are, never read as markup."""
-    shown = rich.table.Table(
-        title=Text(table.title, style="bold"),
-        title_justify="left",
-        caption=Text(table.note, style="dim") if table.note else None,
-        caption_justify="left",
-        box=rich.box.SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-        collapse_padding=True,
-        show_edge=False,
-        show_header=not table.facts,
-    )
-    for i, name in enumerate(table.columns):
-        shown.add_column(Text(name), justify="left" if table.left(i) else "right", overflow="fold")
-    for row in table.rows:
-        shown.add_row(*(Text(cell) for cell in row))
-    return Padding(shown, (0, 0, 1, 0))
+    return Padding(Fitting(table), (0, 0, 1, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitting:
+    """A table as the terminal shows it: in columns, or a row at a time where it isn't wide enough for these."""
+
+    table: Table
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[rich.table.Table | Text | Padding]:
+        table, columns = self.table, self._columns()
+        if table.facts or Measurement.get(console, options, columns).minimum <= options.max_width:
+            yield columns
+            return
+        yield Text(table.title, style="bold")
+        for row in table.rows:
+            named = zip(table.columns[1:], row[1:], strict=True)
+            yield Text(row[0])
+            yield Padding(Text("\n").join(Text(f"{name}: {cell}") for name, cell in named), (0, 0, 0, 2))
+        if table.note:
+            yield Text(table.note, style="dim")
+
+    def _columns(self) -> rich.table.Table:
+        table = self.table
+        shown = rich.table.Table(
+            title=Text(table.title, style="bold"),
+            title_justify="left",
+            caption=Text(table.note, style="dim") if table.note else None,
+            caption_justify="left",
+            box=rich.box.SIMPLE_HEAD,
+            padding=(0, 1),
+            pad_edge=False,
+            collapse_padding=True,
+            show_edge=False,
+            show_header=not table.facts,
+        )
+        for i, name in enumerate(table.columns):
+            justify = "left" if table.left(i) else "right"
+            shown.add_column(Text(name), justify=justify, overflow="fold", no_wrap=not table.facts)
+        for row in table.rows:
+            shown.add_row(*(Text(cell) for cell in row))
+        return shown
 
 
 def to_markdown(table: Table) -> str:

@@ -40,6 +40,11 @@ def instruction_text(name: str) -> str:
     return path.read_text().strip()
 
 
+def mark_of(utility: np.ndarray) -> np.ndarray:
+    """The number of a mark, from utilities."""
+    return np.clip(np.round(2 * utility) + MARK_OF_ZERO, 0, len(MARKS) - 1).astype(np.int32)
+
+
 @dataclasses.dataclass(frozen=True)
 class TinyData:
     """Posts by seed, and their forms for policy and annotator; limits are in tokens."""
@@ -48,6 +53,7 @@ class TinyData:
     seed: int
     prompt_tokens: int
     response_tokens: int
+    writer: str = "reference"  # of the references
 
     def posts(self, split: str, indices: Sequence[int] | np.ndarray) -> list[world.Post]:
         """Posts by their number in a split."""
@@ -85,11 +91,13 @@ class TinyData:
     def text(self, tokens: np.ndarray, mask: np.ndarray) -> str:
         """The summary of a response's tokens [R]."""
         stop = self.tokenizer.stop_ids
-        return self.tokenizer.decode([token for token, kept in zip(tokens, mask, strict=True) if kept and token not in stop]).strip()
+        return self.tokenizer.decode(
+            [token for token, kept in zip(tokens, mask, strict=True) if kept and token not in stop]
+        ).strip()
 
     def references(self, split: str, indices: Sequence[int] | np.ndarray) -> list[str]:
         """The reference summaries of posts by their number in a split."""
-        return [writers.reference(self.seed, split, int(index)) for index in indices]
+        return [writers.reference(self.seed, split, int(index), self.writer) for index in indices]
 
     def sft_batch(self, split: str, indices: np.ndarray) -> Arrays:
         """Prompts and references, for fine-tuning."""
@@ -123,8 +131,9 @@ class TinyData:
         """Judged pairs of fresh candidates under instructions in turn, with dense targets, for training an annotator.
 
         A share of `lists` of the pairs are word lists, see writers.word_lists.
-        words [B, 2, R]: 1 where a word adds to the score, 0 where it doesn't, -1 elsewhere; mark [B, 2]: the summary's
-        mark under the row's instruction; label [B]: 1 where the first is better, 0 where the second is, 1/2 for a tie.
+        words [B, 2, R]: at each word, 1 where it adds to the score and 0 where it doesn't; marks [B, 2, R]: at each comma,
+        the mark of the summary so far under the row's instruction; -1 elsewhere. mark [B, 2]: the whole summary's.
+        label [B]: 1 where the first is better, 0 where the second is, 1/2 for a tie.
         """
         texts = {name: templates.instruction(name) for name in instructions}
         width = max(self.question_tokens(text) for text in texts.values())
@@ -138,15 +147,21 @@ class TinyData:
             else writers.candidates(rng, post.topics, limit)
             for post in posts
         ]
-        rows = [self.tokenizer.encode(templates.annotation(p.text, texts[n])) for p, n in zip(posts, names, strict=True)]
+        rows = [
+            self.tokenizer.encode(templates.annotation(p.text, texts[n])) for p, n in zip(posts, names, strict=True)
+        ]
         questions, question_valid = left_pad(rows, width, self.tokenizer.pad_id, "question")
         words = np.full((batch, 2, self.response_tokens), -1, np.int32)
-        utility = np.zeros((batch, 2))
+        marks, utility = np.full_like(words, -1), np.zeros((batch, 2))
         for i, (post, name, pair) in enumerate(zip(posts, names, pairs, strict=True)):
             for j, named in enumerate(pair):
                 # One word is one token, and every other token is a comma.
-                words[i, j, : 2 * len(named) : 2] = [w in post.topics and w not in named[:k] for k, w in enumerate(named)]
-                utility[i, j] = gold.utility(post.text, world.join(named), name)
+                words[i, j, : 2 * len(named) : 2] = [
+                    w in post.topics and w not in named[:k] for k, w in enumerate(named)
+                ]
+                useful = [gold.utility(post.text, world.join(named[:k]), name) for k in range(len(named) + 1)]
+                marks[i, j, 1 : 2 * max(len(named), 1) - 1 : 2] = mark_of(np.array(useful[1:-1]))
+                utility[i, j] = useful[-1]
         difference = utility[:, 0] - utility[:, 1]
         joined = [[world.join(named) for named in pair] for pair in pairs]
         return {
@@ -154,6 +169,7 @@ class TinyData:
             "question_valid": question_valid,
             **self.responses(joined, stop=False),
             "words": words,
-            "mark": np.clip(np.round(2 * utility) + MARK_OF_ZERO, 0, len(MARKS) - 1).astype(np.int32),
+            "marks": marks,
+            "mark": mark_of(utility),
             "label": np.where(np.abs(difference) < 1e-6, 0.5, difference > 0).astype(np.float32),
         }

@@ -18,8 +18,13 @@ class Style:
     shuffle: float = 0.0  # of naming the topics in another order than the post's
 
 
-# Who wrote the references: good enough to learn from, and far from the best (about half of the largest score).
-REFERENCE = Style(keep=0.72, repeat=0.07, invent=0.09, chatter=0.10)
+# Who wrote what policies are fine-tuned on. The references are good enough to learn from and far from the best (about
+# half of the largest score); the policies behind the offline pairs learned from worse and from better ones.
+STYLES = {
+    "reference": Style(keep=0.72, repeat=0.07, invent=0.09, chatter=0.10),
+    "careless": Style(keep=0.55, repeat=0.15, invent=0.20, chatter=0.25),
+    "careful": Style(keep=0.80, repeat=0.03, invent=0.05, chatter=0.05),
+}
 
 
 def write(rng: np.random.Generator, topics: tuple[str, ...], style: Style) -> list[str]:
@@ -45,10 +50,10 @@ def invention(rng: np.random.Generator, topics: tuple[str, ...]) -> str:
     return word
 
 
-def reference(seed: int, split: str, index: int, style: Style = REFERENCE) -> str:
-    """The reference summary of a post, as SFT sees it."""
+def reference(seed: int, split: str, index: int, writer: str = "reference") -> str:
+    """The reference summary of a post, as SFT sees it, by one of the writers in STYLES."""
     topics = world.post(seed, split, index).topics
-    return world.join(write(world.generator(seed, split, index, purpose=1), topics, style)[: world.MAX_WORDS])
+    return world.join(write(world.generator(seed, split, index, purpose=1), topics, STYLES[writer])[: world.MAX_WORDS])
 
 
 def random_style(rng: np.random.Generator) -> Style:
@@ -111,7 +116,8 @@ def word_lists(rng: np.random.Generator, topics: tuple[str, ...], limit: int) ->
 
     def one() -> list[str]:
         return [
-            str(topics[rng.integers(len(topics))]) if rng.random() < 0.5 else invention(rng, topics) for _ in range(limit)
+            str(topics[rng.integers(len(topics))]) if rng.random() < 0.5 else invention(rng, topics)
+            for _ in range(limit)
         ]
 
     return one(), one()
