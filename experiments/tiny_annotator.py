@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     """The keys of common.base() and what is set here, locked."""
     config = common.base()
     config.method = "annotator"
-    config.steps = 4000
+    config.steps = 2500
     config.policy.init = "scratch"
     config.policy.shape.width = 96
     config.policy.shape.layers = 5

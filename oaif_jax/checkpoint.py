@@ -38,6 +38,10 @@ class CheckpointError(UserError):
     """A checkpoint that is absent, damaged or of another structure: one line with path, fault and what to do."""
 
 
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
 def _not_from_orbax(record: logging.LogRecord) -> bool:
     """Orbax logs to absl's logger; what matters of it is raised, the rest would tear the progress bar."""
     return "/orbax/" not in record.pathname
@@ -158,7 +162,7 @@ class Reader:
             try:
                 return checkpointer.restore(path, args=args)
             except ValueError as error:  # equal leaves in other containers, such as one more stateless optax transform
-                raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error
+                raise CheckpointError(f"{path}: {_line(error)}") from error
 
     def _named(self) -> list[int]:
         """Steps that have a directory, complete or not."""
@@ -224,7 +228,11 @@ class Checkpoints(Reader):
                     shutil.rmtree(path)
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         registry.add(None, ocp.args.PyTreeSave, _handler())  # None: for every item
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(handler_registry=registry))
+        # Directories made asynchronously that can't be made leave threads behind, for which the process waits minutes.
+        made_first = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        options = ocp.CompositeOptions(async_options=made_first)
+        handler = ocp.CompositeCheckpointHandler(handler_registry=registry, composite_options=options)
+        self._orbax = ocp.AsyncCheckpointer(handler, async_options=made_first)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
     def save(self, step: int, items: Mapping[str, Any], meta: dict, *, metric: float | None = None) -> None:
@@ -242,7 +250,10 @@ class Checkpoints(Reader):
         leaves = {name: _describe(tree) for name, tree in items.items()}
         record = json.dumps({"step": step, "metric": metric, "leaves": leaves, "meta": meta})  # now: meta may change
         args = ocp.args.Composite(**{name: ocp.args.PyTreeSave(tree) for name, tree in items.items()})
-        self._orbax.save(path.with_suffix(".unfinished"), args=args, force=True)
+        try:
+            self._orbax.save(path.with_suffix(".unfinished"), args=args, force=True)
+        except OSError as error:
+            raise CheckpointError(f"{path}: can't be saved: {_line(error)}") from error
         self._pending = self._thread.submit(self._finish, path, record)
 
     def wait(self) -> None:
@@ -254,7 +265,7 @@ class Checkpoints(Reader):
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoint")  # else others might not see process 0's rename yet
         if error is not None:
-            raise CheckpointError(f"{self.directory}: a save failed and doesn't count: {error}") from error
+            raise CheckpointError(f"{self.directory}: a save failed and doesn't count: {_line(error)}") from error
 
     def close(self) -> None:
         """`wait`, and the end of the threads."""

@@ -21,6 +21,11 @@ def flatten(nested: Mapping, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield f"{prefix}{name}", float(value)
 
 
+def json_lines(records: list[dict]) -> str:
+    """One object a line."""
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
 class MetricsLog:
     """Appends metrics of training and evaluation steps to `workdir`, after dropping what lies beyond `step`."""
 
@@ -61,7 +66,7 @@ class MetricsLog:
 
     def write_samples(self, name: str, records: list[dict]) -> None:
         """The samples of one evaluation."""
-        atomic_write_text(self.samples / f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        atomic_write_text(self.samples / f"{name}.jsonl", json_lines(records))
 
     def close(self) -> None:
         """Ends both records."""

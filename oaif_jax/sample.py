@@ -83,7 +83,7 @@ def sample(
         t = state.t
         drawn = draw(params, state.hidden, keys, t, sampler=sampler, cfg=cfg)
         drawn = jnp.where(state.finished, sampler.pad_id, drawn)
-        stopped = jnp.any(drawn[..., None] == jnp.array(sampler.stop_ids), axis=-1)
+        stopped = jnp.any(drawn[..., None] == jnp.array(sampler.stop_ids)[None, None], axis=-1)
         positions = jnp.broadcast_to(lengths[:, None] + t, drawn.shape)
         hidden, suffix = transformer.decode(
             params, drawn, positions, prefix, prompt_valid, state.suffix, t, cfg=cfg, compute=compute
@@ -137,3 +137,9 @@ def restrict(logits: Float[Array, "M V"], top_k: int, top_p: float) -> Float[Arr
         least = jnp.min(jnp.where(kept, ordered, math.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < least, transformer.MASKED, logits)
     return logits
+
+
+if __name__ == "__main__":
+    from oaif_jax import respond
+
+    respond.main()

@@ -12,7 +12,7 @@ from oaif_jax.models import heads
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.step import Batch, Contribution, Sums, mean_of
 
-WORD_WEIGHT, MARK_WEIGHT, SWAP_WEIGHT = 1.0, 0.5, 0.02
+WORD_WEIGHT, MARK_WEIGHT, SWAP_WEIGHT, TIE_WEIGHT = 1.0, 0.5, 0.02, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +60,11 @@ class AnnotatorObjective:
 def annotator_loss(params, batch: Batch, *, objective: AnnotatorObjective) -> tuple[Float[Array, ""], Sums]:
     """The summed loss of B judged pairs, and its metrics.
 
-    - the answer: cross-entropy of the two answer tokens, in both orders, where the judge isn't undecided;
+    - the answer: cross-entropy of the two answer tokens, in both orders; half as much where the judge sees a tie;
     - at each word of both summaries (yes or no): does it add to the score?
     - at each comma the mark of the summary so far, and after each summary its mark. One answer a row is too little to
       learn from; these two say why it is the answer;
-    - the two orders' log-odds should agree, where the judge is undecided too.
+    - the two orders' log-odds should agree.
     """
     template, tokens = objective.template, batch["responses"].shape[-1]
     hidden = llm.order_hidden(
@@ -93,7 +93,9 @@ def annotator_loss(params, batch: Batch, *, objective: AnnotatorObjective) -> tu
     odds = jnp.stack([odds[:, 0], -odds[:, 1]], axis=1)  # log-odds that the first response is better, by order
     label = batch["label"][:, None]
     decided = (label != 0.5).astype(jnp.float32)
-    answer = decided * (jax.nn.softplus(odds) - label * odds)
+    choice = batch["choice"][:, None]
+    weight = jnp.where(choice == 0.5, 0.0, jnp.where(decided > 0, 1.0, TIE_WEIGHT))
+    answer = weight * (jax.nn.softplus(odds) - choice * odds)
     per_pair = jnp.sum(answer, axis=1) / 2 + SWAP_WEIGHT * jnp.square(odds[:, 0] - odds[:, 1])
     rows = len(batch["questions"])
     loss = jnp.sum(per_pair) + rows * (WORD_WEIGHT * word_loss / word_count + MARK_WEIGHT * mark_loss / mark_count)

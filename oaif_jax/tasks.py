@@ -169,7 +169,7 @@ def _online(cfg: Config, data: TinyData, pair: step.PairObjective, annotator: Mo
             a, b = (gold.utility(post.text, data.text(t, m), named) for t, m in zip(tokens, mask, strict=True))
             useful.append(a - b)
         agreed = verdicts.agreement(outputs["p_orders"], np.array(useful), outputs["identical"])
-        return {"annotator.gold_agreement": agreed["gold_agreement"], "annotator.decided": agreed["decided"]}
+        return {f"annotator.{name}": agreed[name] for name in ("gold_agreement", "decided") if name in agreed}
 
     return functools.partial(step.online, objective=objective), batch, observe
 

@@ -9,6 +9,8 @@ import dataclasses
 import functools
 import math
 import pathlib
+import shlex
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -170,6 +172,7 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
     summary = summarise(cfg, metrics, history, environment) | {
         "evaluated_step": final_step,
         "seconds": seconds_before + time.monotonic() - began,
+        "command": shlex.join(sys.orig_argv),
         "params_sha256": sha256_of_tree(jax.tree.map(np.asarray, training.params)),
     }
     atomic_write_json(workdir / "summary.json", summary)
@@ -195,8 +198,8 @@ HISTORY = ("annotator.order_agreement", "annotator.gold_agreement")
 def add_to_history(history: dict, metrics: Mapping[str, float]) -> None:
     """Adds a step to the run's averages, weighted by the pairs that each is a share of."""
     for name in HISTORY:
-        value = metrics.get(name, math.nan)
-        if math.isfinite(value):
+        if name in metrics:
+            value = metrics[name]
             weight = metrics["annotator.decided"] if name.endswith("gold_agreement") else 1.0 - metrics["identical"]
             total, count = history.get(name, (0.0, 0.0))
             history[name] = (total + value * weight, count + weight)
@@ -206,9 +209,6 @@ def summarise(cfg: Config, metrics: Mapping[str, Any], history: dict, environmen
     """summary.json, but for what only the end of the run knows."""
     summary = {
         "method": cfg.method,
-        "loss": cfg.loss.name,
-        "beta": cfg.loss.beta,
-        "instruction": cfg.annotator.instruction,
         "seed": cfg.seed,
         "steps": cfg.steps,
         "split": cfg.eval.final_split,
@@ -216,8 +216,15 @@ def summarise(cfg: Config, metrics: Mapping[str, Any], history: dict, environmen
         **environment,
         **metrics,
     }
+    if cfg.method in ("online", "offline"):
+        summary |= {"loss": cfg.loss.name, "beta": cfg.loss.beta}
     if cfg.method == "online":
-        averages = {name.removeprefix("annotator."): history[name][0] / history[name][1] for name in HISTORY}
+        summary["instruction"] = cfg.annotator.instruction
+        averages = {
+            name.removeprefix("annotator."): history[name][0] / history[name][1]
+            for name in HISTORY
+            if name in history and history[name][1] > 0
+        }
         summary["annotator"] = averages | {when: history[when] for when in ("start", "end")}
     return summary
 

@@ -1,6 +1,7 @@
 """What all tests share: eight CPU devices, strict shapes and types, warnings as errors, and a compilation cache.
 
-The settings are environment variables, set before the first import of jax, so that a test's child processes have them too.
+The settings are environment variables, set before the first import of jax, so that a test's child processes have them
+too; one that is to see a single device takes DEVICES_FLAG out of its XLA_FLAGS.
 """
 
 import os
@@ -8,9 +9,10 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEVICES = 8
+DEVICES_FLAG = f"--xla_force_host_platform_device_count={DEVICES}"
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}".strip()
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # The second run of the suite compiles next to nothing: every program is kept, however small and quick to compile.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))

@@ -571,7 +571,7 @@ def test_no_text_of_a_run_becomes_markup(tmp_path):
     write_plain_run(workdir, bad, sft_lines(), {bad: bad, "command": bad, "versions": {bad: bad}, "device": bad})
     (workdir / "config.json").write_text(json.dumps({bad: {bad: bad, "list": [bad]}}))
     sample = dict.fromkeys(("prompt", "policy", "reference"), HOSTILE + bad)
-    write_lines(workdir / "samples" / "final.jsonl", [sample])
+    write_lines(workdir / "samples" / "<img src=x>.jsonl", [sample])
     lines = [*sft_lines(), {"step": 4, "kind": "eval", bad: 1.0, f"annotator.{bad}.gold_agreement": 0.5}]
     write_lines(workdir / "metrics.jsonl", lines)
     text = html.report(report.load(workdir))

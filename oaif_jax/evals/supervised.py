@@ -97,5 +97,5 @@ def annotator(
             parts.append((np.asarray(orders), batch["label"] - 0.5))
         orders, difference = (np.concatenate(part) for part in zip(*parts, strict=True))
         found[name] = verdicts.agreement(orders, difference, np.zeros(len(orders), bool))
-    accuracy = float(np.mean([each["gold_agreement"] for each in found.values()]))
+    accuracy = float(np.mean([each.get("gold_agreement", 0.5) for each in found.values()]))
     return {"validation_loss": 1.0 - accuracy, "accuracy": accuracy, "annotator": found}

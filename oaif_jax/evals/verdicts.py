@@ -44,19 +44,14 @@ def by_orders(p_orders: np.ndarray, identical: np.ndarray) -> np.ndarray:
 
 def agreement(p_orders: np.ndarray, gold_difference: np.ndarray, identical: np.ndarray) -> dict:
     """How an annotator does on pairs: agreement of its two orders (identical pairs left out), agreement of its averaged
-    preference with gold (gold's ties left out too), and the numbers of pairs these are shares of."""
+    preference with gold (gold's ties left out too), and the numbers of pairs these are shares of (a share of none is absent)."""
     different = ~identical
     orders = (p_orders[:, 0] > 0.5) == (p_orders[:, 1] > 0.5)
     decided = different & (np.abs(gold_difference) > 1e-9)
     right = (p_orders.mean(axis=1) > 0.5) == (gold_difference > 0)
-    return {
-        "order_agreement": share(orders, different),
-        "gold_agreement": share(right, decided),
-        "pairs": int(different.sum()),
-        "decided": int(decided.sum()),
-    }
-
-
-def share(values: np.ndarray, among: np.ndarray) -> float:
-    """The share of true values among some; nan where there are none."""
-    return float(values[among].mean()) if among.any() else math.nan
+    found = {"pairs": int(different.sum()), "decided": int(decided.sum())}
+    if different.any():
+        found["order_agreement"] = float(orders[different].mean())
+    if decided.any():
+        found["gold_agreement"] = float(right[decided].mean())
+    return found

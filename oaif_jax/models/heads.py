@@ -12,7 +12,7 @@ def logits(params: Params, hidden: Float[Array, "M D"], *, cfg: ModelConfig) -> 
     """Float32 logits of a few positions; ids beyond the tokenizer's vocabulary are masked."""
     embedding = params["embedding"].astype(hidden.dtype)
     logits_MV = jnp.einsum("MD,VD->MV", hidden, embedding, preferred_element_type=jnp.float32)
-    return jnp.where(jnp.arange(logits_MV.shape[-1]) < cfg.vocab_size, logits_MV, MASKED)
+    return jnp.where(jnp.arange(logits_MV.shape[-1])[None] < cfg.vocab_size, logits_MV, MASKED)
 
 
 def token_logprobs(
@@ -36,7 +36,7 @@ def token_logprobs(
     def one_chunk(hidden_MD, targets_M):
         logits_MV = logits(params, hidden_MD, cfg=cfg)
         # A comparison instead of a gather: it fuses into the sum, and its gradient is no scatter.
-        hit_MV = jnp.arange(logits_MV.shape[-1]) == targets_M[:, None]
+        hit_MV = jnp.arange(logits_MV.shape[-1])[None] == targets_M[:, None]
         return jnp.sum(jnp.where(hit_MV, logits_MV, 0.0), axis=-1) - jax.nn.logsumexp(logits_MV, axis=-1)
 
     logprobs_XM = jax.lax.map(lambda xs: one_chunk(*xs), (hidden_XMD, targets_XM))

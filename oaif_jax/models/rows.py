@@ -38,8 +38,9 @@ def trunk_mask(valid: Bool[Array, "*batch S"]) -> Bool[Array, "*batch S S"]:
                       0 1 1
     """
     slots = valid.shape[-1]
-    causal = jnp.tril(jnp.ones((slots, slots), bool))
-    return (causal & valid[..., None, :]) | jnp.eye(slots, dtype=bool)
+    above = tuple(range(valid.ndim - 1))
+    causal = jnp.expand_dims(jnp.tril(jnp.ones((slots, slots), bool)), above)
+    return (causal & valid[..., None, :]) | jnp.expand_dims(jnp.eye(slots, dtype=bool), above)
 
 
 def trunk(tokens: Int[Array, "B S"], valid: Bool[Array, "B S"]) -> Rows:

@@ -44,14 +44,15 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return (y * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+        scale = jnp.expand_dims(scale.astype(jnp.float32), tuple(range(x.ndim - 1)))
+        return (y * (1.0 + scale)).astype(x.dtype)
 
 
 def rotate(x: Float[Array, "*batch H"], positions: Int[Array, "*#batch"], theta: float) -> Float[Array, "*batch H"]:
     """Rotary position embedding; the angles belong to positions, never to columns."""
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    angles = positions.astype(jnp.float32)[..., None] * jnp.expand_dims(frequencies, tuple(range(positions.ndim)))
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -108,7 +109,7 @@ def attend_rows(q: Array, k: Array, v: Array, rows: Rows) -> Float[Array, "B K G
     return jnp.concatenate([attended, branches], axis=3)
 
 
-def init_qkv(key: Array, shape: tuple[int, int, int, int]) -> Float[Array, "D K G+2 H"]:
+def init_qkv(key: Array, shape: tuple[int, int, int, int]) -> Float[Array, "D K Gqkv H"]:
     """Random projections whose keys start as the first group's queries, so that each head starts by looking for its own
     content. Finding a word of a summary again in the post is what small models here learn last: from independent
     projections an annotator hadn't learned it after 1,000 steps, from these it had after a few hundred."""
@@ -175,7 +176,7 @@ class Block(nn.Module):
             for cache, new in zip(suffix, (k, v), strict=True)
         )
         own = tuple(jax.lax.dynamic_index_in_dim(cache, layer, 0, keepdims=False) for cache in suffix)
-        seen = jnp.arange(own[0].shape[-2]) <= t
+        seen = jnp.arange(own[0].shape[-2])[None, None, None, None, None] <= t
         return self.finish(x_PCD, attend_branches(q[:, :, :, :, None], prefix, own, prefix_valid, seen)), suffix
 
 

@@ -160,39 +160,39 @@ def _versions(run: Run) -> str:
 # ------------------------------------------------------------------------------------------------ samples
 
 
-def _sample_browser(run: Run) -> str:
-    """All samples of the last evaluation: a table of the first fifty, which the script searches, sorts and extends."""
-    samples = run.last_samples
-    if not samples:
-        return ""
-    rows = "".join(_sample_row(i, sample) for i, sample in enumerate(samples))
-    name = list(run.samples)[-1]
-    which = "the final evaluation" if name == FINAL else f"step {name.rpartition('_')[2].lstrip('0') or 0}"
-    controls = """<form class="controls" id="controls" hidden>
+CONTROLS = """<form class="controls" id="controls" hidden>
 <input type="search" id="filter" placeholder="Filter posts and summaries" aria-label="Filter">
 <select id="order" aria-label="Order">
 <option value="number">in their order</option>
-<option value="gain">policy's largest gains first</option>
-<option value="loss">policy's largest losses first</option>
+<option value="gain">largest gains first</option>
+<option value="loss">largest losses first</option>
 </select><output id="count"></output></form>"""
-    more = '<button id="more" hidden>Show more</button>'
-    theirs, ours = run.sides
-    head = "".join(f"<th scope=col>{name}</th>" for name in ("Post", theirs, ours, "Gold", "Judge"))
-    note = (
-        f"<p class=note>{len(samples)} posts of {escape(which)}. Gold: {ours}'s score less {theirs}'s. "
-        f"Judge: how sure the language-model judge is that {ours}'s response is better.</p>"
-    )
+
+
+def _sample_browser(run: Run) -> str:
+    """All samples of the last evaluation: a table of the first fifty, which the script searches, sorts and extends."""
+    samples, (theirs, ours) = run.last_samples, run.sides
+    if not samples:
+        return ""
+    judged = any(sample.judge is not None for sample in samples)
+    columns = ("Post", theirs, ours, "Gold", *(["Judge"] if judged else []))
+    head = "".join(f"<th scope=col>{name}</th>" for name in columns)
+    rows = "".join(_sample_row(i, sample, judged) for i, sample in enumerate(samples))
+    judge = f" Judge: how sure the language-model judge is that {ours}'s response is better." if judged else ""
+    name = list(run.samples)[-1]
+    evaluation = "the final evaluation" if name == FINAL else f"the evaluation {name}"
+    note = f"{len(samples)} posts of {evaluation}. Gold: {ours}'s score less {theirs}'s.{judge}"
     return _section(
         "Samples",
-        note,
-        controls,
+        f"<p class=note>{escape(note)}</p>",
+        CONTROLS,
         f'<div class="wide"><table class="samples" id="samples"><thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>",
-        more,
+        '<button id="more" hidden>Show more</button>',
     )
 
 
-def _sample_row(number: int, sample: Sample) -> str:
+def _sample_row(number: int, sample: Sample, judged: bool) -> str:
     difference = sample.gold_difference
     hidden = " hidden" if number >= SHOWN_FIRST else ""
     order = "" if difference is None else f' data-gain="{difference:.6g}"'
@@ -200,7 +200,7 @@ def _sample_row(number: int, sample: Sample) -> str:
     return (
         f"<tr{hidden}{order}><td class=post><small>{number + 1}</small>{escape(sample.prompt.strip())}</td>"
         f"{_response(sample.reference, sample.gold_reference)}{_response(sample.policy, sample.gold_policy)}"
-        f"<td>{_difference(difference)}</td><td>{judge}</td></tr>"
+        f"<td>{_difference(difference)}</td>" + (f"<td>{judge}</td></tr>" if judged else "</tr>")
     )
 
 
@@ -213,7 +213,8 @@ def _difference(value: float | None) -> str:
     if value is None:
         return ""
     kind = "gain" if value > 0 else "drop" if value < 0 else "even"
-    return f'<b class="{kind}">{value:+.2f}</b>'.replace("-", "\N{MINUS SIGN}") if value else '<b class="even">0.00</b>'
+    shown = f"{value:+.2f}".replace("-", "\N{MINUS SIGN}") if value else "0.00"
+    return f'<b class="{kind}">{shown}</b>'
 
 
 # ------------------------------------------------------------------------------------------------ style and script
@@ -250,7 +251,7 @@ tbody th { font-weight: 400; }
 .results > :first-child:not(:last-child) { grid-column: 1 / -1; }
 .results > :nth-child(3) { grid-row: span 2; }
 .results table { width: 100%; }
-.numbers td, .numbers th { white-space: nowrap; }
+.numbers td, .numbers thead th { white-space: nowrap; }
 .number { text-align: right; }
 .facts td { overflow-wrap: anywhere; }
 .facts tbody th { color: var(--muted); white-space: nowrap; padding-right: 20px; }

@@ -376,7 +376,8 @@ class Fitting:
         self, console: Console, options: ConsoleOptions
     ) -> Iterator[rich.table.Table | Text | Padding]:
         table, columns = self.table, self._columns()
-        if table.facts or Measurement.get(console, options, columns).minimum <= options.max_width:
+        wanted = Measurement.get(console, options.update(max_width=10_000), columns).maximum
+        if table.facts or wanted <= options.max_width:
             yield columns
             return
         yield Text(table.title, style="bold")

@@ -133,7 +133,8 @@ class TinyData:
         A share of `lists` of the pairs are word lists, see writers.word_lists.
         words [B, 2, R]: at each word, 1 where it adds to the score and 0 where it doesn't; marks [B, 2, R]: at each comma,
         the mark of the summary so far under the row's instruction; -1 elsewhere. mark [B, 2]: the whole summary's.
-        label [B]: 1 where the first is better, 0 where the second is, 1/2 for a tie.
+        label [B]: 1 where the first is better, 0 where the second is, 1/2 for a tie; choice [B]: the same with ties broken
+        by taste (gold.first_in_tie).
         """
         texts = {name: templates.instruction(name) for name in instructions}
         width = max(self.question_tokens(text) for text in texts.values())
@@ -162,8 +163,11 @@ class TinyData:
                 useful = [gold.utility(post.text, world.join(named[:k]), name) for k in range(len(named) + 1)]
                 marks[i, j, 1 : 2 * max(len(named), 1) - 1 : 2] = mark_of(np.array(useful[1:-1]))
                 utility[i, j] = useful[-1]
+        joined = [(world.join(first), world.join(second)) for first, second in pairs]
         difference = utility[:, 0] - utility[:, 1]
-        joined = [[world.join(named) for named in pair] for pair in pairs]
+        label = np.where(np.abs(difference) < 1e-6, 0.5, difference > 0).astype(np.float32)
+        taste = [gold.first_in_tie(post.text, *texts) for post, texts in zip(posts, joined, strict=True)]
+        taste = np.array([0.5 if is_first is None else is_first for is_first in taste], np.float32)
         return {
             "questions": questions,
             "question_valid": question_valid,
@@ -171,5 +175,6 @@ class TinyData:
             "words": words,
             "marks": marks,
             "mark": mark_of(utility),
-            "label": np.where(np.abs(difference) < 1e-6, 0.5, difference > 0).astype(np.float32),
+            "label": label,
+            "choice": np.where(label == 0.5, taste, label),
         }

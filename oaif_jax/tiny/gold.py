@@ -49,6 +49,21 @@ def utility(post: str, summary: str, instruction: str = "helpful") -> float:
     return score(post, summary) - BREVITY[instruction] * count * (count + 1) / 2
 
 
+def first_in_tie(post: str, first: str, second: str) -> bool | None:
+    """Which of two equally good summaries an annotator is taught to choose, so that it chooses the same one in both orders:
+    the one that names the post's earlier topics, then the shorter one, then the one in the post's order; None if neither.
+    """
+    places = {topic: place for place, topic in enumerate(world.topics_of(post))}
+
+    def taste(summary: str) -> tuple:
+        words = world.words(summary)
+        named = [places[word] for word in words if word in places]
+        return sorted(set(named)) + [len(places)], len(words), named
+
+    one, other = taste(first), taste(second)
+    return None if one == other else one < other
+
+
 @dataclasses.dataclass(frozen=True)
 class Rater:
     """A person who sees scores through noise, and may be taken in by length."""

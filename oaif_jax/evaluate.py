@@ -1,0 +1,56 @@
+"""Evaluates a run's model again, on any split and number of posts.
+
+    python -m oaif_jax.evaluate --workdir=runs/online_dpo --split=test --prompts=512 --checkpoint=best
+
+Writes WORKDIR/evaluations/NAME.json and NAME.jsonl (the samples) and prints the metrics; the run itself isn't touched.
+"""
+
+import dataclasses
+import pathlib
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from oaif_jax import cli, runs, sharding, state, tasks
+from oaif_jax.files import atomic_write_json, atomic_write_text
+from oaif_jax.metrics import flatten, json_lines
+
+
+def run(workdir: str | pathlib.Path, *, split: str = "test", prompts: int = 256, which: str = "best") -> dict:
+    """Metrics of checkpoint `which` (best, last or a step) on `prompts` posts of a split, by the run's own config."""
+    trained = runs.open_run(workdir, which)
+    evaluation = dataclasses.replace(trained.config.eval, prompts=prompts, final_prompts=prompts, final_split=split)
+    cfg = dataclasses.replace(trained.config, eval=evaluation)
+    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
+    sharding.check_batch(prompts, 1, mesh)
+    task = tasks.build(cfg, mesh)
+    metrics, records = task.finish(state.place(trained.params, mesh, "float32"))
+    found = {"step": trained.step, "split": split, "prompts": prompts, **metrics}
+    directory = trained.workdir / "evaluations"
+    directory.mkdir(exist_ok=True)
+    name = f"{split}_{prompts}_step_{trained.step:06d}"
+    atomic_write_json(directory / f"{name}.json", found)
+    atomic_write_text(directory / f"{name}.jsonl", json_lines(records))
+    return found
+
+
+def main() -> None:
+    """The command line."""
+    workdir = cli.define_workdir()
+    split = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "which posts")
+    prompts = flags.DEFINE_integer("prompts", 256, "how many posts", lower_bound=1)
+    which = flags.DEFINE_string("checkpoint", "best", "best, last or a step")
+
+    def call() -> None:
+        found = run(workdir.value, split=split.value, prompts=prompts.value, which=which.value)
+        table = Table("metric", "value", box=None)
+        for name, value in flatten({k: v for k, v in found.items() if k != "split"}):
+            table.add_row(name, f"{value:.4g}")
+        Console().print(table)
+
+    cli.run_main(call)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Rebuilds the tiny world's assets: tokenizer, policies, annotators, offline pairs.
+
+    python -m oaif_jax.tiny.build --workdir=runs/assets            everything, about an hour on two cores
+    python -m oaif_jax.tiny.build --workdir=runs/assets --only=sft
+
+Each model is an ordinary run of an experiment file; a stage that is finished in the workdir isn't trained again.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from absl import flags
+from rich.console import Console
+
+from oaif_jax import cli, runs, tasks, train
+from oaif_jax.data.jsonl import TextPair, write_pairs
+from oaif_jax.errors import UserError
+from oaif_jax.evals import preference
+from oaif_jax.models import files
+from oaif_jax.step import named_key
+from oaif_jax.tiny import gold, tokenizer_recipe, world
+from oaif_jax.tiny.data import ASSETS
+
+BUDGET = 8 * 2**20  # bytes, of all assets together
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """One of the policies that wrote the offline pairs: fine-tuned on a writer's references, and how it is sampled."""
+
+    name: str
+    style: str
+    seed: int
+    steps: int
+    temperature: float
+
+
+# Weaker and better than the SFT policy, which isn't among them: the pairs are off-policy, as in the paper.
+WRITERS = (
+    Writer("early", "reference", 11, 1000, 1.0),
+    Writer("careless", "careless", 12, 1800, 1.0),
+    Writer("careful", "careful", 13, 2400, 0.9),
+)
+PAIRS = 6400  # 200 steps of 32: what an online run of 200 steps sees
+MODELS = {"sft": "tiny_tldr_sft", "annotator": "tiny_annotator", "judge": "tiny_judge"}
+
+
+def build_tokenizer(workdir: pathlib.Path) -> None:
+    """tokenizer.model, trained on the world's texts."""
+    del workdir
+    ASSETS.mkdir(exist_ok=True)
+    tokenizer_recipe.train(ASSETS / "tokenizer.model")
+
+
+def build_model(name: str, workdir: pathlib.Path) -> None:
+    """NAME.safetensors: an experiment's best checkpoint, in bfloat16."""
+    file = f"experiments/{MODELS[name]}.py"
+    train.run(cli.load_config(file), workdir / name)
+    best = runs.open_run(workdir / name, "best")
+    recipe = f"python -m oaif_jax.train --config={file} (step {best.step})"
+    files.save(ASSETS / f"{name}.safetensors", best.params, best.cfg, recipe)
+
+
+def build_pairs(workdir: pathlib.Path) -> None:
+    """pairs.jsonl.gz: two different writers' summaries of each post, labelled by the raters' majority; with its recipe."""
+    for writer in WRITERS:
+        config = cli.load_config(f"experiments/{MODELS['sft']}.py")
+        overrides = {"data.writer": writer.style, "seed": str(writer.seed), "steps": str(writer.steps)}
+        cli.override(config, overrides)
+        train.run(config, workdir / f"writer_{writer.name}")
+    written = [write_summaries(writer, workdir / f"writer_{writer.name}") for writer in WRITERS]
+    pairs = []
+    for index in range(PAIRS):
+        rng = world.generator(0, "train", index, purpose=3)
+        post = world.post(0, "train", index).text
+        one, other = rng.choice(len(WRITERS), size=2, replace=False)
+        first, second = written[one][index], written[other][index]
+        is_first, _ = gold.pick(rng, post, first, second)
+        pairs.append(TextPair(post, *((first, second) if is_first else (second, first))))
+    write_pairs(ASSETS / "pairs.jsonl.gz", [pair for pair in pairs if pair.chosen != pair.rejected])
+    quality = {writer.name: quality_of(texts) for writer, texts in zip(WRITERS, written, strict=True)}
+    described = [dataclasses.asdict(writer) | {"gold_share": quality[writer.name]} for writer in WRITERS]
+    recipe = {"writers": described, "posts": PAIRS, "raters": [dataclasses.asdict(rater) for rater in gold.RATERS]}
+    (ASSETS / "pairs_recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+
+
+def write_summaries(writer: Writer, workdir: pathlib.Path) -> list[str]:
+    """A writer's summaries of the first PAIRS training posts; one that wasn't finished is drawn out to its limit."""
+    trained = runs.open_run(workdir, "last")
+    data = tasks.tiny_data(trained.config)
+    sampler = tasks.sampler_of(trained.config, data, writer.temperature)
+    texts: list[str] = []
+    for start in range(0, PAIRS, 128):
+        indices = np.arange(start, start + 128)
+        batch = data.prompts(data.posts("train", indices)) | {"rows": indices.astype(np.int32)}
+        key = named_key(jax.random.key(writer.seed), "pairs")
+        compute = tasks.compute_of(trained.config)
+        made = preference.respond(trained.params, batch, key, sampler=sampler, cfg=trained.cfg, compute=compute)
+        tokens, masks = np.asarray(made.tokens)[:, 0], np.asarray(made.mask)[:, 0]
+        texts += [data.text(t[:-1], m[:-1]) for t, m in zip(tokens, masks, strict=True)]
+    return texts
+
+
+def quality_of(texts: list[str]) -> float:
+    """Mean gold score as a share of the largest."""
+    posts = [world.post(0, "train", index) for index in range(len(texts))]
+    scores = [gold.score(post.text, text) for post, text in zip(posts, texts, strict=True)]
+    return round(sum(scores) / sum(len(post.topics) for post in posts), 4)
+
+
+STAGES: dict[str, Callable[[pathlib.Path], None]] = {
+    "tokenizer": build_tokenizer,
+    **{name: functools.partial(build_model, name) for name in MODELS},
+    "pairs": build_pairs,
+}
+
+
+def build(workdir: pathlib.Path, only: str = "") -> None:
+    """All stages in their order, or one; then the size of what there is."""
+    if only and only not in STAGES:
+        raise UserError(f"--only={only}: no such stage, there are {', '.join(STAGES)}")
+    for name in [only] if only else list(STAGES):
+        STAGES[name](workdir)
+    size = sum(path.stat().st_size for path in ASSETS.iterdir())
+    if size > BUDGET:
+        raise UserError(f"{ASSETS} holds {size} bytes, wanted at most {BUDGET}")
+    Console().print(f"assets: {size / 2**20:.1f} MiB in {ASSETS}")
+
+
+def main() -> None:
+    """The command line."""
+    workdir = flags.DEFINE_string("workdir", "runs/assets", "where the stages are trained")
+    only = flags.DEFINE_string("only", "", f"one stage: {', '.join(STAGES)}")
+    cli.run_main(lambda: build(pathlib.Path(workdir.value), only.value))
+
+
+if __name__ == "__main__":
+    main()
