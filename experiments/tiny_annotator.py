@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     """The keys of common.base() and what is set here, locked."""
     config = common.base()
     config.method = "annotator"
-    config.steps = 2500
+    config.steps = 1600
     config.policy.init = "scratch"
     config.policy.shape.width = 96
     config.policy.shape.layers = 5
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup = 200
     config.optimizer.b2 = 0.98
-    config.eval.every = 250
+    config.eval.every = 200
     config.eval.best = "validation_loss"
-    config.checkpoint.every = 250
+    config.checkpoint.every = 200
     return config.lock()

@@ -16,19 +16,19 @@ def get_config() -> ConfigDict:
     config = common.base()
     config.method = "annotator"
     config.seed = 1
-    config.steps = 6000
+    config.steps = 1600
     config.policy.init = "scratch"
-    config.policy.shape.width = 128
-    config.policy.shape.layers = 4
+    config.policy.shape.width = 96
+    config.policy.shape.layers = 6
     config.policy.shape.heads = 4
     config.policy.shape.kv_heads = 4
-    config.policy.shape.head_dim = 32
-    config.policy.shape.mlp = 384
-    config.optimizer.lr = 1.5e-3
+    config.policy.shape.head_dim = 24
+    config.policy.shape.mlp = 288
+    config.optimizer.lr = 1e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup = 200
     config.optimizer.b2 = 0.98
-    config.eval.every = 500
+    config.eval.every = 200
     config.eval.best = "validation_loss"
-    config.checkpoint.every = 500
+    config.checkpoint.every = 200
     return config.lock()

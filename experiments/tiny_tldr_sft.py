@@ -17,9 +17,9 @@ def get_config() -> ConfigDict:
     """The keys of common.base() and what is set here, locked."""
     config = common.base()
     config.method = "sft"
-    config.steps = 2400
+    config.steps = 3000
     config.policy.init = "scratch"
-    config.optimizer.lr = 1e-3
+    config.optimizer.lr = 2e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup = 100
     config.eval.every = 200

@@ -257,13 +257,15 @@ class Checkpoints(Reader):
         self._pending = self._thread.submit(self._finish, path, record)
 
     def wait(self) -> None:
-        """Returns when the last save is complete; CheckpointError if it failed."""
+        """Returns when the last save is complete; CheckpointError if it failed, or found an older one damaged."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
         error = pending.exception()
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoint")  # else others might not see process 0's rename yet
+        if isinstance(error, CheckpointError):  # the save is complete, an older checkpoint is damaged
+            raise error
         if error is not None:
             raise CheckpointError(f"{self.directory}: a save failed and doesn't count: {_line(error)}") from error
 

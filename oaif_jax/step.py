@@ -88,7 +88,9 @@ def row_keys(key: Array, rows: Int[Array, " B"]) -> Array:
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
-def mean_of(values: Float[Array, " B"] | Bool[Array, " B"], weight: Float[Array, " B"] | None = None) -> Float[Array, "2"]:
+def mean_of(
+    values: Float[Array, " B"] | Bool[Array, " B"], weight: Float[Array, " B"] | Bool[Array, " B"] | None = None
+) -> Float[Array, "2"]:
     """[sum, count], to be added up over micro-batches and divided at the end."""
     values = values.astype(jnp.float32)
     weight = jnp.ones_like(values) if weight is None else weight.astype(jnp.float32)

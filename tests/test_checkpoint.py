@@ -245,6 +245,16 @@ def test_a_damaged_one_hides_no_other(saved):
         Reader(saved).verify(120)
 
 
+def test_a_save_that_finds_an_older_one_damaged(saved):
+    spoilt = saved / "40" / "meta.json"
+    spoilt.write_text(spoilt.read_text().replace("0.5", "0.9"))
+    with Checkpoints(saved, keep=1) as checkpoints:
+        checkpoints.save(160, items_of(160), {})
+        with pytest.raises(CheckpointError, match=f"^{spoilt}: differs.*delete {saved / '40'} to go on from step 160$"):
+            checkpoints.wait()
+        assert checkpoints.steps() == [40, 80, 120, 160]  # nothing is deleted on the word of a damaged file
+
+
 @pytest.mark.parametrize(
     ("change", "fault"),
     [

@@ -21,9 +21,9 @@ class Style:
 # Who wrote what policies are fine-tuned on. The references are good enough to learn from and far from the best (about
 # half of the largest score); the policies behind the offline pairs learned from worse and from better ones.
 STYLES = {
-    "reference": Style(keep=0.72, repeat=0.07, invent=0.09, chatter=0.10),
+    "reference": Style(keep=0.75, repeat=0.05, invent=0.06, chatter=0.08),
     "careless": Style(keep=0.55, repeat=0.15, invent=0.20, chatter=0.25),
-    "careful": Style(keep=0.80, repeat=0.03, invent=0.05, chatter=0.05),
+    "careful": Style(keep=0.82, repeat=0.03, invent=0.04, chatter=0.04),
 }
 
 

@@ -1,0 +1,400 @@
+"""The fused step: the same numbers on every mesh and in any number of parts, and nothing moves that shouldn't."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from fakes import COMPUTE, MODEL, left_padded, make_params, right_padded
+from jax.sharding import Mesh
+
+from oaif_jax import losses, sharding, state, step, tasks
+from oaif_jax.annotators.llm import Template
+from oaif_jax.models.config import ModelConfig
+from oaif_jax.sample import Sampler
+
+ANNOTATOR = ModelConfig(vocab_size=47, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, mlp=40)
+ROWS, SLOTS, RESPONSE = 16, 7, 6
+STOP = (1, 2, 5, 8, 9)  # several: random models stop now and then
+SAMPLER = Sampler(temperature=0.9, top_k=0, top_p=1.0, max_tokens=RESPONSE, stop_ids=STOP, pad_id=0)
+TEMPLATE = Template(first=(3, 4), second=(3, 6), closing=(7,), answers=(10, 11))
+PAIR = step.PairObjective("dpo", 0.1, MODEL, MODEL, COMPUTE)
+ONLINE = step.OnlineObjective(PAIR, SAMPLER, ANNOTATOR, TEMPLATE, missing_eos="loses")
+TX = optax.chain(optax.adamw(1e-2, weight_decay=0.1))
+KEY = jax.random.key(11)
+MESHES = {"one device": (1, 1, 1), "2x2x2": (2, 2, 2)}
+
+
+def mesh_of(name: str) -> Mesh:
+    shape = MESHES[name]
+    return sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+
+
+def models() -> tuple[dict, dict]:
+    """A policy, and what is frozen: another model as the reference, so that the margins aren't all 0, and an annotator."""
+    return make_params(MODEL, 0), {"reference": make_params(MODEL, 1), "annotator": make_params(ANNOTATOR, 2)}
+
+
+def prompts(seed: int = 0) -> dict[str, np.ndarray]:
+    tokens, valid = left_padded(seed, ROWS, SLOTS)
+    questions, question_valid = left_padded(seed + 100, ROWS, SLOTS + 4)
+    batch = {"prompts": tokens, "prompt_valid": valid, "questions": questions, "question_valid": question_valid}
+    return jax.tree.map(np.asarray, batch) | {"rows": np.arange(ROWS, dtype=np.int32)}
+
+
+def place(tree, mesh: Mesh):
+    return state.place(tree, mesh, "float32")
+
+
+@functools.cache
+def online(mesh_name: str = "one device", parts: int = 1) -> step.Contribution:
+    """What the online step adds up, on the host."""
+    mesh = mesh_of(mesh_name)
+    params, frozen = models()
+
+    @jax.jit
+    def contribute(params, frozen, batch):
+        one = lambda micro: step.online(params, frozen, micro, KEY, objective=ONLINE)
+        return step.add_up(one, batch, parts)
+
+    frozen = {name: place(tree, mesh) for name, tree in frozen.items()}
+    return jax.device_get(contribute(place(params, mesh), frozen, tasks.place(prompts(), mesh)))
+
+
+def assert_gradients_close(got, want, rtol: float) -> None:
+    """Element by element; below a hundred-thousandth of the leaf's largest gradient, float32 sums in another order differ
+    by more than rtol of what is left after cancellation."""
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        scale = np.abs(b).max()
+        assert scale > 0, path
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-5 * scale, err_msg=str(path))
+
+
+def assert_same_step(got: step.Contribution, want: step.Contribution) -> None:
+    for name in ("responses", "mask", "identical"):
+        np.testing.assert_array_equal(got.outputs[name], want.outputs[name], err_msg=name)
+    np.testing.assert_allclose(got.outputs["p_orders"], want.outputs["p_orders"], rtol=1e-5)
+    np.testing.assert_allclose(got.loss, want.loss, rtol=1e-5)
+    assert got.weight == want.weight
+    for name, sums in want.sums.items():
+        np.testing.assert_allclose(got.sums[name], sums, rtol=1e-5, atol=1e-5, err_msg=name)
+    assert_gradients_close(got.gradients, want.gradients, rtol=1e-5)
+
+
+def test_the_pairs_are_worth_testing_with():
+    """Both verdicts, both endings, several lengths: else the tests below would show little."""
+    outputs, sums = online().outputs, online().sums
+    mask = outputs["mask"]
+    finished = np.any(np.isin(outputs["responses"], STOP) & mask, axis=-1)
+    assert 0 < finished.mean() < 1
+    assert len(set(mask.sum(-1).flat)) > 2
+    assert np.any(finished[:, 0] != finished[:, 1])
+    p_first = outputs["p_orders"].mean(-1)
+    assert 0.2 < np.mean(p_first > 0.5) < 0.8
+    assert np.abs(p_first - 0.5).min() > 1e-5  # no label hangs on rounding
+    assert online().weight == ROWS
+    assert sums["margin"][0] != 0
+    assert sums["finished"][0] / sums["finished"][1] == pytest.approx(finished.mean())
+
+
+# ------------------------------------------------------------------------------------------------ meshes and parts
+
+
+def test_eight_devices_give_what_one_gives():
+    assert_same_step(online("2x2x2"), online())
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_add_up_to_the_whole_in_row_order(parts):
+    assert_same_step(online(parts=parts), online())
+
+
+def test_parts_on_eight_devices():
+    assert_same_step(online("2x2x2", 4), online())
+
+
+def test_tokens_belong_to_rows_not_to_places_in_the_batch():
+    params, frozen = models()
+    order = np.random.default_rng(0).permutation(ROWS)
+    batch = {name: x[order] for name, x in prompts().items()}
+    made = jax.jit(lambda *args: step.collect(*args, online=ONLINE)[0])(params, frozen["annotator"], batch, KEY)
+    np.testing.assert_array_equal(made.responses, online().outputs["responses"][order])
+
+
+# ------------------------------------------------------------------------------------------------ what is differentiated
+
+
+def pairs_of(outputs: dict) -> dict[str, np.ndarray]:
+    """The batch that the offline objective takes, from what online collected."""
+    finished = np.any(np.isin(outputs["responses"], STOP) & outputs["mask"], axis=-1)
+    first = outputs["p_orders"].mean(-1) > 0.5
+    first = np.where(finished[:, 0] == finished[:, 1], first, finished[:, 0])
+    batch = {name: x for name, x in prompts().items() if name.startswith("prompt")}
+    return batch | {"responses": outputs["responses"], "mask": outputs["mask"], "first_is_better": first}
+
+
+def test_offline_on_the_collected_pairs_is_the_same_step():
+    """So nothing of the gradient comes from sampling or annotating: offline sees tokens and labels only."""
+    params, frozen = models()
+    offline = jax.jit(functools.partial(step.offline, objective=PAIR))
+    got = jax.device_get(offline(params, {"reference": frozen["reference"]}, pairs_of(online().outputs), KEY))
+    want = online()
+    np.testing.assert_allclose(got.loss, want.loss, rtol=1e-5)
+    assert_gradients_close(got.gradients, want.gradients, rtol=1e-5)
+    for name, sums in got.sums.items():
+        np.testing.assert_allclose(sums, want.sums[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_swapped_responses_with_the_other_label_are_the_same_pairs():
+    params, frozen = models()
+    offline = jax.jit(functools.partial(step.offline, objective=PAIR))
+    batch = pairs_of(online().outputs)
+    swapped = batch | {name: batch[name][:, ::-1] for name in ("responses", "mask")}
+    swapped["first_is_better"] = ~batch["first_is_better"]
+    one, other = (offline(params, {"reference": frozen["reference"]}, each, KEY) for each in (batch, swapped))
+    np.testing.assert_allclose(one.loss, other.loss, rtol=1e-6)
+    assert_gradients_close(one.gradients, other.gradients, rtol=1e-5)
+
+
+def test_reference_and_annotator_get_no_gradient():
+    params, frozen = models()
+    loss = lambda frozen: step.online(params, frozen, prompts(), KEY, objective=ONLINE).loss
+    gradients = jax.jit(jax.grad(loss))(frozen)
+    assert jax.tree.structure(gradients) == jax.tree.structure(frozen)
+    assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(gradients))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(online().gradients))
+
+
+def test_gradient_is_the_losses_slope():
+    """A small step along the gradient changes the loss of the same pairs by its squared norm."""
+    params, frozen = models()
+    offline = jax.jit(functools.partial(step.offline, objective=PAIR))
+    batch, gradients = pairs_of(online().outputs), online().gradients
+    squared = sum(float(np.sum(np.square(leaf))) for leaf in jax.tree.leaves(gradients))
+    size = 1e-2 / squared**0.5  # far above float32's noise, small enough for the second order to be under a per cent
+    moved = lambda sign: jax.tree.map(lambda p, g: p + sign * size * g, params, gradients)
+    rise = float(offline(moved(1), frozen, batch, KEY).loss) - float(offline(moved(-1), frozen, batch, KEY).loss)
+    assert rise == pytest.approx(2 * size * squared, rel=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------ labels
+
+
+def labels(p_orders, finished, missing_eos: str, identical=False) -> tuple[bool, float]:
+    first, weight = step.decide(
+        jnp.array([p_orders], jnp.float32), jnp.array([identical]), jnp.array([finished]), missing_eos
+    )
+    return bool(first[0]), float(weight[0])
+
+
+@pytest.mark.parametrize("missing_eos", ["loses", "ignore"])
+def test_labels_where_both_or_none_finished(missing_eos):
+    for finished in ([True, True], [False, False]):
+        assert labels([0.9, 0.2], finished, missing_eos) == (True, 1.0)
+        assert labels([0.1, 0.8], finished, missing_eos) == (False, 1.0)
+        assert labels([0.25, 0.75], finished, missing_eos)[1] == 0.0, "exactly 1/2 abstains"
+        assert labels([0.9, 0.9], finished, missing_eos, identical=True)[1] == 0.0
+
+
+def test_a_missing_end_loses_whatever_the_annotator_says():
+    for p_orders in ([0.99, 0.99], [0.01, 0.01], [0.5, 0.5]):
+        assert labels(p_orders, [True, False], "loses") == (True, 1.0)
+        assert labels(p_orders, [False, True], "loses") == (False, 1.0)
+    assert labels([0.01, 0.01], [True, False], "ignore") == (False, 1.0)
+    assert labels([0.99, 0.99], [False, True], "ignore") == (True, 1.0)
+    assert labels([0.5, 0.5], [True, False], "ignore")[1] == 0.0
+
+
+@pytest.mark.parametrize("missing_eos", ["loses", "ignore"])
+def test_a_missing_end_in_the_fused_step(missing_eos):
+    params, frozen = models()
+    objective = dataclasses.replace(ONLINE, missing_eos=missing_eos)
+    collect = jax.jit(functools.partial(step.collect, online=objective))
+    made, outputs, sums = jax.device_get(collect(params, frozen["annotator"], prompts(), KEY))
+    finished = np.any(np.isin(made.responses, STOP) & made.mask, axis=-1)
+    differs, says_first = finished[:, 0] != finished[:, 1], outputs["p_orders"].mean(-1) > 0.5
+    assert np.any(differs & (finished[:, 0] != says_first)), "no pair where the rule decides"
+    want = np.where(differs, finished[:, 0], says_first) if missing_eos == "loses" else says_first
+    np.testing.assert_array_equal(made.first_is_better, want)
+    assert made.weight.sum() == ROWS
+    assert sums["abstained"][0] == 0
+
+
+# ------------------------------------------------------------------------------------------------ the whole step
+
+
+def train_step(objective, parts: int = 1):
+    """As train.run compiles it."""
+    return jax.jit(
+        functools.partial(step.train_step, objective=objective, tx=TX, parts=parts), donate_argnames="state"
+    )
+
+
+def begin(mesh: Mesh, params=None) -> state.TrainState:
+    return state.create(models()[0] if params is None else params, TX, mesh)
+
+
+@pytest.mark.parametrize(("mesh_name", "parts"), [("one device", 2), ("2x2x2", 1)])
+def test_one_trace_in_three_steps_and_donation(mesh_name, parts):
+    mesh = mesh_of(mesh_name)
+    traced = []
+
+    def objective(*args):
+        traced.append(1)
+        return step.online(*args, objective=ONLINE)
+
+    take, training = train_step(objective, parts), begin(mesh)
+    frozen = {name: place(tree, mesh) for name, tree in models()[1].items()}
+    drawn, after_one = [], None
+    for number in range(3):
+        old = training
+        training, metrics, outputs = take(old, frozen, tasks.place(prompts(number), mesh), KEY)
+        drawn.append(np.asarray(outputs["responses"]))
+        after_one = after_one or len(traced)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old)), "the old state's buffers are kept"
+        assert int(training.step) == number + 1
+        assert float(metrics["loss"]) == pytest.approx(np.log(2), rel=0.5)
+        assert float(metrics["changed"]) > 0.9
+    assert len(traced) == after_one <= 1 + (parts > 1)  # with parts once more for the shapes
+    assert take._cache_size() == 1
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
+    want = state.state_shardings(training.params, TX, mesh)
+    assert jax.tree.all(jax.tree.map(lambda x, on: x.sharding.is_equivalent_to(on, x.ndim), training, want))
+    assert not np.array_equal(drawn[0], drawn[1])
+
+
+def test_each_step_draws_anew():
+    """The same prompts at the next step meet other random numbers."""
+    mesh = mesh_of("one device")
+    take, frozen = train_step(functools.partial(step.online, objective=ONLINE)), models()[1]
+    drawn = []
+    for number in (0, 0, 1):
+        start = dataclasses.replace(begin(mesh), step=jnp.array(number, jnp.int32))
+        _, _, outputs = take(start, frozen, tasks.place(prompts(), mesh), KEY)
+        drawn.append(np.asarray(outputs["responses"]))
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("why", ["identical", "undecided"])
+def test_nothing_moves_where_every_pair_abstains(why):
+    """Neither parameters (by weight decay) nor moments (by their decay); the step counts."""
+    mesh = mesh_of("one device")
+    params, frozen = models()
+    objective = dataclasses.replace(ONLINE, missing_eos="ignore")
+    take = train_step(functools.partial(step.online, objective=objective), parts=2)
+    batch = tasks.place(prompts(), mesh)
+    if why == "identical":
+        params = params | {"embedding": 100.0 * params["embedding"]}  # one token takes all of the probability
+    first, _, _ = take(begin(mesh, params), frozen, batch, KEY)
+    if why == "undecided":
+        assert any(np.any(leaf) for leaf in jax.tree.leaves(first.optimizer)), "no moments to keep"
+        frozen = frozen | {"annotator": jax.tree.map(jnp.zeros_like, frozen["annotator"])}  # says 1/2 to everything
+    before = jax.device_get((first.params, first.optimizer))
+    second, metrics, outputs = take(first, frozen, batch, KEY)
+    assert float(metrics["loss"]) == float(metrics["weight"]) == float(metrics["grad_norm"]) == 0.0
+    named = {"identical": "identical", "undecided": "abstained"}[why]
+    assert float(metrics[named]) == 1.0
+    assert bool(np.all(outputs["identical"])) == (why == "identical")
+    assert int(second.step) == 2
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: np.array_equal(a, b), jax.device_get((second.params, second.optimizer)), before)
+    )
+
+
+def test_moments_stay_when_a_step_abstains_after_one_that_did_not():
+    """As above with identical responses, where the moments aren't 0."""
+    mesh = mesh_of("one device")
+    params, frozen = models()
+    offline = functools.partial(step.offline, objective=PAIR)
+    batch = tasks.place(pairs_of(online().outputs), mesh)
+    moved, metrics, _ = train_step(offline)(begin(mesh, params), frozen, batch, KEY)
+    assert float(metrics["weight"]) == ROWS
+    before = jax.device_get((moved.params, moved.optimizer))
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(before[1]))
+    stay = jax.jit(lambda state: state_after(state, jnp.array(0.0)))
+    go = jax.jit(lambda state: state_after(state, jnp.array(1.0)))
+    kept, gone = jax.device_get(stay(moved)), jax.device_get(go(moved))
+    assert jax.tree.all(jax.tree.map(np.array_equal, (kept.params, kept.optimizer), before))
+    assert not jax.tree.any(jax.tree.map(np.array_equal, gone.params, before[0])), "decay alone moves parameters"
+    assert kept.step == gone.step == 2
+
+
+def state_after(training: state.TrainState, weight) -> state.TrainState:
+    return state.apply_gradients(training, jax.tree.map(jnp.zeros_like, training.params), weight, TX)[0]
+
+
+def test_loss_is_divided_by_the_weight_of_all_parts():
+    """A mean over pairs that count, not a mean of the parts' means; pairs that don't count change nothing."""
+    params, frozen = models()
+    batch = pairs_of(online().outputs)
+    weights = np.zeros(ROWS, np.float32)
+    weights[[0, 2, 4, 6, 8, 3]] = 1.0  # five rows of one part of two, one of the other
+
+    def objective(params, frozen, batch, key):
+        pair = step.Pairs(batch["responses"], batch["mask"], batch["first_is_better"], batch["weight"])
+        return step.pair_contribution(params, frozen["reference"], batch, pair, objective=PAIR)
+
+    mesh = mesh_of("one device")
+    take = train_step(objective, parts=2)
+    _, whole, _ = take(begin(mesh, params), frozen, batch | {"weight": weights}, KEY)
+    kept = np.flatnonzero(weights)
+    margins = log_ratios(params, frozen["reference"], batch)
+    chosen = np.where(batch["first_is_better"], 0, 1)
+    rows = np.arange(ROWS)
+    margin = (margins[rows, chosen] - margins[rows, 1 - chosen])[kept]
+    assert float(whole["weight"]) == len(kept)
+    assert float(whole["loss"]) == pytest.approx(np.mean(np.logaddexp(0, -0.1 * margin)), rel=1e-5)
+    assert float(whole["margin"]) == pytest.approx(margin.mean(), rel=1e-4)
+    assert float(whole["accuracy"]) == pytest.approx(np.mean(margin > 0))
+
+
+def log_ratios(params, reference, batch) -> np.ndarray:
+    args = (batch["prompts"], batch["prompt_valid"], batch["responses"], batch["mask"])
+    score = jax.jit(lambda p: step.pairs.response_logprobs(p, *args, cfg=MODEL, compute=COMPUTE).sum(-1))
+    return np.asarray(score(params)) - np.asarray(score(reference))
+
+
+def test_a_pair_without_weight_poisons_nothing():
+    """Its loss may be infinite: neither the sum nor the gradients notice."""
+    params, frozen = models()
+    tokens, mask = right_padded(3, (ROWS, 2, RESPONSE))
+    tokens = np.array(tokens)
+    tokens[0, 0, 0] = MODEL.vocab_size + 1  # an id that the policy gives no probability, and the reference does
+    pair = dataclasses.replace(PAIR, loss="ipo", reference=dataclasses.replace(MODEL, vocab_size=64))
+    first = np.ones(ROWS, bool)
+    batch = {name: x for name, x in prompts().items() if name.startswith("prompt")}
+
+    @jax.jit
+    def contribute(weight):
+        pairs = step.Pairs(jnp.asarray(tokens), mask, jnp.asarray(first), weight)
+        return step.pair_contribution(params, frozen["reference"], batch, pairs, objective=pair)
+
+    ones = np.ones(ROWS, np.float32)
+    assert not np.isfinite(contribute(ones).loss)
+    without = contribute(np.where(np.arange(ROWS) == 0, 0.0, ones).astype(np.float32))
+    assert np.isfinite(without.loss)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(without.gradients))
+    assert without.weight == ROWS - 1
+
+
+@pytest.mark.parametrize("loss", sorted(losses.LOSSES))
+def test_policy_equal_to_the_reference_has_the_losses_value_at_zero(loss):
+    params, _ = models()
+    pair = dataclasses.replace(PAIR, loss=loss)
+    offline = jax.jit(functools.partial(step.offline, objective=pair))
+    found = offline(params, {"reference": params}, pairs_of(online().outputs), KEY)
+    want = {"dpo": np.log(2), "ipo": 25.0, "ipo_mean": 25.0, "slic": 1.0}[loss]  # (1 / 0.2)^2
+    assert float(found.loss) / ROWS == pytest.approx(want, rel=1e-5)
+    assert float(found.sums["kl"][0]) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_names_give_different_keys():
+    names = ("sample", "train", "evaluation", "reference")
+    data = {tuple(np.asarray(jax.random.key_data(step.named_key(KEY, name)))) for name in names}
+    assert len(data) == len(names)
+    rows = jax.random.key_data(step.row_keys(KEY, jnp.arange(5)))
+    assert len({tuple(np.asarray(row)) for row in rows}) == 5
