@@ -51,7 +51,8 @@ def create(params: PyTree, tx: optax.GradientTransformation, mesh: Mesh) -> Trai
     """A state at step 0 from parameters on the host or anywhere else; the leaves are copies, in float32."""
 
     def make(params):
-        params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+        # copy=True: jit hands an unchanged input on as its output, and this state's buffers will be donated.
+        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
         return TrainState(step=jnp.array(0, jnp.int32), params=params, optimizer=tx.init(params))
 
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
@@ -61,7 +62,7 @@ def create(params: PyTree, tx: optax.GradientTransformation, mesh: Mesh) -> Trai
 def place(params: PyTree, mesh: Mesh, dtype: str) -> PyTree:
     """A frozen model's parameters on the mesh, as copies of their own (a donated state must not share them)."""
     on = sharding.param_shardings(params, mesh)
-    return jax.jit(lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree), out_shardings=on)(params)
+    return jax.jit(lambda tree: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), tree), out_shardings=on)(params)
 
 
 def apply_gradients(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 
@@ -15,11 +16,12 @@ from oaif_jax.config import Config
 from oaif_jax.data import jsonl
 from oaif_jax.data.order import batch_indices
 from oaif_jax.data.tokenizer import Tokenizer
+from oaif_jax.errors import UserError
 from oaif_jax.evals import preference, verdicts
 from oaif_jax.evals import supervised as supervised_evals
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.sample import Sampler
-from oaif_jax.tiny import gold, templates
+from oaif_jax.tiny import gold, templates, world
 from oaif_jax.tiny.data import MARKS, TinyData, asset, instruction_text
 
 Arrays = dict[str, np.ndarray]
@@ -47,7 +49,11 @@ def build(cfg: Config, mesh: Mesh) -> Task:
 def tiny_data(cfg: Config) -> TinyData:
     """The tiny world with a run's limits."""
     limits = (cfg.data.prompt_tokens, cfg.data.response_tokens)
-    return TinyData(Tokenizer(asset("tokenizer")), cfg.data.seed, *limits, cfg.data.writer)
+    data = TinyData(Tokenizer(asset("tokenizer")), cfg.data.seed, *limits, cfg.data.writer)
+    longest = data.longest_prompt()
+    if longest > cfg.data.prompt_tokens:
+        raise UserError(f"config.data.prompt_tokens={cfg.data.prompt_tokens}: posts have up to {longest} tokens, wanted at least that")
+    return data
 
 
 def compute_of(cfg: Config) -> ComputeConfig:
@@ -58,6 +64,11 @@ def place(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
     """A host batch on the mesh, rows over data and fsdp; every process holds the whole batch and gives its part."""
     on = sharding.batch_sharding(mesh)
     return {name: jax.make_array_from_callback(x.shape, on, lambda index, x=x: x[index]) for name, x in arrays.items()}
+
+
+def eval_chunk(cfg: Config) -> int:
+    """Posts at a time in evaluations: one program then serves validation and the end."""
+    return math.gcd(cfg.eval.prompts, cfg.eval.final_prompts)
 
 
 def sampler_of(cfg: Config, data: TinyData, temperature: float) -> Sampler:
@@ -107,7 +118,7 @@ def _preference(cfg: Config, mesh: Mesh) -> Task:
         judge=judge,
         judge_instruction=instruction_text(cfg.judge.instruction),
         place=functools.partial(place, mesh=mesh),
-        chunk=min(cfg.eval.prompts, cfg.eval.final_prompts),
+        chunk=eval_chunk(cfg),
     )
     if cfg.method == "online":
         annotator = frozen_model(cfg, mesh, data, "annotator.init", cfg.annotator.init)
@@ -191,6 +202,9 @@ def _sft(cfg: Config, mesh: Mesh) -> Task:
     data, compute = tiny_data(cfg), compute_of(cfg)
     begin = load_policy(cfg, data)
     objective = supervised.SFTObjective(begin.cfg, compute)
+    if cfg.data.response_tokens < 2 * world.MAX_WORDS:
+        wanted = f"wanted at least {2 * world.MAX_WORDS}, the longest reference"
+        raise UserError(f"config.data.response_tokens={cfg.data.response_tokens}, {wanted}")
 
     def batch(at: int) -> Arrays:
         return data.sft_batch("train", batch_indices(cfg.data.train_posts, cfg.data.batch, cfg.seed, at))
@@ -201,6 +215,7 @@ def _sft(cfg: Config, mesh: Mesh) -> Task:
             data,
             split=split,
             count=count,
+            chunk=eval_chunk(cfg),
             objective=objective,
             sampler=sampler_of(cfg, data, cfg.sample.temperature),
             place=functools.partial(place, mesh=mesh),
@@ -239,7 +254,13 @@ def _annotator(cfg: Config, mesh: Mesh) -> Task:
 
     def evaluate(params: PyTree, split: str, count: int) -> Evaluation:
         return supervised_evals.annotator(
-            params, data, split=split, count=count, objective=objective, place=functools.partial(place, mesh=mesh)
+            params,
+            data,
+            split=split,
+            count=count,
+            chunk=eval_chunk(cfg),
+            objective=objective,
+            place=functools.partial(place, mesh=mesh),
         ), []
 
     return Task(

@@ -12,8 +12,6 @@ from oaif_jax.sample import Sampler
 from oaif_jax.tiny import gold, templates
 from oaif_jax.tiny.data import TinyData
 
-CHUNK = 128
-
 sft_loss = jax.jit(supervised.sft_loss, static_argnames="objective")
 annotator_orders = jax.jit(
     lambda params, batch, *, objective: supervised.llm.annotate(
@@ -30,12 +28,11 @@ annotator_orders = jax.jit(
 )
 
 
-def chunks(count: int) -> list[np.ndarray]:
+def chunks(count: int, chunk: int) -> list[np.ndarray]:
     """Indices of `count` posts in parts of one size, so that one program serves them all."""
-    size = min(CHUNK, count)
-    if count % size:
-        raise ValueError(f"count={count} is not a multiple of {size}")
-    return [np.arange(start, start + size) for start in range(0, count, size)]
+    if count % chunk:
+        raise ValueError(f"count={count} is not a multiple of chunk={chunk}")
+    return [np.arange(start, start + chunk) for start in range(0, count, chunk)]
 
 
 def sft(
@@ -44,6 +41,7 @@ def sft(
     *,
     split: str,
     count: int,
+    chunk: int,
     objective: supervised.SFTObjective,
     sampler: Sampler,
     place: Callable[[dict[str, np.ndarray]], dict[str, Array]],
@@ -54,7 +52,7 @@ def sft(
     loss = tokens = 0.0
     records, most = [], 0
     lengths = []
-    for indices in chunks(count):
+    for indices in chunks(count, chunk):
         posts = data.posts(split, indices)
         batch = place(data.sft_batch(split, indices) | {"rows": indices.astype(np.int32)})
         part, size = sft_loss(params, batch, objective=objective)
@@ -84,6 +82,7 @@ def annotator(
     *,
     split: str,
     count: int,
+    chunk: int,
     objective: supervised.AnnotatorObjective,
     place: Callable[[dict[str, np.ndarray]], dict[str, Array]],
 ) -> dict:
@@ -91,7 +90,7 @@ def annotator(
     found = {}
     for name in templates.INSTRUCTIONS:
         parts = []
-        for number, indices in enumerate(chunks(count)):
+        for number, indices in enumerate(chunks(count, chunk)):
             batch = data.annotator_batch(split, data.seed, number, len(indices), instructions=(name,))
             orders = annotator_orders(params, place(batch), objective=objective)
             parts.append((np.asarray(orders), batch["label"] - 0.5))

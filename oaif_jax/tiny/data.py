@@ -59,6 +59,13 @@ class TinyData:
         """Posts by their number in a split."""
         return [world.post(self.seed, split, int(index)) for index in indices]
 
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that the grammar can write."""
+        length = lambda text: len(self.tokenizer.encode(" " + text))  # noqa: E731
+        fact = max((fact.format(topic) for fact in world.FACTS for topic in world.TOPICS), key=length)
+        talk = sorted(world.SMALL_TALK, key=length)[-world.MAX_SMALL_TALK :]
+        return len(self.tokenizer.encode(templates.prompt(" ".join([fact] * world.MAX_TOPICS + talk))))
+
     def prompts(self, posts: Sequence[world.Post]) -> Arrays:
         """What the policy continues: prompts, prompt_valid, [B, S]."""
         rows = [self.tokenizer.encode(templates.prompt(post.text)) for post in posts]

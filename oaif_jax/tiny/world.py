@@ -15,6 +15,7 @@ import numpy as np
 
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 MIN_TOPICS, MAX_TOPICS = 3, 5
+MAX_SMALL_TALK = 3
 MAX_WORDS = 8  # of a reference: with commas and a stop token 16 tokens
 
 TOPICS = (
@@ -68,7 +69,7 @@ def write_post(rng: np.random.Generator) -> Post:
     count = int(rng.integers(MIN_TOPICS, MAX_TOPICS + 1))
     topics = [TOPICS[i] for i in rng.choice(len(TOPICS), size=count, replace=False)]
     sentences = [FACTS[rng.integers(len(FACTS))].format(topic) for topic in topics]
-    talk = rng.choice(len(SMALL_TALK), size=int(rng.integers(1, 4)), replace=False)
+    talk = rng.choice(len(SMALL_TALK), size=int(rng.integers(1, MAX_SMALL_TALK + 1)), replace=False)
     for i in talk:
         sentences.insert(int(rng.integers(len(sentences) + 1)), SMALL_TALK[i])
     return Post(" ".join(sentences), tuple(topics))
