@@ -42,11 +42,11 @@ class Writer:
 
 # Weaker and better than the SFT policy, which isn't among them: the pairs are off-policy, as in the paper.
 WRITERS = (
-    Writer("early", "reference", 11, 1000, 1.0),
-    Writer("careless", "careless", 12, 1800, 1.0),
-    Writer("careful", "careful", 13, 2400, 0.9),
+    Writer("early", "reference", 11, 800, 1.0),
+    Writer("careless", "careless", 12, 1200, 1.0),
+    Writer("careful", "careful", 13, 2000, 0.9),
 )
-PAIRS = 6400  # 200 steps of 32: what an online run of 200 steps sees
+PAIRS = 9600  # 300 steps of 32: what an online run of 300 steps sees
 MODELS = {"sft": "tiny_tldr_sft", "annotator": "tiny_annotator", "judge": "tiny_judge"}
 
 

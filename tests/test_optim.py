@@ -1,0 +1,189 @@
+"""Schedules in closed form, and optimizers against their rules written out in numpy."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from oaif_jax import config, optim
+from oaif_jax.optim import OptimizerConfig
+
+ADAMW = OptimizerConfig(
+    name="adamw",
+    lr=0.01,
+    schedule="constant",
+    warmup=0,
+    clip=0.0,
+    b1=0.9,
+    b2=0.99,
+    eps=1e-8,
+    weight_decay=0.0,
+    scale_by_parameters=False,
+    steps=20,
+)
+ADAFACTOR = dataclasses.replace(ADAMW, name="adafactor")
+LAYERS = 3
+
+
+def tree(seed: int) -> dict:
+    """Three stacked layers of a matrix large enough for Adafactor to factor it (128 and more), and leaves beside them."""
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "embedding": (130, 128),
+        "final_norm": {"scale": (16,)},
+        "layers": {"wide": (LAYERS, 128, 132), "norm": {"scale": (LAYERS, 16)}},
+    }
+    # Layers of different sizes, so that statistics over all of them would show.
+    scaled = lambda shape: (
+        rng.normal(size=shape)
+        * (10.0 ** np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1)) if shape[0] == LAYERS else 1)
+    )  # noqa: E501, E731
+    return jax.tree.map(
+        lambda shape: jnp.asarray(scaled(shape), jnp.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+def run(cfg: OptimizerConfig, params: dict, gradients: list[dict]) -> tuple[dict, dict]:
+    """Parameters after these gradients, and the last update."""
+    tx = optim.optimizer(cfg)
+
+    @jax.jit
+    def all_steps(params, gradients):
+        state, updates = tx.init(params), params
+        for each in gradients:
+            updates, state = tx.update(each, state, params)
+            params = optax.apply_updates(params, updates)
+        return params, updates
+
+    return jax.tree.map(np.asarray, all_steps(params, gradients))
+
+
+def assert_close(found, expected, rtol: float = 2e-5, atol: float = 1e-7) -> None:
+    """Same rules in float32, by another program."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), found, expected)
+
+
+# --- schedules
+
+
+def rates(**keys) -> np.ndarray:
+    cfg = dataclasses.replace(ADAMW, **keys)
+    return np.array([float(optim.schedule(cfg)(jnp.array(step))) for step in range(cfg.steps)])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_warmup(schedule):
+    """The first of `warmup` steps has lr / warmup already, the last of them lr."""
+    found = rates(schedule=schedule, warmup=5, lr=0.3)
+    np.testing.assert_allclose(found[:5], 0.3 * np.arange(1, 6) / 5, rtol=1e-6)
+
+
+def test_constant():
+    np.testing.assert_allclose(rates(schedule="constant", lr=0.3), 0.3, rtol=1e-6)
+    np.testing.assert_allclose(rates(schedule="constant", lr=0.3, warmup=5)[5:], 0.3, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "form"), [("linear", lambda x: 1 - x), ("cosine", lambda x: (1 + math.cos(math.pi * x)) / 2)]
+)
+def test_decay(schedule, form):
+    """From lr at the last step of the warm-up down to 0, which the schedule reaches at the end."""
+    found = rates(schedule=schedule, warmup=5, lr=0.3)
+    np.testing.assert_allclose(found[4:], [0.3 * form(i / 15) for i in range(16)], rtol=1e-5, atol=1e-8)
+    assert (np.diff(found[4:]) < 0).all()
+
+
+def test_names_are_those_of_the_config():
+    check = {field.name: field.metadata.get("check") for field in dataclasses.fields(config.Optimizer)}
+    for name in ("adamw", "adafactor"):
+        assert check["name"](name) is None
+        optim.optimizer(dataclasses.replace(ADAMW, name=name))
+    for schedule in ("constant", "linear", "cosine"):
+        assert check["schedule"](schedule) is None
+        optim.schedule(dataclasses.replace(ADAMW, schedule=schedule))
+
+
+# --- rules
+
+
+def adamw_by_hand(cfg: OptimizerConfig, params: np.ndarray, gradients: list[np.ndarray]) -> np.ndarray:
+    """Loshchilov & Hutter 2019, algorithm 2, in float64."""
+    params, m, v = params.astype(np.float64), 0.0, 0.0
+    for t, g in enumerate(gradients, 1):
+        m, v = cfg.b1 * m + (1 - cfg.b1) * g, cfg.b2 * v + (1 - cfg.b2) * g**2
+        step = (m / (1 - cfg.b1**t)) / (np.sqrt(v / (1 - cfg.b2**t)) + cfg.eps)
+        params = params - cfg.lr * (step + cfg.weight_decay * params)
+    return params
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_adamw(decay):
+    cfg = dataclasses.replace(ADAMW, weight_decay=decay)
+    params, gradients = tree(0), [tree(1), tree(2), tree(3)]
+    found, _ = run(cfg, params, gradients)
+    expected = jax.tree.map(
+        lambda p, *gs: adamw_by_hand(cfg, np.asarray(p), [np.asarray(g, np.float64) for g in gs]), params, *gradients
+    )
+    assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_decay_is_decoupled(name):
+    """It takes lr * decay of the parameters, whatever the gradients' size, and doesn't enter the moments."""
+    params, gradients = tree(0), [tree(1)]
+    plain, decayed = (
+        run(dataclasses.replace(ADAMW, name=name, weight_decay=decay), params, gradients)[1] for decay in (0.0, 0.5)
+    )
+    # Differences of numbers of up to 5 with lr 0.01.
+    assert_close(
+        jax.tree.map(np.subtract, decayed, plain), jax.tree.map(lambda p: -0.005 * np.asarray(p), params), 1e-4, 1e-6
+    )
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_zero_gradients_still_decay(name):
+    """By themselves optimizers decay at a step without any weight; that nothing moves then is apply_gradients' doing."""
+    zeros = [jax.tree.map(jnp.zeros_like, tree(0))]
+    found, _ = run(dataclasses.replace(ADAMW, name=name, weight_decay=0.5), tree(0), zeros)
+    assert_close(found, jax.tree.map(lambda p: 0.995 * p, tree(0)))
+
+
+def norm(gradients: dict) -> float:
+    return math.sqrt(sum(float((np.asarray(leaf, np.float64) ** 2).sum()) for leaf in jax.tree.leaves(gradients)))
+
+
+def test_clipping():
+    """Adafactor's and Adam's updates hardly feel a gradient's scale; two steps of different scale do."""
+    small, large = tree(1), jax.tree.map(lambda g: 50.0 * g, tree(2))
+    limit = norm(small) * 2
+    clipped = jax.tree.map(lambda g: g * (limit / norm(large)), large)
+    cfg = dataclasses.replace(ADAMW, clip=limit)
+    found, _ = run(cfg, tree(0), [small, large])
+    by_hand, _ = run(ADAMW, tree(0), [small, clipped])
+    unclipped, _ = run(ADAMW, tree(0), [small, large])
+    assert_close(found, by_hand, rtol=1e-5, atol=1e-6)
+    assert np.abs(found["embedding"] - unclipped["embedding"]).max() > 1e-3
+
+
+def layer_of(params: dict, layer: int) -> dict:
+    return jax.tree.map(lambda leaf: leaf[layer], params["layers"])
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_adafactor_on_stacked_layers_is_adafactor_on_each(scale):
+    """Factors, clipping and parameter scale are statistics of a leaf, and a layer's leaf is one layer's."""
+    cfg = dataclasses.replace(ADAFACTOR, scale_by_parameters=scale)
+    params, gradients = tree(0), [tree(1), tree(2), tree(3)]
+    stacked, _ = run(cfg, params, gradients)
+    # Unstacked: layers as leaves like any other. (per_layer wants the key.)
+    without = lambda t: {k: v for k, v in t.items() if k != "layers"}  # noqa: E731
+    unstacked = lambda t: without(t) | {f"layer_{i}": layer_of(t, i) for i in range(LAYERS)} | {"layers": {}}  # noqa: E731
+    apart, _ = run(cfg, unstacked(params), [unstacked(g) for g in gradients])
+    for layer in range(LAYERS):
+        assert_close(layer_of(stacked, layer), apart[f"layer_{layer}"])
+    assert_close(without(stacked), {name: apart[name] for name in ("embedding", "final_norm")})
