@@ -13,7 +13,7 @@ def base() -> ConfigDict:
         {
             "method": "online",  # online, offline (fixed pairs), sft (references), annotator (pairs with answers)
             "seed": 0,  # of what is random in the run: a policy from scratch, the order of the posts, samples
-            "steps": 160,  # updates of the policy
+            "steps": 240,  # updates of the policy
             "loss": loss(),
             "policy": policy(),
             "reference": reference(),
@@ -105,8 +105,8 @@ def optimizer() -> dict:
     """The optimizer and its schedule."""
     return {
         "name": "adamw",  # adamw, adafactor
-        "lr": 3e-4,  # after the warm-up
-        "schedule": "constant",  # constant, linear, cosine (the last two end at 0 after `steps`)
+        "lr": 5e-4,  # after the warm-up
+        "schedule": "linear",  # constant, linear, cosine (the last two end at 0 after `steps`)
         "warmup": 10,  # steps from lr 0 to lr
         "clip": 1.0,  # largest norm of the gradient; 0: off
         "b1": 0.9,  # adamw's decay of the first moment

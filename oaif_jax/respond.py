@@ -1,6 +1,6 @@
 """Responses of a run's model to any prompt: what `python -m oaif_jax.sample` does.
 
-    python -m oaif_jax.sample --workdir=runs/online_dpo --prompt="we talked about the river. i worry about the exam."
+python -m oaif_jax.sample --workdir=runs/online_dpo --prompt="we talked about the river. i worry about the exam."
 """
 
 import pathlib
@@ -17,7 +17,13 @@ from oaif_jax.tiny import templates
 
 
 def run(
-    workdir: str | pathlib.Path, prompt: str, *, samples: int = 2, temperature: float = 0.9, seed: int = 0, which: str = "best"
+    workdir: str | pathlib.Path,
+    prompt: str,
+    *,
+    samples: int = 2,
+    temperature: float = 0.9,
+    seed: int = 0,
+    which: str = "best",
 ) -> list[str]:
     """`samples` responses to a prompt (in the tiny world: a post); temperature 0 is greedy."""
     trained = runs.open_run(workdir, which)

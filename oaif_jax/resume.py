@@ -1,10 +1,13 @@
 """Going on in a workdir: whose run it is, what may have changed since, and where the run stands."""
 
+import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -37,6 +40,17 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def nested(cfg: Config) -> dict[str, Any]:
     """The config as config.json holds it."""
     return dataclasses.asdict(cfg)
+
+
+@contextlib.contextmanager
+def owned(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds the workdir for this process, on this host; UserError where another one trains in it. A kill lets go of it."""
+    with (workdir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--workdir={workdir}: another process is training there; wait for it or end it") from error
+        yield
 
 
 def claim(workdir: pathlib.Path, cfg: Config) -> list[str]:

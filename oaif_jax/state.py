@@ -76,11 +76,12 @@ def apply_gradients(
     kept = jax.tree.map(lambda new, old: jnp.where(weight > 0, new, old), moved, stay)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     changed = sum(
-        jnp.sum(new != old) for new, old in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True)
+        jnp.sum(new != old)
+        for new, old in zip(jax.tree.leaves(kept.params), jax.tree.leaves(state.params), strict=True)
     )
     metrics = {
         "grad_norm": optax.global_norm(gradients),
-        "update_rms": optax.global_norm(updates) / size**0.5,
+        "update_rms": jnp.where(weight > 0, optax.global_norm(updates) / size**0.5, 0.0),
         "changed": changed / size,
     }
     return dataclasses.replace(kept, step=state.step + 1), metrics

@@ -17,6 +17,8 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from oaif_jax import cli, config, optim, report, resume, sharding, state, step, tasks
@@ -70,9 +72,22 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
     task = tasks.build(cfg, mesh)
     task.batch(0)
     tx = optim.optimizer(optimizer_config(cfg))
-    changes = resume.claim(workdir, cfg)
-    for change in changes:
+    for change in resume.claim(workdir, cfg):
         console.print(change)
+    with resume.owned(workdir):
+        return _train(cfg, workdir, task, mesh, tx, console, began)
+
+
+def _train(
+    cfg: Config,
+    workdir: pathlib.Path,
+    task: tasks.Task,
+    mesh: Mesh,
+    tx: optax.GradientTransformation,
+    console: Console,
+    began: float,
+) -> dict[str, Any]:
+    """The run itself, in a workdir that is ours; `began` is the time from which its seconds count."""
 
     # ------------------------------------------------------------------------------------ state, new or from a checkpoint
     training = state.create(task.begin.params, tx, mesh)
@@ -85,6 +100,8 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
         restored = checkpoints.restore(begin, {"params": training.params, "optimizer": training.optimizer})
         training = dataclasses.replace(training, step=training.step + begin, **restored)
         seconds_before, history = meta["seconds"], meta["history"]
+        if begin > cfg.steps:
+            raise UserError(f"config.steps={cfg.steps}, but {begin} were taken in {workdir}; wanted at least that")
         console.print(f"going on from step {begin} in {workdir}")
         for difference in resume.differences(meta["environment"], environment):
             console.print(f"not bit for bit what an uninterrupted run gives: {difference}")

@@ -50,9 +50,9 @@ def test_annotators_agree_with_gold_and_with_themselves(data, name):
         marks=tuple(tokens.single(letter) for letter in MARKS),
     )
     params = jax.tree.map(lambda x: jax.numpy.asarray(x, "float32"), params)
-    found = evals.annotator(
-        params, data, split="test", count=COUNT, chunk=COUNT, objective=objective, place=on_device
-    )["annotator"]
+    found = evals.annotator(params, data, split="test", count=COUNT, chunk=COUNT, objective=objective, place=on_device)[
+        "annotator"
+    ]
     assert set(found) == set(templates.INSTRUCTIONS)
     for instruction, agreed in found.items():
         assert agreed["decided"] > COUNT / 2

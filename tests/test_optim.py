@@ -32,19 +32,20 @@ LAYERS = 3
 def tree(seed: int) -> dict:
     """Three stacked layers of a matrix large enough for Adafactor to factor it (128 and more), and leaves beside them."""
     rng = np.random.default_rng(seed)
-    shapes = {
-        "embedding": (130, 128),
-        "final_norm": {"scale": (16,)},
-        "layers": {"wide": (LAYERS, 128, 132), "norm": {"scale": (LAYERS, 16)}},
-    }
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
     # Layers of different sizes, so that statistics over all of them would show.
-    scaled = lambda shape: (
-        rng.normal(size=shape)
-        * (10.0 ** np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1)) if shape[0] == LAYERS else 1)
-    )  # noqa: E501, E731
-    return jax.tree.map(
-        lambda shape: jnp.asarray(scaled(shape), jnp.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
-    )
+    sizes = 10.0 ** jnp.arange(LAYERS)
+    return {
+        "embedding": normal(130, 128),
+        "final_norm": {"scale": normal(16)},
+        "layers": {
+            "wide": normal(LAYERS, 128, 132) * sizes[:, None, None],
+            "norm": {"scale": normal(LAYERS, 16) * sizes[:, None]},
+        },
+    }
 
 
 def run(cfg: OptimizerConfig, params: dict, gradients: list[dict]) -> tuple[dict, dict]:
@@ -174,16 +175,54 @@ def layer_of(params: dict, layer: int) -> dict:
     return jax.tree.map(lambda leaf: leaf[layer], params["layers"])
 
 
+def unstacked(params: dict) -> dict:
+    """The same layers as leaves like any other; under "layers" something else."""
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    layers = {f"layer_{i}": layer_of(params, i) for i in range(LAYERS)}
+    return rest | layers | {"layers": {"other": jnp.ones((1, 4))}}
+
+
 @pytest.mark.parametrize("scale", [False, True])
 def test_adafactor_on_stacked_layers_is_adafactor_on_each(scale):
     """Factors, clipping and parameter scale are statistics of a leaf, and a layer's leaf is one layer's."""
     cfg = dataclasses.replace(ADAFACTOR, scale_by_parameters=scale)
     params, gradients = tree(0), [tree(1), tree(2), tree(3)]
     stacked, _ = run(cfg, params, gradients)
-    # Unstacked: layers as leaves like any other. (per_layer wants the key.)
-    without = lambda t: {k: v for k, v in t.items() if k != "layers"}  # noqa: E731
-    unstacked = lambda t: without(t) | {f"layer_{i}": layer_of(t, i) for i in range(LAYERS)} | {"layers": {}}  # noqa: E731
-    apart, _ = run(cfg, unstacked(params), [unstacked(g) for g in gradients])
+    apart, _ = run(cfg, unstacked(params), [unstacked(each) for each in gradients])
     for layer in range(LAYERS):
         assert_close(layer_of(stacked, layer), apart[f"layer_{layer}"])
-    assert_close(without(stacked), {name: apart[name] for name in ("embedding", "final_norm")})
+    for name in ("embedding", "final_norm"):
+        assert_close(stacked[name], apart[name])
+
+
+def rms(leaf) -> float:
+    return float(np.sqrt(np.mean(np.square(np.asarray(leaf, np.float64)))))
+
+
+def each_leaf(params: dict) -> list[np.ndarray]:
+    """Leaves, with stacked layers apart."""
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    return jax.tree.leaves([rest, *(layer_of(params, i) for i in range(LAYERS))])
+
+
+def test_adafactor_is_factored():
+    """The second moments of [128, 132] are those of its rows and its columns."""
+    state = optim.optimizer(ADAFACTOR).init(tree(0))
+    sizes = {leaf.shape for leaf in jax.tree.leaves(state)}
+    assert {(LAYERS, 128), (LAYERS, 132), (LAYERS, 16), (130,), (128,), (16,)} <= sizes
+    assert not any(len(size) > 2 for size in sizes)
+
+
+def test_adafactor_updates_have_rms_lr_at_most():
+    for each in each_leaf(run(ADAFACTOR, tree(0), [tree(1), tree(2)])[1]):
+        assert 0.5 * ADAFACTOR.lr < rms(each) <= ADAFACTOR.lr * 1.0001
+
+
+def test_scale_by_parameters():
+    """Updates are then as large as the parameters, leaf by leaf and layer by layer."""
+    params, gradients = tree(0), [tree(1)]
+    plain, scaled = (
+        run(dataclasses.replace(ADAFACTOR, scale_by_parameters=scale), params, gradients)[1] for scale in (False, True)
+    )
+    for leaf, one, other in zip(*map(each_leaf, (params, plain, scaled)), strict=True):
+        np.testing.assert_allclose(other, one * rms(leaf), rtol=1e-5)

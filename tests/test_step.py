@@ -228,9 +228,7 @@ def test_a_missing_end_in_the_fused_step(missing_eos):
 
 def train_step(objective, parts: int = 1):
     """As train.run compiles it."""
-    return jax.jit(
-        functools.partial(step.train_step, objective=objective, tx=TX, parts=parts), donate_argnames="state"
-    )
+    return jax.jit(functools.partial(step.train_step, objective=objective, tx=TX, parts=parts), donate_argnames="state")
 
 
 def begin(mesh: Mesh, params=None) -> state.TrainState:
@@ -303,28 +301,6 @@ def test_nothing_moves_where_every_pair_abstains(why):
     assert jax.tree.all(
         jax.tree.map(lambda a, b: np.array_equal(a, b), jax.device_get((second.params, second.optimizer)), before)
     )
-
-
-def test_moments_stay_when_a_step_abstains_after_one_that_did_not():
-    """As above with identical responses, where the moments aren't 0."""
-    mesh = mesh_of("one device")
-    params, frozen = models()
-    offline = functools.partial(step.offline, objective=PAIR)
-    batch = tasks.place(pairs_of(online().outputs), mesh)
-    moved, metrics, _ = train_step(offline)(begin(mesh, params), frozen, batch, KEY)
-    assert float(metrics["weight"]) == ROWS
-    before = jax.device_get((moved.params, moved.optimizer))
-    assert any(np.any(leaf) for leaf in jax.tree.leaves(before[1]))
-    stay = jax.jit(lambda state: state_after(state, jnp.array(0.0)))
-    go = jax.jit(lambda state: state_after(state, jnp.array(1.0)))
-    kept, gone = jax.device_get(stay(moved)), jax.device_get(go(moved))
-    assert jax.tree.all(jax.tree.map(np.array_equal, (kept.params, kept.optimizer), before))
-    assert not jax.tree.any(jax.tree.map(np.array_equal, gone.params, before[0])), "decay alone moves parameters"
-    assert kept.step == gone.step == 2
-
-
-def state_after(training: state.TrainState, weight) -> state.TrainState:
-    return state.apply_gradients(training, jax.tree.map(jnp.zeros_like, training.params), weight, TX)[0]
 
 
 def test_loss_is_divided_by_the_weight_of_all_parts():

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import pathlib
+import zlib
 
 from oaif_jax.errors import UserError
 
@@ -22,17 +23,21 @@ def read_pairs(path: pathlib.Path) -> list[TextPair]:
     if not path.is_file():
         raise UserError(f"pairs {path}: no such file, wanted .jsonl or .jsonl.gz")
     opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            lines = list(file)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"pairs {path} can't be read ({error}), wanted UTF-8, gzipped if it ends in .gz") from error
     pairs = []
-    with opener(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error.msg})") from error
-            values = [record.get(key) for key in ("prompt", "chosen", "rejected")] if isinstance(record, dict) else []
-            if len(values) != 3 or not all(isinstance(value, str) for value in values):
-                raise UserError(f"{path}:{number}: wanted an object with texts prompt, chosen and rejected")
-            pairs.append(TextPair(*values))
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not JSON ({error.msg})") from error
+        values = [record.get(key) for key in ("prompt", "chosen", "rejected")] if isinstance(record, dict) else []
+        if len(values) != 3 or not all(isinstance(value, str) for value in values):
+            raise UserError(f"{path}:{number}: wanted an object with texts prompt, chosen and rejected")
+        pairs.append(TextPair(*values))
     if not pairs:
         raise UserError(f"pairs {path}: no pairs in it")
     return pairs

@@ -13,7 +13,8 @@ from oaif_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A sentencepiece model: exact in both directions, so that token ids can be kept from end to end."""
+    """A sentencepiece model: exact in both directions, so that token ids can be kept from end to end. (But for U+2581,
+    by which sentencepiece means a space.)"""
 
     path: pathlib.Path
 
@@ -29,7 +30,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; stop and padding ids have none."""
-        return self._model.decode([int(i) for i in ids])
+        # A space before letters that no piece begins with is in bytes, and comes back as sentencepiece writes spaces.
+        return self._model.decode([int(i) for i in ids]).replace("\u2581", " ")
 
     def single(self, text: str) -> int:
         """The id of a text that must be one token."""

@@ -38,8 +38,8 @@ def by_scores(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def by_orders(p_orders: np.ndarray, identical: np.ndarray) -> np.ndarray:
     """Verdicts of a judge that compares, [B] from P(first is better) by each order [B, 2]: what both orders say, and a tie
     where they contradict each other or there is no difference."""
-    votes = (p_orders > 0.5).sum(axis=1)
-    return np.where(identical, 0.5, votes / 2.0)
+    votes = np.sign(p_orders - 0.5).sum(axis=1)
+    return np.where(identical, 0.5, (np.sign(votes) + 1) / 2)
 
 
 def agreement(p_orders: np.ndarray, gold_difference: np.ndarray, identical: np.ndarray) -> dict:

@@ -46,7 +46,7 @@ WRITERS = (
     Writer("careless", "careless", 12, 1200, 1.0),
     Writer("careful", "careful", 13, 2000, 0.9),
 )
-PAIRS = 9600  # 300 steps of 32: what an online run of 300 steps sees
+PAIRS = 7680  # 240 steps of 32: what an online run sees
 MODELS = {"sft": "tiny_tldr_sft", "annotator": "tiny_annotator", "judge": "tiny_judge"}
 
 

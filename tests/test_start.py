@@ -1,0 +1,108 @@
+"""Where a run's models come from, and what is said where there is none."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from fakes import MODEL, make_params
+
+from oaif_jax import config, start
+from oaif_jax.checkpoint import Checkpoints
+from oaif_jax.errors import UserError
+from oaif_jax.models import files
+from oaif_jax.tiny import data
+
+SHAPE = config.Shape(width=16, layers=1, heads=2, kv_heads=2, head_dim=8, mlp=24)
+VOCAB = MODEL.vocab_size
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run with three checkpoints, of which the second is the best: parameters made from seeds 1, 2 and 3."""
+    path = tmp_path_factory.mktemp("run")
+    with Checkpoints(path / "checkpoints", keep=3) as checkpoints:
+        for number, metric in ((1, 0.2), (2, 0.9), (3, 0.5)):
+            meta = {"model": dataclasses.asdict(MODEL)}
+            checkpoints.save(number, {"params": make_params(seed=number)}, meta, metric=metric)
+    return path
+
+
+@pytest.fixture
+def assets(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "ASSETS", tmp_path)
+    return tmp_path
+
+
+def load(spec: str, **changes) -> start.Start:
+    return start.load("policy.init", spec, **({"vocab_size": VOCAB} | changes))
+
+
+def assert_refused(spec: str, *said: str, **changes) -> None:
+    """One line that names the key, its value and what was wanted."""
+    with pytest.raises(UserError) as error:
+        load(spec, **changes)
+    message = str(error.value)
+    assert "\n" not in message
+    for text in said:
+        assert text in message
+
+
+def same(params, seed: int) -> bool:
+    return bool(jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), params, make_params(seed=seed))))
+
+
+@pytest.mark.parametrize(("which", "seed"), [("", 2), ("@best", 2), ("@last", 3), ("@1", 1)])
+def test_a_runs_checkpoints(workdir, which, seed):
+    loaded = load(f"{workdir}{which}")
+    assert same(loaded.params, seed)
+    assert loaded.cfg == MODEL
+
+
+@pytest.mark.parametrize("which", ["@7", "@first", "@01", "@-1"])
+def test_a_checkpoint_that_is_not_there(workdir, which):
+    assert_refused(f"{workdir}{which}", which[1:], str(workdir), "1, 2, 3")
+
+
+def test_no_run_there(tmp_path):
+    spec = str(tmp_path / "nowhere")
+    assert_refused(spec, "config.policy.init", spec, "scratch")
+    (tmp_path / "nowhere" / "checkpoints").mkdir(parents=True)
+    assert_refused(spec, spec, "best")
+
+
+def test_scratch_is_made_from_a_shape_and_a_seed():
+    one, again, other = (load("scratch", shape=SHAPE, seed=seed) for seed in (0, 0, 1))
+    assert one.cfg.vocab_size == VOCAB
+    assert dataclasses.asdict(one.cfg) | dataclasses.asdict(SHAPE) == dataclasses.asdict(one.cfg)
+    assert jax.tree.all(jax.tree.map(np.array_equal, one.params, again.params))
+    assert not np.array_equal(one.params["embedding"], other.params["embedding"])
+
+
+def test_scratch_without_a_shape_is_refused():
+    assert_refused("scratch", "config.policy.init='scratch'", "wanted")
+
+
+def test_assets(assets):
+    files.save(assets / "small.safetensors", make_params(seed=5), MODEL, "a test")
+    loaded = load("tiny:small")
+    assert loaded.cfg == MODEL
+    # Assets are bfloat16: eight bits of mantissa.
+    close = jax.tree.map(
+        lambda a, b: np.allclose(np.asarray(a, np.float32), b, rtol=2**-8, atol=1e-30),
+        loaded.params,
+        make_params(seed=5),
+    )
+    assert jax.tree.all(close)
+    assert_refused("tiny:large", "tiny:large", "small")
+
+
+def test_an_asset_that_is_no_model(assets):
+    (assets / "broken.safetensors").write_bytes(b"no model")
+    assert_refused("tiny:broken", "broken.safetensors", "wanted")
+
+
+def test_another_vocabulary_is_refused(workdir, assets):
+    files.save(assets / "small.safetensors", make_params(), MODEL, "a test")
+    for spec in ("tiny:small", str(workdir)):
+        assert_refused(spec, f"config.policy.init={spec!r}", str(VOCAB), str(VOCAB + 1), vocab_size=VOCAB + 1)

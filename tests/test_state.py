@@ -1,0 +1,205 @@
+"""States are made where they belong, share nothing with frozen models, and move only where a pair had weight."""
+
+import dataclasses
+import functools
+
+import fakes
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from oaif_jax import optim, sharding
+from oaif_jax.models.config import ModelConfig
+from oaif_jax.state import TrainState, apply_gradients, create, place, state_shardings
+
+ADAMW = optim.OptimizerConfig(
+    name="adamw",
+    lr=0.01,
+    schedule="linear",
+    warmup=3,
+    clip=1.0,
+    b1=0.9,
+    b2=0.99,
+    eps=1e-8,
+    weight_decay=0.1,
+    scale_by_parameters=False,
+    steps=20,
+)
+CONFIGS = {"adamw": ADAMW, "adafactor": dataclasses.replace(ADAMW, name="adafactor")}
+# Large enough for Adafactor to factor something; 2 x 2 x 2 divides it.
+CFG = ModelConfig(vocab_size=130, width=128, layers=2, heads=2, kv_heads=2, head_dim=8, mlp=128)
+
+each_optimizer = pytest.mark.parametrize("name", CONFIGS)
+
+
+@functools.cache
+def mesh(data: int = 2, fsdp: int = 2, tensor: int = 2) -> jax.sharding.Mesh:
+    return sharding.make_mesh(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor])
+
+
+@functools.cache
+def params_of(seed: int = 0) -> dict:
+    return jax.tree.map(np.asarray, fakes.make_params(CFG, seed))
+
+
+@functools.cache
+def made(name: str) -> tuple[TrainState, optax.GradientTransformation]:
+    tx = optim.optimizer(CONFIGS[name])
+    return create(params_of(), tx, mesh()), tx
+
+
+@functools.cache
+def updater(name: str, *, donate: bool = False):
+    """One optimizer step, compiled."""
+    _, tx = made(name)
+    return jax.jit(functools.partial(apply_gradients, tx=tx), donate_argnums=(0,) if donate else ())
+
+
+def host(tree) -> list[np.ndarray]:
+    """The leaves as copies on the host, which no later donation reaches."""
+    return [np.array(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def assert_same(found, expected) -> None:
+    for a, b in zip(host(found), host(expected), strict=True):
+        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+
+
+def buffers(tree) -> set[int]:
+    return {shard.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards}
+
+
+@each_optimizer
+def test_create(name):
+    """Step 0, float32 parameters as given, zero moments, all where the table says."""
+    state, tx = made(name)
+    assert (int(state.step), state.step.dtype) == (0, jnp.int32)
+    assert_same(state.params, params_of())
+    assert_same(state.optimizer, jax.jit(tx.init)(params_of()))
+    on = state_shardings(params_of(), tx, mesh())
+    for leaf, place_ in zip(jax.tree.leaves(state), jax.tree.leaves(on), strict=True):
+        assert leaf.sharding.is_equivalent_to(place_, leaf.ndim)
+
+
+def test_moments_lie_as_their_parameters():
+    state, _ = made("adamw")
+    adam = next(part for part in state.optimizer if isinstance(part, optax.ScaleByAdamState))
+    for moment in (adam.mu, adam.nu):
+        for leaf, param in zip(jax.tree.leaves(moment), jax.tree.leaves(state.params), strict=True):
+            assert leaf.sharding.is_equivalent_to(param.sharding, leaf.ndim)
+    # Eight devices hold a quarter each of what is split by fsdp and tensor.
+    assert adam.mu["embedding"].addressable_shards[0].data.size * 4 == adam.mu["embedding"].size
+
+
+def test_reduced_moments_are_everywhere():
+    """Adafactor's rows and columns have another shape than their parameter."""
+    state, _ = made("adafactor")
+    shapes = {leaf.shape for leaf in jax.tree.leaves(state.params)}
+    reduced = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape not in shapes]
+    assert any(leaf.size > 100 for leaf in reduced)
+    assert all(leaf.sharding.is_fully_replicated for leaf in reduced)
+
+
+def test_create_makes_float32():
+    """Assets are bfloat16; what is trained is not."""
+    low = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params_of())
+    state = create(low, made("adamw")[1], mesh())
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    assert_same(state.params, jax.tree.map(lambda x: x.astype(jnp.float32), low))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_place(dtype):
+    placed = place(params_of(), mesh(), dtype)
+    assert_same(placed, jax.tree.map(lambda x: x.astype(dtype), params_of()))
+    for leaf, on in zip(
+        jax.tree.leaves(placed), jax.tree.leaves(sharding.param_shardings(params_of(), mesh())), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(on, leaf.ndim)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("order", ["reference first", "state first"])
+def test_the_reference_is_a_copy(shape, order):
+    """Policy and reference begin as one tree, on the mesh already: donating the state leaves the reference as it was."""
+    tx, on = optim.optimizer(ADAMW), mesh(*shape)
+    loaded = place(params_of(), on, "float32")
+    if order == "reference first":
+        reference = place(loaded, on, "float32")
+        state = create(loaded, tx, on)
+    else:
+        state = create(loaded, tx, on)
+        reference = place(state.params, on, "float32")
+    assert not buffers(reference) & buffers(state)
+    assert not buffers(loaded) & buffers(state)
+    # Nor do the state's own leaves share memory: donating one twice is an error.
+    assert len(buffers(state)) == sum(len(leaf.addressable_shards) for leaf in jax.tree.leaves(state))
+    step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    after = step(step(state))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    assert_same(reference, params_of())
+    assert_same(loaded, params_of())
+    assert int(after.step) == 2
+
+
+@each_optimizer
+def test_apply_gradients_is_the_optimizer(name):
+    """With weight the step is optax's own, and counted."""
+    state, tx = made(name)
+    gradients = params_of(1)
+    found, _ = updater(name)(state, gradients, jnp.array(3.0))
+
+    @jax.jit
+    def by_optax(params, optimizer, gradients):
+        updates, optimizer = tx.update(gradients, optimizer, params)
+        return optax.apply_updates(params, updates), optimizer
+
+    params, optimizer = by_optax(state.params, state.optimizer, gradients)
+    assert int(found.step) == 1
+    for a, b in zip(host((found.params, found.optimizer)), host((params, optimizer)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+@each_optimizer
+def test_without_weight_nothing_moves(name):
+    """After a real step (so that there are moments, and decay), whatever the gradients are: only the step is counted."""
+    state, _ = updater(name)(made(name)[0], params_of(1), jnp.array(1.0))
+    zeros = jax.tree.map(np.zeros_like, params_of())
+    nothing = jax.tree.map(lambda x: np.full_like(x, np.nan), params_of())
+    for gradients in (zeros, params_of(2), nothing):
+        found, metrics = updater(name)(state, gradients, jnp.array(0.0))
+        assert_same((found.params, found.optimizer), (state.params, state.optimizer))
+        assert int(found.step) == 2
+        assert metrics["changed"] == 0
+        assert metrics["update_rms"] == 0
+    # The optimizer alone would have moved them.
+    moved, metrics = updater(name)(state, zeros, jnp.array(1.0))
+    assert metrics["changed"] > 0.9
+    assert any((a != b).any() for a, b in zip(host(moved.params), host(state.params), strict=True))
+
+
+@each_optimizer
+def test_metrics_of_an_update(name):
+    state, _ = made(name)
+    gradients = params_of(1)
+    found, metrics = updater(name)(state, gradients, jnp.array(1.0))
+    flat = lambda tree: np.concatenate([leaf.ravel().astype(np.float64) for leaf in host(tree)])  # noqa: E731
+    moved = flat(found.params) - flat(state.params)
+    np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(flat(gradients)), rtol=1e-5)
+    # What was added to float32 parameters of order 0.1 to 1 is known to 6e-8 of those, and the update is 3e-3.
+    np.testing.assert_allclose(metrics["update_rms"], np.sqrt(np.mean(moved**2)), rtol=1e-3)
+    np.testing.assert_allclose(metrics["changed"], np.mean(moved != 0), rtol=1e-5)
+
+
+def test_changed_counts_what_rounding_swallows():
+    """An update far below a parameter's last bit changes nothing: the reason why trained leaves are float32."""
+    tx = optax.sgd(1.0)
+    on = mesh(1, 1, 1)
+    state = create({"embedding": np.ones((128, 4), np.float32)}, tx, on)
+    gradients = {"embedding": np.where(np.arange(128)[:, None] < 32, 1e-3, 1e-12).astype(np.float32) * np.ones((1, 4))}
+    gradients = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), gradients)
+    _, metrics = jax.jit(functools.partial(apply_gradients, tx=tx))(state, gradients, jnp.array(1.0))
+    assert metrics["changed"] == 0.25
+    np.testing.assert_allclose(metrics["update_rms"], 1e-3 * 0.5, rtol=1e-5)
