@@ -41,9 +41,9 @@ def state_shardings(params: PyTree, tx: optax.GradientTransformation, mesh: Mesh
 
     moments = jax.eval_shape(tx.init, params)
     return TrainState(
-        step=replicated,
+        step=replicated,  # type: ignore[arg-type]  # the same tree, of shardings
         params=on,
-        optimizer=jax.tree_util.tree_map_with_path(of_moment, moments),  # type: ignore[arg-type]
+        optimizer=jax.tree_util.tree_map_with_path(of_moment, moments),
     )
 
 

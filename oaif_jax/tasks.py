@@ -52,9 +52,7 @@ def tiny_data(cfg: Config) -> TinyData:
     data = TinyData(Tokenizer(asset("tokenizer")), cfg.data.seed, *limits, cfg.data.writer)
     longest = data.longest_prompt()
     if longest > cfg.data.prompt_tokens:
-        raise UserError(
-            f"config.data.prompt_tokens={cfg.data.prompt_tokens}: posts have up to {longest} tokens, wanted at least that"
-        )
+        raise UserError(f"config.data.prompt_tokens={limits[0]}: posts have up to {longest} tokens, wanted at least that")
     return data
 
 

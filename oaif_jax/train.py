@@ -131,7 +131,7 @@ def _train(
             seconds = time.monotonic() - taken.began
             tokens = taken.tokens + (int(outputs["mask"].sum()) if "mask" in outputs else 0)
             metrics |= {
-                "lr": float(learning_rate(taken.number - 1)),
+                "lr": float(np.asarray(learning_rate(taken.number - 1))),
                 "seconds": seconds,
                 "tokens_per_second": tokens / seconds,
             }

@@ -1,4 +1,4 @@
-"""Evaluations: verdicts and their intervals; a policy that is its reference is its equal; the same posts, the same numbers."""
+"""Evaluations: a policy that is its reference is its equal; the same posts give the same numbers, however they are cut."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from fakes import COMPUTE, make_params
 
 from oaif_jax import supervised
 from oaif_jax.data.tokenizer import Tokenizer
-from oaif_jax.evals import preference, verdicts
+from oaif_jax.evals import preference
 from oaif_jax.evals import supervised as supervised_evals
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.sample import Sampler
@@ -56,59 +56,6 @@ def evaluator(temperature: float = 0.9, chunk: int = COUNT, count: int = COUNT, 
 @functools.cache
 def evaluated(seed: int = POLICY, temperature: float = 0.9, chunk: int = COUNT, key: int = 0):
     return preference.evaluate(evaluator(temperature, chunk), make_params(MODEL, seed), jax.random.key(key))
-
-
-# ------------------------------------------------------------------------------------------------ verdicts
-
-
-@pytest.mark.parametrize(
-    ("share", "count", "low", "high"),
-    [(0.5, 100, 0.4038, 0.5962), (0.9, 256, 0.8573, 0.9310), (1.0, 10, 0.7225, 1.0), (0.0, 10, 0.0, 0.2775)],
-)
-def test_wilson_against_published_values(share, count, low, high):
-    assert verdicts.wilson(share, count) == pytest.approx((low, high), abs=5e-4)
-
-
-def test_wilson_holds_the_share_and_narrows():
-    for share in np.linspace(0, 1, 11):
-        widths = []
-        for count in (8, 64, 512):
-            low, high = verdicts.wilson(float(share), count)
-            assert 0.0 <= low <= share + 1e-12
-            assert share - 1e-12 <= high <= 1.0
-            widths.append(high - low)
-        assert widths == sorted(widths, reverse=True)
-
-
-def test_summarise_counts_ties_half():
-    found = verdicts.summarise([1.0, 1.0, 0.5, 0.0])
-    assert (found["win"], found["tie"], found["loss"], found["score"]) == (0.5, 0.25, 0.25, 0.625)
-    assert found["interval"] == list(verdicts.wilson(0.625, 4))
-
-
-def test_verdicts_by_scores_and_by_orders():
-    scores = verdicts.by_scores(np.array([2.0, 1.0, 0.1 + 0.2]), np.array([1.0, 2.0, 0.3]))
-    assert list(scores) == [1.0, 0.0, 0.5]
-    orders = np.array([[0.9, 0.6], [0.2, 0.4], [0.9, 0.2], [0.5, 0.5], [0.9, 0.9]])
-    identical = np.array([False, False, False, False, True])
-    assert list(verdicts.by_orders(orders, identical)[:3]) == [1.0, 0.0, 0.5]
-    assert verdicts.by_orders(orders, identical)[4] == 0.5
-
-
-def test_agreement_leaves_out_identical_pairs_and_ties():
-    orders = np.array([[0.9, 0.8], [0.9, 0.2], [0.1, 0.2], [0.9, 0.9], [0.1, 0.1]])
-    difference = np.array([1.0, -1.0, 0.0, -1.0, -1.0])
-    identical = np.array([False, False, False, False, True])
-    found = verdicts.agreement(orders, difference, identical)
-    assert found == {"pairs": 4, "decided": 3, "order_agreement": 3 / 4, "gold_agreement": 1 / 3}
-
-
-def test_a_share_of_nothing_is_absent():
-    """Not nan, which JSON doesn't have."""
-    orders, nothing = np.full((3, 2), 0.9), np.zeros(3)
-    assert verdicts.agreement(orders, nothing, np.ones(3, bool)) == {"pairs": 0, "decided": 0}
-    found = verdicts.agreement(orders, nothing, np.zeros(3, bool))
-    assert found == {"pairs": 3, "decided": 0, "order_agreement": 1.0}
 
 
 # ------------------------------------------------------------------------------------------------ policy against reference

@@ -58,7 +58,7 @@ def first_in_tie(post: str, first: str, second: str) -> bool | None:
     def taste(summary: str) -> tuple:
         words = world.words(summary)
         named = [places[word] for word in words if word in places]
-        return sorted(set(named)) + [len(places)], len(words), named
+        return [*sorted(set(named)), len(places)], len(words), named
 
     one, other = taste(first), taste(second)
     return None if one == other else one < other

@@ -1,9 +1,9 @@
 """The embedded world: short posts written by a grammar, and what a good summary of one is.
 
-A post names three to five topics, one to a sentence, among small talk; a good summary lists its topics, each once, and nothing else.
+A post names three to five topics, one to a sentence, among small talk; a good summary lists each once, and nothing else.
 
-    post     hello everyone. my sister asked about the wedding. it has been a long week. we worked on the garden. ...
-    summary  wedding, garden, river
+    post     hello everyone. my sister asked about the wedding. it has been a long week. we talked about the garden.
+    summary  wedding, garden
 
 Everything is a pure function of (seed, split, index), so that any number of posts can be drawn without a file.
 """

@@ -103,8 +103,8 @@ def candidates(rng: np.random.Generator, topics: tuple[str, ...], limit: int) ->
             second = edit(rng, second, topics)
     else:
         second = write(rng, topics, style if rng.random() < 0.5 else random_style(rng))
-    pair = first[:limit], second[:limit]
-    return pair if rng.random() < 0.5 else pair[::-1]
+    first, second = first[:limit], second[:limit]
+    return (first, second) if rng.random() < 0.5 else (second, first)
 
 
 def word_lists(rng: np.random.Generator, topics: tuple[str, ...], limit: int) -> tuple[list[str], list[str]]:
