@@ -35,7 +35,7 @@ format-check: $(VENV)/installed-test  ## whether `make format` would change a fi
 
 # The variable keeps pyright from asking the network for a newer pyright.
 types: $(VENV)/installed-test  ## pyright
-	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/python -m pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/installed-test  ## formats the files, and mends what ruff can mend
 	$(BIN)/ruff check --fix .

@@ -62,18 +62,21 @@ def claim(workdir: pathlib.Path, cfg: Config) -> list[str]:
     if path.exists():
         changes = _changes(path, cfg)
     else:
-        if workdir.exists() and any(workdir.iterdir()):
+        # A kill in the first moment leaves what atomic_write_json began with.
+        if workdir.exists() and any(there.name != ".config.json.partial" for there in workdir.iterdir()):
             raise UserError(f"--workdir={workdir} holds files but no config.json: wanted an empty directory or a run's")
         changes = []
     workdir.mkdir(parents=True, exist_ok=True)
+    if changes:
+        (workdir / "summary.json").unlink(missing_ok=True)  # of the config before; the run's end writes it anew
     atomic_write_json(path, nested(cfg))
     return changes
 
 
-def check(workdir: pathlib.Path, cfg: Config) -> None:
-    """Raises what `claim` would, and changes nothing."""
-    if (workdir / "config.json").exists():
-        _changes(workdir / "config.json", cfg)
+def check(workdir: pathlib.Path, cfg: Config) -> list[str]:
+    """Returns and raises what `claim` would, and changes nothing."""
+    path = workdir / "config.json"
+    return _changes(path, cfg) if path.exists() else []
 
 
 def _changes(path: pathlib.Path, cfg: Config) -> list[str]:

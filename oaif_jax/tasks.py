@@ -42,8 +42,21 @@ class Task:
 
 
 def build(cfg: Config, mesh: Mesh) -> Task:
-    """The task of a config; everything that can be wrong with models, data and instructions raises here."""
+    """The task of a config; everything that can be wrong with models, data, instructions and evaluations raises here."""
+    check_evaluation(cfg, mesh)
     return {"online": _preference, "offline": _preference, "sft": _sft, "annotator": _annotator}[cfg.method](cfg, mesh)
+
+
+def check_evaluation(cfg: Config, mesh: Mesh) -> None:
+    """UserError unless the posts divide over the devices, and the method measures what the best step is chosen by."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, count in (("prompts", cfg.eval.prompts), ("final_prompts", cfg.eval.final_prompts)):
+        if count % parts:
+            raise UserError(f"config.eval.{name}={count} doesn't divide over data x fsdp = {parts} devices")
+    measured = ("validation_loss",) if cfg.method in ("sft", "annotator") else ("judge.score", "gold.score")
+    if cfg.eval.best not in measured:
+        wanted = f"wanted {' or '.join(measured)} for method {cfg.method}"
+        raise UserError(f"config.eval.best={cfg.eval.best!r}, {wanted}")
 
 
 def tiny_data(cfg: Config) -> TinyData:
@@ -52,7 +65,9 @@ def tiny_data(cfg: Config) -> TinyData:
     data = TinyData(Tokenizer(asset("tokenizer")), cfg.data.seed, *limits, cfg.data.writer)
     longest = data.longest_prompt()
     if longest > cfg.data.prompt_tokens:
-        raise UserError(f"config.data.prompt_tokens={limits[0]}: posts have up to {longest} tokens, wanted at least that")
+        raise UserError(
+            f"config.data.prompt_tokens={limits[0]}: posts have up to {longest} tokens, wanted at least that"
+        )
     return data
 
 
@@ -134,7 +149,8 @@ def _preference(cfg: Config, mesh: Mesh) -> Task:
     drawn = sampler_of(cfg, data, cfg.sample.temperature or 0.9)
     while_training = evaluator(split="validation", count=cfg.eval.prompts, sampler=drawn)
     at_end = evaluator(split=cfg.eval.final_split, count=cfg.eval.final_prompts, sampler=drawn)
-    greedy = dataclasses.replace(at_end, sampler=sampler_of(cfg, data, 0.0))
+    # With a record of its own of what the reference wrote: greedily, too.
+    greedy = dataclasses.replace(at_end, sampler=sampler_of(cfg, data, 0.0), reference_samples={})
 
     def finish(params: PyTree) -> Evaluation:
         metrics, records = preference.evaluate(at_end, params, key)

@@ -5,6 +5,7 @@
 The same command goes on after a kill, from the last complete checkpoint, and prints the results again once it is done.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -22,7 +23,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from oaif_jax import cli, config, optim, report, resume, sharding, state, step, tasks
-from oaif_jax.checkpoint import Checkpoints, load_params
+from oaif_jax.checkpoint import Checkpoints, Reader, load_params
 from oaif_jax.config import Config
 from oaif_jax.errors import UserError
 from oaif_jax.files import atomic_write_json, sha256_of_tree
@@ -56,22 +57,23 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
     workdir = pathlib.Path(workdir)
 
     # ------------------------------------------------------------------------------------------ is it done already?
-    resume.check(workdir, cfg)
-    if (workdir / "summary.json").exists():
+    changes = resume.check(workdir, cfg)
+    if (workdir / "summary.json").exists() and not changes:
         done = report.load(workdir)
-        if done.summary and done.summary["steps"] == cfg.steps:
-            console.print(f"finished before, in {workdir}")
-            report.show(done, console)
-            return dict(done.summary)
+        console.print(f"finished before, in {workdir}")
+        report.show(done, console)
+        return dict(done.summary)
 
     # ------------------------------------------------------------------------- mesh, models, data: all that can be wrong
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
     sharding.check_batch(cfg.data.batch, cfg.optimizer.accumulate, mesh)
-    for count in (cfg.eval.prompts, cfg.eval.final_prompts):
-        sharding.check_batch(count, 1, mesh)
     task = tasks.build(cfg, mesh)
     task.batch(0)
+    sharding.param_shardings(task.begin.params, mesh)
     tx = optim.optimizer(optimizer_config(cfg))
+    taken = Reader(workdir / "checkpoints").latest() or 0
+    if taken > cfg.steps:
+        raise UserError(f"config.steps={cfg.steps}, but {taken} were taken in {workdir}; wanted at least that")
     for change in resume.claim(workdir, cfg):
         console.print(change)
     with resume.owned(workdir):
@@ -100,8 +102,6 @@ def _train(
         restored = checkpoints.restore(begin, {"params": training.params, "optimizer": training.optimizer})
         training = dataclasses.replace(training, step=training.step + begin, **restored)
         seconds_before, history = meta["seconds"], meta["history"]
-        if begin > cfg.steps:
-            raise UserError(f"config.steps={cfg.steps}, but {begin} were taken in {workdir}; wanted at least that")
         console.print(f"going on from step {begin} in {workdir}")
         for difference in resume.differences(meta["environment"], environment):
             console.print(f"not bit for bit what an uninterrupted run gives: {difference}")
@@ -116,15 +116,16 @@ def _train(
     learning_rate = optim.schedule(optimizer_config(cfg))
 
     # ----------------------------------------------------------------------------------------------------- the loop
-    with checkpoints, Progress(cfg.steps, begin or 0, cfg.method, console=console) as progress:
+    with checkpoints, contextlib.closing(log), Progress(cfg.steps, begin or 0, cfg.method, console=console) as progress:
 
         def read(taken: Taken) -> None:
-            """Metrics of a step, once the next one is under way; a loss that isn't finite ends the run here."""
+            """Metrics of a step, once the next one is under way; a loss or an update that isn't finite ends the run here."""
             metrics = {name: float(value) for name, value in taken.metrics.items()}
-            if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+            broken = [name for name in ("loss", "grad_norm", "update_rms") if not math.isfinite(metrics[name])]
+            if broken:
                 last = checkpoints.latest()
                 kept = f"the checkpoint of step {last} is good" if last is not None else "there is no checkpoint yet"
-                found = f"loss={metrics['loss']}, grad_norm={metrics['grad_norm']}"
+                found = ", ".join(f"{name}={metrics[name]}" for name in broken)
                 raise NonFiniteError(f"step {taken.number}: {found}, wanted finite; {kept} ({workdir})")
             outputs = jax.tree.map(np.asarray, taken.outputs)
             metrics |= task.observe(taken.number - 1, outputs)
@@ -185,7 +186,6 @@ def _train(
         params, _ = load_params(workdir / "checkpoints", str(final_step))
         metrics, records = task.finish(state.place(params, mesh, "float32"))
         log.write_samples("final", records)
-        log.close()
     summary = summarise(cfg, metrics, history, environment) | {
         "evaluated_step": final_step,
         "seconds": seconds_before + time.monotonic() - began,

@@ -35,7 +35,9 @@ def sampler(temperature: float) -> Sampler:
 
 
 def evaluator(temperature: float = 0.9, chunk: int = COUNT, count: int = COUNT, annotator: bool = True):
-    model = lambda seed: preference.LanguageModel(make_params(MODEL, seed), MODEL)
+    def model(seed: int) -> preference.LanguageModel:
+        return preference.LanguageModel(make_params(MODEL, seed), MODEL)
+
     return preference.Evaluator(
         data=DATA,
         split="validation",

@@ -57,8 +57,8 @@ def online(mesh_name: str = "one device", parts: int = 1) -> step.Contribution:
 
     @jax.jit
     def contribute(params, frozen, batch):
-        one = lambda micro: step.online(params, frozen, micro, KEY, objective=ONLINE)
-        return step.add_up(one, batch, parts)
+        objective = functools.partial(step.online, objective=ONLINE)
+        return step.add_up(lambda micro: objective(params, frozen, micro, KEY), batch, parts)
 
     frozen = {name: place(tree, mesh) for name, tree in frozen.items()}
     return jax.device_get(contribute(place(params, mesh), frozen, tasks.place(prompts(), mesh)))
@@ -161,7 +161,10 @@ def test_swapped_responses_with_the_other_label_are_the_same_pairs():
 
 def test_reference_and_annotator_get_no_gradient():
     params, frozen = models()
-    loss = lambda frozen: step.online(params, frozen, prompts(), KEY, objective=ONLINE).loss
+
+    def loss(frozen):
+        return step.online(params, frozen, prompts(), KEY, objective=ONLINE).loss
+
     gradients = jax.jit(jax.grad(loss))(frozen)
     assert jax.tree.structure(gradients) == jax.tree.structure(frozen)
     assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(gradients))
@@ -175,8 +178,11 @@ def test_gradient_is_the_losses_slope():
     batch, gradients = pairs_of(online().outputs), online().gradients
     squared = sum(float(np.sum(np.square(leaf))) for leaf in jax.tree.leaves(gradients))
     size = 1e-2 / squared**0.5  # far above float32's noise, small enough for the second order to be under a per cent
-    moved = lambda sign: jax.tree.map(lambda p, g: p + sign * size * g, params, gradients)
-    rise = float(offline(moved(1), frozen, batch, KEY).loss) - float(offline(moved(-1), frozen, batch, KEY).loss)
+    up, down = (
+        offline(jax.tree.map(lambda p, g, by=by: p + by * g, params, gradients), frozen, batch, KEY).loss
+        for by in (size, -size)
+    )
+    rise = float(up) - float(down)
     assert rise == pytest.approx(2 * size * squared, rel=1e-2)
 
 

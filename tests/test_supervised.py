@@ -176,7 +176,10 @@ def test_unbroken_ties_have_no_answer():
 def test_broken_ties_count_less_and_are_not_counted_as_right_or_wrong():
     params, base = make_params(), judged()
     ones = np.ones(ROWS, np.float32)
-    loss = lambda label, choice: annotator_loss(params, base | {"label": label, "choice": choice})
+
+    def loss(label, choice):
+        return annotator_loss(params, base | {"label": label, "choice": choice})
+
     (tied, tied_sums), (decided, decided_sums) = loss(0.5 * ones, ones), loss(ones, ones)
     (silent, _) = loss(0.5 * ones, 0.5 * ones)
     assert float(tied - silent) == pytest.approx(supervised.TIE_WEIGHT * float(decided - silent), rel=1e-4)

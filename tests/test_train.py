@@ -238,7 +238,17 @@ def test_summary(finished):
         "sft": {"validation_loss", "gold_mean", "gold_share", "mean_length"},
         "annotator": {"validation_loss", "accuracy", "annotator"},
     }.get(summary["method"])
-    compared = {"loss", "gold", "judge", "mean_length", "reference_length", "kl", "gold_mean", "reference_gold_mean", "greedy"}
+    compared = {
+        "loss",
+        "gold",
+        "judge",
+        "mean_length",
+        "reference_length",
+        "kl",
+        "gold_mean",
+        "reference_gold_mean",
+        "greedy",
+    }
     assert summary.keys() >= (extra or compared)
     assert ("annotator" in summary) == (summary["method"] in ("online", "annotator"))
 
@@ -279,7 +289,8 @@ def test_online_metrics(base):
 def test_averages_are_weighted_by_the_pairs_they_are_shares_of():
     history = {}
     train.add_to_history(
-        history, {"annotator.order_agreement": 1.0, "annotator.gold_agreement": 0.5, "annotator.decided": 2, "identical": 0.5}
+        history,
+        {"annotator.order_agreement": 1.0, "annotator.gold_agreement": 0.5, "annotator.decided": 2, "identical": 0.5},
     )
     train.add_to_history(history, {"annotator.order_agreement": 0.0, "annotator.decided": 0, "identical": 0.0})
     assert history["annotator.order_agreement"] == (0.5, 1.5)

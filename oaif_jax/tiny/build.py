@@ -34,6 +34,7 @@ class Writer:
     """One of the policies that wrote the offline pairs: fine-tuned on a writer's references, and how it is sampled."""
 
     name: str
+    init: str  # scratch, or the SFT policy
     style: str
     seed: int
     steps: int
@@ -42,9 +43,9 @@ class Writer:
 
 # Weaker and better than the SFT policy, which isn't among them: the pairs are off-policy, as in the paper.
 WRITERS = (
-    Writer("early", "reference", 11, 800, 1.0),
-    Writer("careless", "careless", 12, 1200, 1.0),
-    Writer("careful", "careful", 13, 2000, 0.9),
+    Writer("early", "scratch", "reference", 11, 800, 1.0),
+    Writer("careless", "scratch", "careless", 12, 1200, 1.0),
+    Writer("careful", "tiny:sft", "careful", 13, 800, 0.7),
 )
 PAIRS = 7680  # 240 steps of 32: what an online run sees
 MODELS = {"sft": "tiny_tldr_sft", "annotator": "tiny_annotator", "judge": "tiny_judge"}
@@ -70,7 +71,8 @@ def build_pairs(workdir: pathlib.Path) -> None:
     """pairs.jsonl.gz: two different writers' summaries of each post, labelled by the raters' majority; with its recipe."""
     for writer in WRITERS:
         config = cli.load_config(f"experiments/{MODELS['sft']}.py")
-        overrides = {"data.writer": writer.style, "seed": str(writer.seed), "steps": str(writer.steps)}
+        overrides = {"policy.init": writer.init, "data.writer": writer.style}
+        overrides |= {"seed": str(writer.seed), "steps": str(writer.steps)}
         cli.override(config, overrides)
         train.run(config, workdir / f"writer_{writer.name}")
     written = [write_summaries(writer, workdir / f"writer_{writer.name}") for writer in WRITERS]

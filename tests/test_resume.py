@@ -1,0 +1,363 @@
+"""A run that was stopped ends where an uninterrupted one ends, bit for bit; a workdir is one run's and nobody else's."""
+
+import gc
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_train import (
+    ROOT,
+    STEPS,
+    base_of,
+    configured,
+    digest,
+    lines,
+    online_run,
+    preference_config,
+    run,
+    sft_config,
+    sft_run,
+    steps,
+    summary_of,
+)
+
+from oaif_jax import config, resume
+from oaif_jax.checkpoint import Checkpoints, Reader, load_params
+from oaif_jax.errors import UserError
+from oaif_jax.metrics import MetricsLog
+
+CLOCK = ("seconds", "command")  # of a summary: what may differ
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> pathlib.Path:
+    return base_of(tmp_path_factory)
+
+
+@pytest.fixture
+def copy(base, tmp_path) -> pathlib.Path:
+    """A finished run that a test may spoil."""
+    return shutil.copytree(sft_run(base), tmp_path / "run")
+
+
+def assert_same_end(workdir: pathlib.Path, uninterrupted: pathlib.Path) -> None:
+    """The same parameters, metrics and samples; only the clock may differ."""
+    ends = [{k: v for k, v in summary_of(path).items() if k not in CLOCK} for path in (workdir, uninterrupted)]
+    assert ends[0] == ends[1]
+    assert len(ends[0]["params_sha256"]) == 64
+    assert lines(workdir, timeless=True) == lines(uninterrupted, timeless=True)
+    assert digest(workdir / "samples") == digest(uninterrupted / "samples")
+    assert Reader(workdir / "checkpoints").steps() == Reader(uninterrupted / "checkpoints").steps()
+
+
+# ------------------------------------------------------------------------------------------------ interrupted
+
+
+class StopError(Exception):
+    """What a test raises in the middle of a run."""
+
+
+def stop_at(monkeypatch, cls: type, method: str, when) -> None:
+    """Raises StopError in a method of a class, the first time that `when(*args)` is true."""
+    original = getattr(cls, method)
+
+    def stopping(self, *args, **named):
+        if when(*args):
+            raise StopError
+        return original(self, *args, **named)
+
+    monkeypatch.setattr(cls, method, stopping)
+
+
+PLACES = {
+    "before the first checkpoint": (MetricsLog, "write", lambda step, kind, _: (step, kind) == (1, "train"), None),
+    "between two checkpoints": (MetricsLog, "write", lambda step, kind, _: (step, kind) == (5, "train"), 4),
+    "evaluated but not saved": (Checkpoints, "save", lambda step, *_: step == 4, 2),
+    "before the final evaluation": (MetricsLog, "write_samples", lambda name, _: name == "final", 6),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_stopped_run_goes_on_to_the_same_end(base, tmp_path, monkeypatch, place):
+    cls, method, when, at = PLACES[place]
+    with monkeypatch.context() as patched:
+        stop_at(patched, cls, method, when)
+        with pytest.raises(StopError):
+            run(sft_config(), tmp_path / "run")
+    gc.collect()  # files left open would warn here
+    assert not (tmp_path / "run" / "summary.json").exists()
+    _, shown = run(sft_config(), tmp_path / "run")
+    assert (f"going on from step {at} " in shown) == (at is not None)
+    assert "not bit for bit" not in shown
+    assert_same_end(tmp_path / "run", sft_run(base))
+
+
+def test_a_stopped_online_run_goes_on_to_the_same_end(base, tmp_path, monkeypatch):
+    """Twice; the averages over the run's steps, and what was measured at its start, come from before."""
+    values = preference_config(base, "online")
+    for at in (3, 5):
+        with monkeypatch.context() as patched:
+            stop_at(patched, MetricsLog, "write", lambda step, kind, _, at=at: (step, kind) == (at, "train"))
+            with pytest.raises(StopError):
+                run(values, tmp_path / "run")
+    run(values, tmp_path / "run")
+    assert_same_end(tmp_path / "run", online_run(base))
+
+
+def test_seconds_are_of_all_parts(base, tmp_path, monkeypatch):
+    """The time until the checkpoint that a run goes on from counts."""
+    copied = shutil.copytree(sft_run(base), tmp_path / "run")
+    (copied / "summary.json").unlink()
+    before = Reader(copied / "checkpoints").meta(STEPS)["seconds"]
+    began = time.monotonic()
+    summary, _ = run(sft_config(), copied)
+    assert before < summary["seconds"] <= before + time.monotonic() - began
+
+
+# ------------------------------------------------------------------------------------------------ killed
+
+
+def start(values: dict, workdir: pathlib.Path, file: pathlib.Path) -> subprocess.Popen:
+    """The command line, in a process of its own."""
+    text = "import json\nfrom ml_collections import ConfigDict\ndef get_config(): return ConfigDict(json.loads({}))\n"
+    file.write_text(text.format(repr(json.dumps(values))))
+    command = [sys.executable, "-m", "oaif_jax.train", f"--config={file}", f"--workdir={workdir}"]
+    log = file.with_suffix(".log").open("ab")
+    with log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+
+
+def wait_for(process: subprocess.Popen, seen, limit: float = 300.0) -> None:
+    """Until `seen()` is true or the process has ended."""
+    until = time.monotonic() + limit
+    while process.poll() is None and not seen():
+        assert time.monotonic() < until, "the run got nowhere"
+        time.sleep(0.002)
+
+
+def kill(process: subprocess.Popen) -> bool:
+    """SIGKILL; whether it hit a process that was still at work."""
+    process.send_signal(signal.SIGKILL)
+    return process.wait() == -signal.SIGKILL
+
+
+def test_killed_and_started_again(base, tmp_path):
+    """SIGKILL as soon as anything is there, at a random moment after the first checkpoint, and in the middle of a save."""
+    workdir, file = tmp_path / "run", tmp_path / "experiment.py"
+    checkpoints, rng = workdir / "checkpoints", random.Random()
+    moments = [
+        lambda: (workdir / "metrics.jsonl").exists(),
+        lambda: (checkpoints / "2").exists(),
+        lambda: any(checkpoints.glob("*.unfinished*")),
+    ]
+    hit = []
+    for number, seen in enumerate(moments):
+        process = start(sft_config(), workdir, file)
+        wait_for(process, seen)
+        time.sleep(rng.uniform(0, 0.3) if number == 1 else 0)
+        hit.append(kill(process))
+    assert sum(hit) >= 2, f"the run was over before it was killed: {file.with_suffix('.log').read_text()}"
+    process = start(sft_config(), workdir, file)
+    wait_for(process, lambda: False)
+    assert process.wait() == 0, file.with_suffix(".log").read_text()
+    assert_same_end(workdir, sft_run(base))
+
+
+def test_killed_while_the_config_was_written(tmp_path):
+    """What an atomic write leaves when it is cut short is no other run's file."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    cfg = config.parse(sft_config())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pathlib.Path, "replace", lambda *_: (_ for _ in ()).throw(StopError()))
+        with pytest.raises(StopError):
+            resume.claim(workdir, cfg)
+    assert list(workdir.iterdir())
+    assert not (workdir / "config.json").exists()
+    assert resume.claim(workdir, cfg) == []
+    assert json.loads((workdir / "config.json").read_text()) == resume.nested(cfg)
+
+
+def test_interrupted_from_the_keyboard(tmp_path):
+    """Ctrl-C: exit code 130 and how to go on, and no traceback."""
+    workdir, file = tmp_path / "run", tmp_path / "experiment.py"
+    process = start(sft_config(steps=100_000, eval__every=100_000, checkpoint__every=100_000), workdir, file)
+    wait_for(process, lambda: (workdir / "metrics.jsonl").exists() and len(lines(workdir)) > 2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    said = file.with_suffix(".log").read_text()
+    assert "interrupted; the same command goes on from here" in said
+    assert "Traceback" not in said
+
+
+# ------------------------------------------------------------------------------------------------ damaged
+
+
+def flip(path: pathlib.Path) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
+
+
+def array_file(workdir: pathlib.Path, step: int) -> pathlib.Path:
+    """The largest file of a checkpoint."""
+    paths = [path for path in (workdir / "checkpoints" / str(step)).rglob("*") if path.is_file()]
+    return max(paths, key=lambda path: path.stat().st_size)
+
+
+def truncate(path: pathlib.Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGE = {
+    "a flipped byte": lambda workdir: flip(array_file(workdir, STEPS)),
+    "a truncated file": lambda workdir: truncate(array_file(workdir, STEPS)),
+    "a missing file": lambda workdir: array_file(workdir, STEPS).unlink(),
+    "an empty step": lambda workdir: (workdir / "checkpoints" / "8").mkdir(),
+    "no manifest": lambda workdir: (workdir / "checkpoints" / str(STEPS) / "MANIFEST.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_one_clear_error_and_nothing_is_overwritten(copy, damage):
+    DAMAGE[damage](copy)
+    (copy / "summary.json").unlink()
+    before = digest(copy)
+    with pytest.raises(UserError) as error:
+        run(sft_config(), copy)
+    gc.collect()
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(copy / "checkpoints") in message
+    assert "delete" in message
+    assert digest(copy) == before
+
+
+def test_what_the_error_says_helps(copy, base):
+    """Without the damaged checkpoint the run goes on from the one before, to the same end."""
+    flip(array_file(copy, STEPS))
+    (copy / "summary.json").unlink()
+    with pytest.raises(UserError, match=r"delete \S+ to go on from step 4$"):
+        run(sft_config(), copy)
+    shutil.rmtree(copy / "checkpoints" / str(STEPS))
+    _, shown = run(sft_config(), copy)
+    assert "going on from step 4" in shown
+    assert_same_end(copy, sft_run(base))
+
+
+# ------------------------------------------------------------------------------------------------ whose workdir it is
+
+
+def test_more_steps_of_a_constant_schedule(copy, monkeypatch):
+    """The run goes on; the change is logged, and so is what differs in the environment."""
+    here = resume.environment()
+    other = here | {"cores": 99, "versions": here["versions"] | {"jax": "0.0.1"}}
+    monkeypatch.setattr(resume, "environment", lambda: other)
+    first = lines(copy, timeless=True)
+    summary, shown = run(sft_config(steps=STEPS + 2), copy)
+    assert f"config.steps: {STEPS} before, {STEPS + 2} now" in shown
+    assert f"going on from step {STEPS}" in shown
+    assert f"cores: {here['cores']} before, 99 now" in shown
+    assert f"jax: {here['versions']['jax']} before, 0.0.1 now" in shown
+    assert (summary["steps"], summary["cores"]) == (STEPS + 2, 99)
+    assert lines(copy, timeless=True)[: len(first)] == first
+    assert steps(copy, "train") == list(range(1, STEPS + 3))
+    assert steps(copy, "eval") == list(range(0, STEPS + 3, 2))
+    assert load_params(copy / "checkpoints", "last")[1]["step"] == STEPS + 2
+
+
+def test_fewer_steps_than_were_taken_are_refused(copy):
+    before = digest(copy)
+    with pytest.raises(UserError, match=r"config\.steps=4"):
+        run(sft_config(steps=4), copy)
+    gc.collect()
+    assert digest(copy) == before
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_other_steps_of_a_schedule_that_needs_them_are_refused(tmp_path, schedule):
+    workdir = tmp_path / "run"
+    resume.claim(workdir, config.parse(sft_config(optimizer__schedule=schedule)))
+    before = digest(workdir)
+    with pytest.raises(UserError, match=rf"steps \({STEPS} there, {STEPS + 2} now\)"):
+        run(sft_config(optimizer__schedule=schedule, steps=STEPS + 2), workdir)
+    assert digest(workdir) == before
+
+
+def test_another_configs_run_is_refused_with_the_keys_that_differ(copy):
+    before = digest(copy)
+    with pytest.raises(UserError) as error:
+        run(sft_config(optimizer__lr=0.5, data__seed=4, log__every=3), copy)
+    message = str(error.value)
+    assert "optimizer.lr (0.001 there, 0.5 now)" in message
+    assert "data.seed (0 there, 4 now)" in message
+    assert "log.every" not in message, "which may change"
+    assert "\n" not in message
+    assert digest(copy) == before
+
+
+def test_another_method_is_refused(base, copy):
+    with pytest.raises(UserError, match=r"method \('sft' there, 'annotator' now\)"):
+        run(configured("tiny_annotator"), copy)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"method": "sft"}'])
+def test_a_config_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json"):
+        run(sft_config(), tmp_path)
+    assert digest(tmp_path).keys() == {"config.json"}
+
+
+def test_a_directory_of_something_else_is_refused_untouched(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    before = digest(tmp_path)
+    with pytest.raises(UserError, match=r"no config\.json"):
+        run(sft_config(), tmp_path)
+    assert digest(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis"]
+
+
+def test_an_empty_directory_is_taken(tmp_path):
+    assert resume.claim(tmp_path, config.parse(sft_config())) == []
+    assert (tmp_path / "config.json").exists()
+
+
+def test_what_may_change_is_logged_and_done(copy):
+    """Other evaluations of the finished run: nothing is trained, and the summary is of the posts that were asked for."""
+    old = summary_of(copy)
+    summary, shown = run(sft_config(eval__final_split="validation", eval__final="last", log__every=2), copy)
+    for text in ("config.eval.final_split: 'test' before, 'validation' now", "config.log.every: 1 before, 2 now"):
+        assert text in shown
+    assert summary["split"] == "validation"
+    assert summary["evaluated_step"] == STEPS
+    assert summary["params_sha256"] == old["params_sha256"]
+    assert steps(copy, "train") == list(range(1, STEPS + 1))
+    assert summary["validation_loss"] == pytest.approx(lines(copy, "eval")[-1]["validation_loss"], rel=1e-5)
+    assert summary_of(copy) == summary
+
+
+def test_one_process_at_a_time(copy):
+    with resume.owned(copy), pytest.raises(UserError, match="another process"), resume.owned(copy):
+        pass
+    with resume.owned(copy):
+        pass
+
+
+def test_environment_is_named_where_it_differs():
+    here = resume.environment()
+    assert here["cores"] == os.cpu_count()
+    assert resume.differences(here, here) == []
+    other = here | {"device": "1 x abacus", "versions": here["versions"] | {"numpy": "9"}}
+    assert resume.differences(here, other) == [
+        f"device: {here['device']} before, 1 x abacus now",
+        f"numpy: {here['versions']['numpy']} before, 9 now",
+    ]
