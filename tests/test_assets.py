@@ -18,6 +18,7 @@ from oaif_jax.tiny.data import ASSETS, MARKS, TinyData, asset
 
 FRESH_SEED = 987  # no asset's recipe uses it
 COUNT = 256
+SFT_SHARE = 0.44  # of the largest gold score, as measured when it was trained; checked below within its noise
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,9 @@ def test_the_tokenizer_is_what_its_recipe_makes(tmp_path):
     assert (tmp_path / "tokenizer.model").read_bytes() == asset("tokenizer").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["annotator", "judge"])
-def test_annotators_agree_with_gold_and_with_themselves(data, name):
+# The judge is asked for less: where its orders disagree, its verdict is a tie.
+@pytest.mark.parametrize(("name", "least"), [("annotator", 0.85), ("judge", 0.8)])
+def test_annotators_agree_with_gold_and_with_themselves(data, name, least):
     params, cfg = files.load(asset(name))
     tokens = data.tokenizer
     objective = supervised.AnnotatorObjective(
@@ -57,7 +59,7 @@ def test_annotators_agree_with_gold_and_with_themselves(data, name):
     for instruction, agreed in found.items():
         assert agreed["decided"] > COUNT / 2
         assert agreed["gold_agreement"] >= 0.85, instruction
-        assert agreed["order_agreement"] >= 0.85, instruction
+        assert agreed["order_agreement"] >= least, instruction
 
 
 def test_the_sft_policy_is_mediocre_on_fresh_posts(data):
@@ -78,6 +80,7 @@ def test_the_sft_policy_is_mediocre_on_fresh_posts(data):
     )
     assert len(records) == COUNT
     assert 0.3 <= metrics["gold_share"] <= 0.6
+    assert abs(metrics["gold_share"] - SFT_SHARE) < 0.08
 
 
 def test_the_pairs_are_what_their_recipe_says(data):
@@ -85,9 +88,7 @@ def test_the_pairs_are_what_their_recipe_says(data):
     recipe = json.loads((ASSETS / "pairs_recipe.json").read_text())
     assert [writer["name"] for writer in recipe["writers"]] == [writer.name for writer in build.WRITERS]
     shares = [writer["gold_share"] for writer in recipe["writers"]]
-    params, cfg = files.load(asset("sft"))
-    assert cfg.vocab_size == data.tokenizer.vocab_size
-    assert min(shares) < max(shares)
+    assert min(shares) < SFT_SHARE < max(shares), "wanted writers weaker and better than the SFT policy"
     assert 0.9 * build.PAIRS <= len(pairs) <= build.PAIRS
     posts = {world.post(0, "train", index).text for index in range(build.PAIRS)}
     assert {pair.prompt for pair in pairs} <= posts
