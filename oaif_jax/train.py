@@ -123,6 +123,7 @@ def _train(
             metrics = {name: float(value) for name, value in taken.metrics.items()}
             broken = [name for name in ("loss", "grad_norm", "update_rms") if not math.isfinite(metrics[name])]
             if broken:
+                checkpoints.wait()
                 last = checkpoints.latest()
                 kept = f"the checkpoint of step {last} is good" if last is not None else "there is no checkpoint yet"
                 found = ", ".join(f"{name}={metrics[name]}" for name in broken)

@@ -148,6 +148,12 @@ def kill(process: subprocess.Popen) -> bool:
     return process.wait() == -signal.SIGKILL
 
 
+def recorded_since(workdir: pathlib.Path, began: float) -> bool:
+    """Whether this process has begun its record: then what an earlier one left of a save is gone."""
+    path = workdir / "metrics.jsonl"
+    return path.exists() and path.stat().st_mtime > began
+
+
 def test_killed_and_started_again(base, tmp_path):
     """SIGKILL as soon as anything is there, at a random moment after the first checkpoint, and in the middle of a save."""
     workdir, file = tmp_path / "run", tmp_path / "experiment.py"
@@ -155,10 +161,11 @@ def test_killed_and_started_again(base, tmp_path):
     moments = [
         lambda: (workdir / "metrics.jsonl").exists(),
         lambda: (checkpoints / "2").exists(),
-        lambda: any(checkpoints.glob("*.unfinished*")),
+        lambda: recorded_since(workdir, began) and any(checkpoints.glob("*.unfinished*")),
     ]
     hit = []
     for number, seen in enumerate(moments):
+        began = time.time()
         process = start(sft_config(), workdir, file)
         wait_for(process, seen)
         time.sleep(rng.uniform(0, 0.3) if number == 1 else 0)
@@ -189,7 +196,8 @@ def test_interrupted_from_the_keyboard(tmp_path):
     """Ctrl-C: exit code 130 and how to go on, and no traceback."""
     workdir, file = tmp_path / "run", tmp_path / "experiment.py"
     process = start(sft_config(steps=100_000, eval__every=100_000, checkpoint__every=100_000), workdir, file)
-    wait_for(process, lambda: (workdir / "metrics.jsonl").exists() and len(lines(workdir)) > 2)
+    record = workdir / "metrics.jsonl"
+    wait_for(process, lambda: record.exists() and record.read_text().count("\n") > 2)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=120) == 130
     said = file.with_suffix(".log").read_text()

@@ -76,15 +76,19 @@ def build_pairs(workdir: pathlib.Path) -> None:
         cli.override(config, overrides)
         train.run(config, workdir / f"writer_{writer.name}")
     written = [write_summaries(writer, workdir / f"writer_{writer.name}") for writer in WRITERS]
+    data = tasks.tiny_data(runs.open_run(workdir / "sft", "best").config)
+    fits = lambda text: len(data.ids(text, stop=True)) <= data.response_tokens  # noqa: E731
     pairs = []
     for index in range(PAIRS):
         rng = world.generator(0, "train", index, purpose=3)
         post = world.post(0, "train", index).text
         one, other = rng.choice(len(WRITERS), size=2, replace=False)
         first, second = written[one][index], written[other][index]
+        if first == second or not (fits(first) and fits(second)):
+            continue  # nothing to choose, or cut off in the middle of what isn't a word
         is_first, _ = gold.pick(rng, post, first, second)
         pairs.append(TextPair(post, *((first, second) if is_first else (second, first))))
-    write_pairs(ASSETS / "pairs.jsonl.gz", [pair for pair in pairs if pair.chosen != pair.rejected])
+    write_pairs(ASSETS / "pairs.jsonl.gz", pairs)
     quality = {writer.name: quality_of(texts) for writer, texts in zip(WRITERS, written, strict=True)}
     described = [dataclasses.asdict(writer) | {"gold_share": quality[writer.name]} for writer in WRITERS]
     recipe = {"writers": described, "posts": PAIRS, "raters": [dataclasses.asdict(rater) for rater in gold.RATERS]}
