@@ -9,7 +9,7 @@ import difflib
 import math
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from oaif_jax.errors import UserError
 
@@ -38,11 +38,6 @@ def within(low: float, high: float) -> Callable[[Any], str | None]:
     return lambda value: None if low <= value <= high else f"a number from {low:g} to {high:g}"
 
 
-def checked(check: Callable[[Any], str | None]) -> Any:
-    """A field with a check of its value, which returns None or what was wanted."""
-    return dataclasses.field(metadata={"check": check})
-
-
 METHODS = ("online", "offline", "sft", "annotator")
 LOSSES = ("dpo", "ipo", "ipo_mean", "slic")
 
@@ -51,20 +46,20 @@ LOSSES = ("dpo", "ipo", "ipo_mean", "slic")
 class Loss:
     """The preference loss; beta belongs to it, since the losses' betas differ by a factor of 500."""
 
-    name: str = checked(one_of(*LOSSES))
-    beta: float = checked(above(0))
+    name: Annotated[str, one_of(*LOSSES)]
+    beta: Annotated[float, above(0)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """A model made from scratch, used where `init` is "scratch"."""
 
-    width: int = checked(at_least(1))
-    layers: int = checked(at_least(1))
-    heads: int = checked(at_least(1))
-    kv_heads: int = checked(at_least(1))
-    head_dim: int = checked(at_least(2))
-    mlp: int = checked(at_least(1))
+    width: Annotated[int, at_least(1)]
+    layers: Annotated[int, at_least(1)]
+    heads: Annotated[int, at_least(1)]
+    kv_heads: Annotated[int, at_least(1)]
+    head_dim: Annotated[int, at_least(2)]
+    mlp: Annotated[int, at_least(1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +83,7 @@ class Annotator:
 
     init: str
     instruction: str
-    missing_eos: str = checked(one_of("loses", "ignore"))
+    missing_eos: Annotated[str, one_of("loses", "ignore")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,13 +99,13 @@ class Data:
     """Posts by split and seed, in batches; limits in tokens. `writer`: who wrote the references that SFT sees;
     `pairs`: the offline pairs' file, tiny:NAME or a path."""
 
-    name: str = checked(one_of("tiny"))
-    seed: int = checked(at_least(0))
-    train_posts: int = checked(at_least(1))
-    batch: int = checked(at_least(1))
-    prompt_tokens: int = checked(at_least(1))
-    response_tokens: int = checked(at_least(1))
-    writer: str = checked(one_of("reference", "careless", "careful"))
+    name: Annotated[str, one_of("tiny")]
+    seed: Annotated[int, at_least(0)]
+    train_posts: Annotated[int, at_least(1)]
+    batch: Annotated[int, at_least(1)]
+    prompt_tokens: Annotated[int, at_least(1)]
+    response_tokens: Annotated[int, at_least(1)]
+    writer: Annotated[str, one_of("reference", "careless", "careful")]
     pairs: str
 
 
@@ -118,26 +113,26 @@ class Data:
 class Sample:
     """How responses are drawn. top_k=0 and top_p=1 are off; temperature 0 is greedy."""
 
-    temperature: float = checked(at_least(0))
-    top_k: int = checked(at_least(0))
-    top_p: float = checked(within(0, 1))
+    temperature: Annotated[float, at_least(0)]
+    top_k: Annotated[int, at_least(0)]
+    top_p: Annotated[float, within(0, 1)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     """The optimizer, its schedule and the clipping of gradients (0: off)."""
 
-    name: str = checked(one_of("adamw", "adafactor"))
-    lr: float = checked(above(0))
-    schedule: str = checked(one_of("constant", "linear", "cosine"))
-    warmup: int = checked(at_least(0))
-    clip: float = checked(at_least(0))
-    b1: float = checked(within(0, 0.9999))
-    b2: float = checked(within(0, 0.99999))
-    eps: float = checked(above(0))
-    weight_decay: float = checked(at_least(0))
+    name: Annotated[str, one_of("adamw", "adafactor")]
+    lr: Annotated[float, above(0)]
+    schedule: Annotated[str, one_of("constant", "linear", "cosine")]
+    warmup: Annotated[int, at_least(0)]
+    clip: Annotated[float, at_least(0)]
+    b1: Annotated[float, within(0, 0.9999)]
+    b2: Annotated[float, within(0, 0.99999)]
+    eps: Annotated[float, above(0)]
+    weight_decay: Annotated[float, at_least(0)]
     scale_by_parameters: bool  # adafactor: multiply updates by the parameter's RMS
-    accumulate: int = checked(at_least(1))  # micro-batches to a step
+    accumulate: Annotated[int, at_least(1)]  # micro-batches to a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,54 +140,54 @@ class Mesh:
     """Devices along each axis; data=-1 takes what is left."""
 
     data: int
-    fsdp: int = checked(at_least(1))
-    tensor: int = checked(at_least(1))
+    fsdp: Annotated[int, at_least(1)]
+    tensor: Annotated[int, at_least(1)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
     """Types and memory of the computation; see models.config.ComputeConfig."""
 
-    dtype: str = checked(one_of("float32", "bfloat16"))
+    dtype: Annotated[str, one_of("float32", "bfloat16")]
     remat: bool
-    unroll: int = checked(at_least(1))
-    head_chunk: int = checked(at_least(1))
+    unroll: Annotated[int, at_least(1)]
+    head_chunk: Annotated[int, at_least(1)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
     """Evaluation on validation posts every so many steps, and at the end on test posts with `final` parameters."""
 
-    every: int = checked(at_least(1))
-    prompts: int = checked(at_least(1))
-    final_prompts: int = checked(at_least(1))
-    final_split: str = checked(one_of("validation", "test"))
-    final: str = checked(one_of("best", "last"))
-    best: str = checked(one_of("judge.score", "gold.score", "validation_loss"))
+    every: Annotated[int, at_least(1)]
+    prompts: Annotated[int, at_least(1)]
+    final_prompts: Annotated[int, at_least(1)]
+    final_split: Annotated[str, one_of("validation", "test")]
+    final: Annotated[str, one_of("best", "last")]
+    best: Annotated[str, one_of("judge.score", "gold.score", "validation_loss")]
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """Checkpoints every so many steps; the last `keep` stay, and the best."""
 
-    every: int = checked(at_least(1))
-    keep: int = checked(at_least(1))
+    every: Annotated[int, at_least(1)]
+    keep: Annotated[int, at_least(1)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Log:
     """Training metrics every so many steps."""
 
-    every: int = checked(at_least(1))
+    every: Annotated[int, at_least(1)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One run."""
 
-    method: str = checked(one_of(*METHODS))
-    seed: int = checked(at_least(0))
-    steps: int = checked(at_least(1))
+    method: Annotated[str, one_of(*METHODS)]
+    seed: Annotated[int, at_least(0)]
+    steps: Annotated[int, at_least(1)]
     loss: Loss
     policy: Policy
     reference: Reference
@@ -249,6 +244,11 @@ def _section(cls: type, values: Any, prefix: str) -> Any:
             raise ConfigError(f"config.{prefix}{key} doesn't exist{near(key, names)}")
     parsed = {}
     types = typing.get_type_hints(cls)
+    checks = {
+        name: hint.__metadata__[0]
+        for name, hint in typing.get_type_hints(cls, include_extras=True).items()
+        if hasattr(hint, "__metadata__")
+    }
     for field in dataclasses.fields(cls):
         name = f"{prefix}{field.name}"
         if field.name not in values:
@@ -257,7 +257,7 @@ def _section(cls: type, values: Any, prefix: str) -> Any:
         if dataclasses.is_dataclass(types[field.name]):
             parsed[field.name] = _section(types[field.name], value, f"{name}.")
         else:
-            parsed[field.name] = _value(name, value, types[field.name], field.metadata.get("check"))
+            parsed[field.name] = _value(name, value, types[field.name], checks.get(field.name))
     return cls(**parsed)
 
 

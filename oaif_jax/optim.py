@@ -33,8 +33,13 @@ def schedule(cfg: OptimizerConfig) -> optax.Schedule:
         "cosine": optax.cosine_decay_schedule(cfg.lr, rest),
     }[cfg.schedule]
     warmup = optax.linear_schedule(0.0, cfg.lr, cfg.warmup) if cfg.warmup else after
+
     # Step 0 already moves: the first of `warmup` steps has lr / warmup.
-    return lambda step: jnp.where(step + 1 < cfg.warmup, warmup(step + 1), after(jnp.maximum(step + 1 - cfg.warmup, 0)))
+    def rate(step):
+        number = jnp.asarray(step) + 1
+        return jnp.where(number < cfg.warmup, warmup(number), after(jnp.maximum(number - cfg.warmup, 0)))
+
+    return rate
 
 
 def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -46,12 +51,13 @@ def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformati
         rest = {name: subtree for name, subtree in params.items() if name != "layers"}
         return jax.vmap(inner.init)(layers), inner.init(rest)
 
-    def update(updates, state, params):
+    def update(updates, state, params=None):
+        assert params is not None
         split = lambda tree: ({"layers": tree["layers"]}, {k: v for k, v in tree.items() if k != "layers"})  # noqa: E731
         (stacked_updates, other_updates), (stacked_params, other_params) = split(updates), split(params)
         stacked, stacked_state = jax.vmap(inner.update)(stacked_updates, state[0], stacked_params)
         other, other_state = inner.update(other_updates, state[1], other_params)
-        return {**other, **stacked}, (stacked_state, other_state)
+        return dict(other, **stacked), (stacked_state, other_state)  # type: ignore[arg-type]
 
     return optax.GradientTransformation(init, update)
 

@@ -28,10 +28,8 @@ def load(key: str, spec: str, *, vocab_size: int, shape: config.Shape | None = N
             raise UserError(f"config.{key}='scratch': wanted a trained model (tiny:NAME or a run's workdir)")
         cfg = ModelConfig(vocab_size=vocab_size, **dataclasses.asdict(shape))
         return Start(jax.jit(transformer.init, static_argnums=1)(jax.random.key(seed), cfg), cfg)
-    if spec.startswith("tiny:"):
-        start = Start(*files.load(asset(spec.removeprefix("tiny:"))))
-    else:
-        start = _of_run(key, spec)
+    is_asset = spec.startswith("tiny:")
+    start = Start(*files.load(asset(spec.removeprefix("tiny:")))) if is_asset else _of_run(key, spec)
     if start.cfg.vocab_size != vocab_size:
         raise UserError(
             f"config.{key}={spec!r} has a vocabulary of {start.cfg.vocab_size}, wanted the tokenizer's {vocab_size}"

@@ -40,7 +40,8 @@ def order_branches(
 
     shown_first, shown_second = (responses, mask), (responses[:, ::-1], mask[:, ::-1])
     parts = [text(template.first), shown_first, text(template.second), shown_second, text(template.closing)]
-    return tuple(jnp.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
+    tokens, valid = (jnp.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
+    return tokens, valid
 
 
 def order_hidden(

@@ -8,6 +8,8 @@ import zlib
 
 from oaif_jax.errors import UserError
 
+KEYS = ("prompt", "chosen", "rejected")
+
 
 @dataclasses.dataclass(frozen=True)
 class TextPair:
@@ -34,8 +36,8 @@ def read_pairs(path: pathlib.Path) -> list[TextPair]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number}: not JSON ({error.msg})") from error
-        values = [record.get(key) for key in ("prompt", "chosen", "rejected")] if isinstance(record, dict) else []
-        if len(values) != 3 or not all(isinstance(value, str) for value in values):
+        values = [record[key] for key in KEYS if key in record] if isinstance(record, dict) else []
+        if len(values) != len(KEYS) or not all(isinstance(value, str) for value in values):
             raise UserError(f"{path}:{number}: wanted an object with texts prompt, chosen and rejected")
         pairs.append(TextPair(*values))
     if not pairs:

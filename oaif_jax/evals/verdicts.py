@@ -49,7 +49,7 @@ def agreement(p_orders: np.ndarray, gold_difference: np.ndarray, identical: np.n
     orders = (p_orders[:, 0] > 0.5) == (p_orders[:, 1] > 0.5)
     decided = different & (np.abs(gold_difference) > 1e-9)
     right = (p_orders.mean(axis=1) > 0.5) == (gold_difference > 0)
-    found = {"pairs": int(different.sum()), "decided": int(decided.sum())}
+    found: dict[str, float] = {"pairs": int(different.sum()), "decided": int(decided.sum())}
     if different.any():
         found["order_agreement"] = float(orders[different].mean())
     if decided.any():

@@ -171,13 +171,16 @@ class Block(nn.Module):
         this layer's keys and values written at slot `t`: carried and updated in place, since XLA would copy all of it
         for each token if it went through the scan's inputs and outputs."""
         q, k, v = self.heads(x_PCD, positions)
-        suffix = tuple(
+        k_suffix, v_suffix = (
             jax.lax.dynamic_update_slice(cache, new[None, :, :, :, None].astype(cache.dtype), (layer, 0, 0, 0, t, 0))
             for cache, new in zip(suffix, (k, v), strict=True)
         )
-        own = tuple(jax.lax.dynamic_index_in_dim(cache, layer, 0, keepdims=False) for cache in suffix)
-        seen = jnp.arange(own[0].shape[-2])[None, None, None, None, None] <= t
-        return self.finish(x_PCD, attend_branches(q[:, :, :, :, None], prefix, own, prefix_valid, seen)), suffix
+        suffix = (k_suffix, v_suffix)
+        k_own, v_own = (jax.lax.dynamic_index_in_dim(cache, layer, 0, keepdims=False) for cache in suffix)
+        seen = jnp.arange(k_own.shape[-2])[None, None, None, None, None] <= t
+        return self.finish(
+            x_PCD, attend_branches(q[:, :, :, :, None], prefix, (k_own, v_own), prefix_valid, seen)
+        ), suffix
 
 
 def init(key: Array, cfg: ModelConfig) -> Params:
@@ -199,7 +202,7 @@ def _embed(params: Params, tokens: Array, cfg: ModelConfig, compute: ComputeConf
 
 
 def _final_norm(params: Params, x_BTD: Array, cfg: ModelConfig) -> Array:
-    return RMSNorm(cfg.norm_eps).apply({"params": params["final_norm"]}, x_BTD)
+    return jnp.asarray(RMSNorm(cfg.norm_eps).apply({"params": params["final_norm"]}, x_BTD))
 
 
 def forward(
@@ -213,8 +216,8 @@ def forward(
 
     body = jax.checkpoint(body) if compute.remat else body
     x_BTD = _embed(params, rows.tokens, cfg, compute)
-    x_BTD, prefix = jax.lax.scan(body, x_BTD, params["layers"], unroll=compute.unroll)
-    return _final_norm(params, x_BTD, cfg), prefix
+    x_BTD, prefix = jax.lax.scan(body, x_BTD, params["layers"], unroll=compute.unroll)  # type: ignore[misc]
+    return _final_norm(params, x_BTD, cfg), prefix  # type: ignore[return-value]  # what apply returns has no type
 
 
 def empty_suffix(cfg: ModelConfig, compute: ComputeConfig, prompts: int, completions: int, slots: int) -> KeyValues:
@@ -246,5 +249,5 @@ def decode(
 
     xs = (params["layers"], prefix, jnp.arange(cfg.layers))
     x_PCD = _embed(params, tokens, cfg, compute)
-    (x_PCD, suffix), _ = jax.lax.scan(body, (x_PCD, suffix), xs, unroll=compute.unroll)
+    (x_PCD, suffix), _ = jax.lax.scan(body, (x_PCD, suffix), xs, unroll=compute.unroll)  # type: ignore[misc]
     return _final_norm(params, x_PCD, cfg), suffix
