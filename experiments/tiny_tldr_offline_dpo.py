@@ -2,7 +2,7 @@
 
     python -m oaif_jax.train --config=experiments/tiny_tldr_offline_dpo.py --workdir=runs/offline_dpo
 
-Sets beside common.base(): method, loss.name, loss.beta.
+Sets beside common.base(): method, loss.name, loss.beta, optimizer.lr.
 """
 
 from ml_collections import ConfigDict
@@ -16,4 +16,5 @@ def get_config() -> ConfigDict:
     config.method = "offline"
     config.loss.name = "dpo"
     config.loss.beta = 0.1
+    config.optimizer.lr = 2e-4  # tuned on validation posts
     return config.lock()

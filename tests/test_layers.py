@@ -13,8 +13,8 @@ FLOORS = (
     ("errors", "files", "config", "cli", "progress", "report", "losses", "metrics", "sharding", "optim", "models",
      "data.tokenizer"),
     ("sample", "pairs", "annotators", "state", "data", "tiny"),
-    ("step", "supervised", "checkpoint", "evals", "resume", "start", "tasks"),
-    ("train", "evaluate"),
+    ("step", "supervised", "checkpoint", "evals", "resume", "start", "runs", "tasks"),
+    ("train", "evaluate", "respond", "tiny.build"),
 )  # fmt: skip
 
 # They start or read without the seconds that JAX takes to start: nothing that they import imports it either.
