@@ -52,7 +52,7 @@ def ipo_mean(ratios: LogRatios, beta: float) -> Float[Array, " B"]:
 
 def slic(ratios: LogRatios, beta: float) -> Float[Array, " B"]:
     """max(0, 1 - beta h) (Zhao et al. 2023; OAIF, eq. 3); the gradient at 0 is -beta."""
-    return jnp.maximum(0.0, 1.0 - beta * ratios.margin)
+    return jax.nn.relu(1.0 - beta * ratios.margin)
 
 
 LOSSES: dict[str, PairLoss] = {"dpo": dpo, "ipo": ipo, "ipo_mean": ipo_mean, "slic": slic}

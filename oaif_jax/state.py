@@ -80,8 +80,8 @@ def apply_gradients(
         for new, old in zip(jax.tree.leaves(kept.params), jax.tree.leaves(state.params), strict=True)
     )
     metrics = {
-        "grad_norm": optax.global_norm(gradients),
-        "update_rms": jnp.where(weight > 0, optax.global_norm(updates) / size**0.5, 0.0),
+        "grad_norm": optax.tree.norm(gradients),
+        "update_rms": jnp.where(weight > 0, optax.tree.norm(updates) / size**0.5, 0.0),
         "changed": changed / size,
     }
     return dataclasses.replace(kept, step=state.step + 1), metrics

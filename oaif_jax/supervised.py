@@ -114,7 +114,7 @@ def _chosen(params, hidden: Array, targets: Array, answers: tuple[int, ...]) -> 
     """Cross-entropy over a few tokens, summed where the target isn't -1; how many were right, and how many there are."""
     logprobs = jax.nn.log_softmax(heads.answer_logits(params, hidden, answers), axis=-1)
     is_target = targets >= 0
-    hit = targets[..., None] == jnp.arange(len(answers))
+    hit = jax.nn.one_hot(targets, len(answers), dtype=bool)  # of -1: nowhere
     loss = -jnp.sum(jnp.where(hit, logprobs, 0.0))
     right = jnp.sum(is_target & (jnp.argmax(logprobs, axis=-1) == targets))
     return loss, right.astype(jnp.float32), jnp.maximum(jnp.sum(is_target), 1).astype(jnp.float32)

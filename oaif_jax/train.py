@@ -111,6 +111,7 @@ def _train(
     train_step = jax.jit(
         functools.partial(step.train_step, objective=task.objective, tx=tx, parts=cfg.optimizer.accumulate),
         donate_argnames="state",
+        out_shardings=(state.state_shardings(training.params, tx, mesh), None, None),  # as it came in: one trace
     )
     key = step.named_key(jax.random.key(cfg.seed), "train")
     learning_rate = optim.schedule(optimizer_config(cfg))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +101,8 @@ def test_decay(schedule, form):
 
 
 def test_names_are_those_of_the_config():
-    check = {field.name: field.metadata.get("check") for field in dataclasses.fields(config.Optimizer)}
+    hints = typing.get_type_hints(config.Optimizer, include_extras=True)
+    check = {name: hint.__metadata__[0] for name, hint in hints.items() if typing.get_origin(hint) is typing.Annotated}
     for name in ("adamw", "adafactor"):
         assert check["name"](name) is None
         optim.optimizer(dataclasses.replace(ADAMW, name=name))

@@ -163,10 +163,10 @@ def test_swapped_responses_with_the_other_label_are_the_same_pairs():
 def test_reference_and_annotator_get_no_gradient():
     params, frozen = models()
 
-    def loss(frozen):
-        return step.online(params, frozen, prompts(), KEY, objective=ONLINE).loss
+    def loss(frozen, batch):
+        return step.online(params, frozen, batch, KEY, objective=ONLINE).loss
 
-    gradients = jax.jit(jax.grad(loss))(frozen)
+    gradients = jax.jit(jax.grad(loss))(frozen, prompts())
     assert jax.tree.structure(gradients) == jax.tree.structure(frozen)
     assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(gradients))
     assert all(np.any(leaf) for leaf in jax.tree.leaves(online().gradients))
@@ -352,13 +352,13 @@ def test_a_pair_without_weight_poisons_nothing():
     batch = {name: x for name, x in prompts().items() if name.startswith("prompt")}
 
     @jax.jit
-    def contribute(weight):
+    def contribute(batch, weight):
         pairs = step.Pairs(jnp.asarray(tokens), mask, jnp.asarray(first), weight)
         return step.pair_contribution(params, frozen["reference"], batch, pairs, objective=pair)
 
     ones = np.ones(ROWS, np.float32)
-    assert not np.isfinite(contribute(ones).loss)
-    without = contribute(np.where(np.arange(ROWS) == 0, 0.0, ones).astype(np.float32))
+    assert not np.isfinite(contribute(batch, ones).loss)
+    without = contribute(batch, np.where(np.arange(ROWS) == 0, 0.0, ones).astype(np.float32))
     assert np.isfinite(without.loss)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(without.gradients))
     assert without.weight == ROWS - 1

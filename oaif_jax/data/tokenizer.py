@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import SupportsInt
 
 import numpy as np
 import sentencepiece
@@ -28,7 +29,7 @@ class Tokenizer:
         """Token ids; no special tokens are added."""
         return self._model.encode(text)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         """The text of token ids; stop and padding ids have none."""
         # A space before letters that no piece begins with is in bytes, and comes back as sentencepiece writes spaces.
         return self._model.decode([int(i) for i in ids]).replace("\u2581", " ")

@@ -42,7 +42,7 @@ def instruction_text(name: str) -> str:
 
 def mark_of(utility: np.ndarray) -> np.ndarray:
     """The number of a mark, from utilities."""
-    return np.clip(np.round(2 * utility) + MARK_OF_ZERO, 0, len(MARKS) - 1).astype(np.int32)
+    return np.asarray(np.clip(np.round(2 * utility) + MARK_OF_ZERO, 0, len(MARKS) - 1), np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
