@@ -233,9 +233,13 @@ def test_a_missing_end_in_the_fused_step(missing_eos):
 # ------------------------------------------------------------------------------------------------ the whole step
 
 
-def train_step(objective, parts: int = 1):
+def train_step(objective, mesh: Mesh, parts: int = 1):
     """As train.run compiles it."""
-    return jax.jit(functools.partial(step.train_step, objective=objective, tx=TX, parts=parts), donate_argnames="state")
+    return jax.jit(
+        functools.partial(step.train_step, objective=objective, tx=TX, parts=parts),
+        donate_argnames="state",
+        out_shardings=(state.state_shardings(models()[0], TX, mesh), None, None),
+    )
 
 
 def begin(mesh: Mesh, params=None) -> state.TrainState:
@@ -251,7 +255,7 @@ def test_one_trace_in_three_steps_and_donation(mesh_name, parts):
         traced.append(1)
         return step.online(*args, objective=ONLINE)
 
-    take, training = train_step(objective, parts), begin(mesh)
+    take, training = train_step(objective, mesh, parts), begin(mesh)
     frozen = {name: place(tree, mesh) for name, tree in models()[1].items()}
     drawn, after_one = [], None
     for number in range(3):
@@ -274,7 +278,7 @@ def test_one_trace_in_three_steps_and_donation(mesh_name, parts):
 def test_each_step_draws_anew():
     """The same prompts at the next step meet other random numbers."""
     mesh = mesh_of("one device")
-    take, frozen = train_step(functools.partial(step.online, objective=ONLINE)), models()[1]
+    take, frozen = train_step(functools.partial(step.online, objective=ONLINE), mesh), models()[1]
     drawn = []
     for number in (0, 0, 1):
         start = dataclasses.replace(begin(mesh), step=jnp.array(number, jnp.int32))
@@ -290,7 +294,7 @@ def test_nothing_moves_where_every_pair_abstains(why):
     mesh = mesh_of("one device")
     params, frozen = models()
     objective = dataclasses.replace(ONLINE, missing_eos="ignore")
-    take = train_step(functools.partial(step.online, objective=objective), parts=2)
+    take = train_step(functools.partial(step.online, objective=objective), mesh, parts=2)
     batch = tasks.place(prompts(), mesh)
     if why == "identical":
         params = params | {"embedding": 1e4 * params["embedding"]}  # one token takes all of the probability
@@ -322,7 +326,7 @@ def test_loss_is_divided_by_the_weight_of_all_parts():
         return step.pair_contribution(params, frozen["reference"], batch, pair, objective=PAIR)
 
     mesh = mesh_of("one device")
-    take = train_step(objective, parts=2)
+    take = train_step(objective, mesh, parts=2)
     _, whole, _ = take(begin(mesh, params), frozen, batch | {"weight": weights}, KEY)
     kept = np.flatnonzero(weights)
     margins = log_ratios(params, frozen["reference"], batch)
@@ -336,7 +340,7 @@ def test_loss_is_divided_by_the_weight_of_all_parts():
 
 
 def log_ratios(params, reference, batch) -> np.ndarray:
-    args = (batch["prompts"], batch["prompt_valid"], batch["responses"], batch["mask"])
+    args = [jnp.asarray(batch[name]) for name in ("prompts", "prompt_valid", "responses", "mask")]
     score = jax.jit(lambda p: step.pairs.response_logprobs(p, *args, cfg=MODEL, compute=COMPUTE).sum(-1))
     return np.asarray(score(params)) - np.asarray(score(reference))
 

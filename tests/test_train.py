@@ -149,10 +149,14 @@ def offline_run(base: pathlib.Path) -> pathlib.Path:
     return base / "offline"
 
 
-@functools.cache
+BASE: list[pathlib.Path] = []
+
+
 def base_of(factory: pytest.TempPathFactory) -> pathlib.Path:
     """Where the session's runs are; the same for every module that asks."""
-    return factory.mktemp("runs")
+    if not BASE:
+        BASE.append(factory.mktemp("runs"))
+    return BASE[0]
 
 
 @pytest.fixture(scope="session")
