@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,13 +21,18 @@ from oaif_jax.files import atomic_write_json
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
+def cores() -> int:
+    """Cores that this process may use: XLA on CPU splits its sums among that many threads."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def environment() -> dict[str, Any]:
     """What must be equal for a run to go on bit for bit."""
     device = jax.devices()[0]
     return {
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "device": f"{jax.device_count()} x {device.device_kind}",
-        "cores": os.cpu_count(),
+        "cores": cores(),
     }
 
 
