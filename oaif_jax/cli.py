@@ -227,9 +227,14 @@ def _flag_values(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
 
 
 def _own_flags() -> list[str]:
-    """Names of the flags that aren't absl's."""
-    modules = FLAGS.flags_by_module_dict()
-    own = [flag.name for module, defined in modules.items() if not module.startswith("absl") for flag in defined]
+    """Names of the program's flags; libraries that it imports (absl, Orbax, Grain) define some, too."""
+    ours = ("oaif_jax", "launch")
+    own = [
+        flag.name
+        for module, defined in FLAGS.flags_by_module_dict().items()
+        if module not in sys.modules or module.split(".")[0] in ours
+        for flag in defined
+    ]
     return [name for name in own if "." not in name]  # an override is a flag, too
 
 

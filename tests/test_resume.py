@@ -131,7 +131,9 @@ def start(values: dict, workdir: pathlib.Path, file: pathlib.Path) -> subprocess
     command = [sys.executable, "-m", "oaif_jax.train", f"--config={file}", f"--workdir={workdir}"]
     log = file.with_suffix(".log").open("ab")
     with log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        # A shell's background jobs, and what they start, ignore Ctrl-C: the suite must pass there too.
+        heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, preexec_fn=heed)
 
 
 def wait_for(process: subprocess.Popen, seen, limit: float = 300.0) -> None:
