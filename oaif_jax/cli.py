@@ -226,14 +226,14 @@ def _flag_values(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
     return found
 
 
+LIBRARIES = ("absl", "array_record", "grain", "jax", "orbax")  # that define flags of their own when they are imported
+
+
 def _own_flags() -> list[str]:
-    """Names of the program's flags; libraries that it imports (absl, Orbax, Grain) define some, too."""
-    ours = ("oaif_jax", "launch")
+    """Names of the program's own flags."""
+    modules = FLAGS.flags_by_module_dict()
     own = [
-        flag.name
-        for module, defined in FLAGS.flags_by_module_dict().items()
-        if module not in sys.modules or module.split(".")[0] in ours
-        for flag in defined
+        flag.name for module, defined in modules.items() if module.split(".")[0] not in LIBRARIES for flag in defined
     ]
     return [name for name in own if "." not in name]  # an override is a flag, too
 

@@ -124,16 +124,22 @@ def test_seconds_are_of_all_parts(base, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------ killed
 
 
+# A shell's background jobs, and what they start, ignore Ctrl-C: the suite must pass there too.
+PROGRAM = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("oaif_jax.train", run_name="__main__", alter_sys=True)
+"""
+
+
 def start(values: dict, workdir: pathlib.Path, file: pathlib.Path) -> subprocess.Popen:
     """The command line, in a process of its own."""
     text = "import json\nfrom ml_collections import ConfigDict\ndef get_config(): return ConfigDict(json.loads({}))\n"
     file.write_text(text.format(repr(json.dumps(values))))
-    command = [sys.executable, "-m", "oaif_jax.train", f"--config={file}", f"--workdir={workdir}"]
+    command = [sys.executable, "-c", PROGRAM, f"--config={file}", f"--workdir={workdir}"]
     log = file.with_suffix(".log").open("ab")
     with log:
-        # A shell's background jobs, and what they start, ignore Ctrl-C: the suite must pass there too.
-        heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, preexec_fn=heed)
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 
 
 def wait_for(process: subprocess.Popen, seen, limit: float = 300.0) -> None:
