@@ -370,7 +370,7 @@ def test_one_process_at_a_time(copy):
 
 def test_environment_is_named_where_it_differs():
     here = resume.environment()
-    assert here["cores"] == os.cpu_count()
+    assert 1 <= here["cores"] <= (os.cpu_count() or 1)
     assert resume.differences(here, here) == []
     other = here | {"device": "1 x abacus", "versions": here["versions"] | {"numpy": "9"}}
     assert resume.differences(here, other) == [
