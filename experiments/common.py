@@ -26,6 +26,7 @@ def base() -> ConfigDict:
             "compute": compute(),
             "eval": evaluation(),
             "checkpoint": checkpoint(),
+            "export": export(),
             "log": log(),
         }
     )
@@ -42,7 +43,9 @@ def loss() -> dict:
 def policy() -> dict:
     """The model that is trained."""
     return {
-        "init": "tiny:sft",  # tiny:NAME (an asset), scratch, or WORKDIR[@best | @last | @STEP] (another run)
+        "init": "tiny:sft",  # tiny:NAME (an asset), hf (path), scratch (shape), WORKDIR[@best | @last | @STEP] (a run)
+        "path": "",  # hf: a directory with config.json, *.safetensors and the tokenizer's files
+        "chat": "auto",  # hf: auto (the tokenizer's own chat template), none (plain text), or a .jinja file
         "shape": {  # of a model from scratch; others bring their own
             "width": 96,  # of the residual stream
             "layers": 3,  # blocks of attention and mlp
@@ -51,6 +54,17 @@ def policy() -> dict:
             "head_dim": 24,  # width of a head, even
             "mlp": 288,  # width inside the gated mlp
         },
+        "lora": lora(),
+        "quant": "none",  # of the frozen base under LoRA: none, int8, nf4
+    }
+
+
+def lora() -> dict:
+    """Low-rank additions, trained in place of the parameters; the base is then the reference."""
+    return {
+        "rank": 0,  # 0: off, all parameters are trained
+        "alpha": 16.0,  # the additions are scaled by alpha / rank
+        "targets": "q,k,v,out,gate,up,down",  # the projections that get one
     }
 
 
@@ -58,6 +72,7 @@ def reference() -> dict:
     """The fixed model that the policy is kept near to and compared with."""
     return {
         "init": "policy",  # policy (a copy of its start), or as policy.init
+        "path": "",  # as policy.path
     }
 
 
@@ -65,7 +80,11 @@ def annotator() -> dict:
     """The language model that prefers one of two responses (online)."""
     return {
         "init": "tiny:annotator",  # as policy.init
-        "instruction": "helpful",  # helpful, short, very_short, or a path to a text
+        "path": "",  # as policy.path; its tokenizer may be another than the policy's
+        "chat": "auto",  # as policy.chat
+        "quant": "none",  # none, int8, nf4
+        "instruction": "helpful",  # tiny: helpful, short, very_short; else see annotators/instructions; or a path
+        "question_tokens": 0,  # limit of instruction and prompt together; 0: the longest that there is
         "missing_eos": "loses",  # loses (a response cut at the limit loses against a finished one), ignore
     }
 
@@ -73,7 +92,9 @@ def annotator() -> dict:
 def judge() -> dict:
     """The language model that compares the policy with the reference in evaluations."""
     return {
-        "init": "tiny:judge",  # as policy.init; trained apart from the annotator
+        "init": "tiny:judge",  # as policy.init, annotator (the same model), or none; tiny's was trained apart
+        "path": "",  # as policy.path
+        "chat": "auto",  # as policy.chat
         "instruction": "helpful",  # as annotator.instruction
     }
 
@@ -81,9 +102,17 @@ def judge() -> dict:
 def data() -> dict:
     """The posts."""
     return {
-        "name": "tiny",  # the embedded world
+        # Files at `path`: prompts, references, pairs (your own JSON lines), tldr_posts, tldr_comparisons, hh,
+        # ultrafeedback (as distributed), tfds (what `python -m oaif_jax.data prepare` wrote).
+        "name": "tiny",  # tiny (the embedded world), or the form of the files at `path`, see above
+        "path": "",  # a file, or a directory in the data set's own layout
+        "train": "",  # files: name of the split to train on, where path is a directory
+        "validation": "",  # files: name of the split to validate on; "": held out from train
+        "test": "",  # files: name of the split for the end; "": held out from train
+        "held_out": 256,  # files: examples held out for each of these two
+        "on_error": "raise",  # a line that can't be read: raise, skip (and count)
         "seed": 0,  # of the posts and their order
-        "train_posts": 20000,  # posts of the training split, seen in a new order each epoch
+        "train_posts": 20000,  # posts of the training split, seen in a new order each epoch; 0: all there are
         "batch": 32,  # posts, pairs or references a step, over all devices
         "prompt_tokens": 56,  # limit of a prompt; longer ones are refused
         "response_tokens": 16,  # limit of a response, with its end
@@ -114,6 +143,7 @@ def optimizer() -> dict:
         "eps": 1e-8,  # adamw's, added to the root of the second moment
         "weight_decay": 0.0,  # decoupled; a step in which no pair counts doesn't decay
         "scale_by_parameters": False,  # adafactor: updates relative to the parameter's RMS
+        "moments": "float32",  # type of adamw's first moment: float32, bfloat16
         "accumulate": 1,  # micro-batches a step, each data.batch / accumulate
     }
 
@@ -131,7 +161,9 @@ def compute() -> dict:
     """Types and memory of the computation; results agree to rounding."""
     return {
         "dtype": "float32",  # of activations and matrix products: float32 (CPU), bfloat16 (accelerators)
-        "remat": False,  # compute activations again in the backward pass instead of keeping them
+        "trained": "float32",  # of trained parameters; a bfloat16 one doesn't move at small learning rates
+        "frozen": "float32",  # of reference, annotator and judge: float32 (CPU), bfloat16 (accelerators)
+        "remat": "none",  # computed again in the backward pass: none, dots (all but products with weights), layer (all)
         "unroll": 1,  # layers unrolled in the scan over layers; faster to run, slower to compile
         "head_chunk": 1024,  # tokens whose logits exist at a time
     }
@@ -154,6 +186,14 @@ def checkpoint() -> dict:
     return {
         "every": 20,  # steps between them
         "keep": 2,  # last ones kept, beside the best
+    }
+
+
+def export() -> dict:
+    """What the run leaves for other programs."""
+    return {
+        "at_end": False,  # write WORKDIR/export, which transformers loads (policy.init=hf)
+        "dtype": "bfloat16",  # of what is exported: bfloat16, float32
     }
 
 

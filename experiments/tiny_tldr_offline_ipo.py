@@ -2,7 +2,7 @@
 
     python -m oaif_jax.train --config=experiments/tiny_tldr_offline_ipo.py --workdir=runs/offline_ipo
 
-Sets beside common.base(): method, loss.name, loss.beta.
+Sets beside common.base(): method, loss.name, loss.beta, optimizer.lr.
 """
 
 from ml_collections import ConfigDict
@@ -16,4 +16,5 @@ def get_config() -> ConfigDict:
     config.method = "offline"
     config.loss.name = "ipo"
     config.loss.beta = 0.05  # tuned on validation posts; the paper's is 1.0
+    config.optimizer.lr = 2e-4  # tuned on validation posts
     return config.lock()

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -176,7 +177,11 @@ def _train(run: Run, trainer: Sequence[str]) -> str:
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("a+", encoding="utf-8", errors="replace") as log:
         start = log.tell()
-        code = subprocess.run(run.command(trainer), stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        # Unbuffered: else what was printed comes after the error, which is then not the log's last line.
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        code = subprocess.run(
+            run.command(trainer), stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
+        ).returncode
         log.seek(start)
         lines = [line.strip() for line in log if line.strip()]
     if code == 130:

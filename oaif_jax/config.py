@@ -40,6 +40,10 @@ def within(low: float, high: float) -> Callable[[Any], str | None]:
 
 METHODS = ("online", "offline", "sft", "annotator")
 LOSSES = ("dpo", "ipo", "ipo_mean", "slic")
+DATA = (
+    "tiny", "prompts", "references", "pairs", "tldr_posts", "tldr_comparisons", "hh", "ultrafeedback", "tfds",
+)  # fmt: skip
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +66,29 @@ class Shape:
     mlp: Annotated[int, at_least(1)]
 
 
+QUANT = ("none", "int8", "nf4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank additions to a frozen base (models.lora); rank 0: all parameters are trained."""
+
+    rank: Annotated[int, at_least(0)]
+    alpha: Annotated[float, above(0)]
+    targets: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """The model that is trained. `init`: tiny:NAME (an asset), scratch, or WORKDIR[@best | @last | @STEP]."""
+    """The model that is trained. `init`: tiny:NAME (an asset), hf (the directory `path`), scratch (with `shape`), or
+    WORKDIR[@best | @last | @STEP]. `quant`: of the frozen base under LoRA."""
 
     init: str
+    path: str
+    chat: str
     shape: Shape
+    lora: Lora
+    quant: Annotated[str, one_of(*QUANT)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +96,7 @@ class Reference:
     """The fixed model that the policy is compared with. `init`: as the policy's, or "policy" for a copy of its start."""
 
     init: str
+    path: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,26 +104,39 @@ class Annotator:
     """The language model that prefers. `instruction`: the name of a text, or a path to one."""
 
     init: str
+    path: str
+    chat: str
+    quant: Annotated[str, one_of(*QUANT)]
     instruction: str
+    question_tokens: Annotated[int, at_least(0)]
     missing_eos: Annotated[str, one_of("loses", "ignore")]
 
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """The separate language model that scores evaluations; it takes no part in training."""
+    """The separate language model that scores evaluations; it takes no part in training. `init`: as the policy's,
+    "annotator" for the annotator itself, or "none"."""
 
     init: str
+    path: str
+    chat: str
     instruction: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Posts by split and seed, in batches; limits in tokens. `writer`: who wrote the references that SFT sees;
-    `pairs`: the offline pairs' file, tiny:NAME or a path."""
+    """Posts by split and seed, in batches; limits in tokens. `writer`: who wrote the references that SFT sees in the
+    tiny world; `pairs`: its offline pairs' file, tiny:NAME or a path."""
 
-    name: Annotated[str, one_of("tiny")]
+    name: Annotated[str, one_of(*DATA)]
+    path: str
+    train: str
+    validation: str
+    test: str
+    held_out: Annotated[int, at_least(1)]
+    on_error: Annotated[str, one_of("raise", "skip")]
     seed: Annotated[int, at_least(0)]
-    train_posts: Annotated[int, at_least(1)]
+    train_posts: Annotated[int, at_least(0)]
     batch: Annotated[int, at_least(1)]
     prompt_tokens: Annotated[int, at_least(1)]
     response_tokens: Annotated[int, at_least(1)]
@@ -133,6 +168,7 @@ class Optimizer:
     weight_decay: Annotated[float, at_least(0)]
     scale_by_parameters: bool  # adafactor: multiply updates by the parameter's RMS
     accumulate: Annotated[int, at_least(1)]  # micro-batches to a step
+    moments: Annotated[str, one_of(*DTYPES)]  # type of adamw's first moment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,10 +182,12 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """Types and memory of the computation; see models.config.ComputeConfig."""
+    """Types and memory: of activations, of trained and of frozen parameters; see models.config.ComputeConfig."""
 
-    dtype: Annotated[str, one_of("float32", "bfloat16")]
-    remat: bool
+    dtype: Annotated[str, one_of(*DTYPES)]
+    trained: Annotated[str, one_of(*DTYPES)]
+    frozen: Annotated[str, one_of(*DTYPES)]
+    remat: Annotated[str, one_of("none", "dots", "layer")]
     unroll: Annotated[int, at_least(1)]
     head_chunk: Annotated[int, at_least(1)]
 
@@ -172,6 +210,14 @@ class Checkpoint:
 
     every: Annotated[int, at_least(1)]
     keep: Annotated[int, at_least(1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What a run leaves at its end for other programs: WORKDIR/export, a Hugging Face directory."""
+
+    at_end: bool
+    dtype: Annotated[str, one_of(*DTYPES)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +246,7 @@ class Config:
     compute: Compute
     eval: Eval
     checkpoint: Checkpoint
+    export: Export
     log: Log
 
 
@@ -213,6 +260,8 @@ MAY_CHANGE = (
     "eval.final_split",
     "eval.final",
     "checkpoint.keep",
+    "export.at_end",
+    "export.dtype",
 )
 
 

@@ -25,7 +25,7 @@ def run(workdir: str | pathlib.Path, *, split: str = "test", prompts: int = 256,
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
     sharding.check_batch(prompts, 1, mesh)
     task = tasks.build(cfg, mesh)
-    metrics, records = task.finish(state.place(trained.params, mesh, "float32"))
+    metrics, records = task.finish(state.place(trained.trained, mesh, cfg.compute.trained))
     found = {"step": trained.step, "split": split, "prompts": prompts, **metrics}
     directory = trained.workdir / "evaluations"
     directory.mkdir(exist_ok=True)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+STACKED = ("layers", "lora")  # subtrees whose leaves have a leading L
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -22,6 +24,7 @@ class OptimizerConfig:
     weight_decay: float
     scale_by_parameters: bool
     steps: int
+    moments: str = "float32"  # type of adamw's first moment
 
 
 def schedule(cfg: OptimizerConfig) -> optax.Schedule:
@@ -46,14 +49,16 @@ def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformati
     """Applies a transformation to each layer of stacked leaves by itself, so that stacked layers equal unstacked ones
     (Adafactor's factors, clipping and parameter scales are statistics of a whole leaf)."""
 
+    def split(tree):
+        stacked = {name: subtree for name, subtree in tree.items() if name in STACKED}
+        return stacked, {name: subtree for name, subtree in tree.items() if name not in STACKED}
+
     def init(params):
-        layers = {"layers": params["layers"]}
-        rest = {name: subtree for name, subtree in params.items() if name != "layers"}
+        layers, rest = split(params)
         return jax.vmap(inner.init)(layers), inner.init(rest)
 
     def update(updates, state, params=None):
         assert params is not None
-        split = lambda tree: ({"layers": tree["layers"]}, {k: v for k, v in tree.items() if k != "layers"})  # noqa: E731
         (stacked_updates, other_updates), (stacked_params, other_params) = split(updates), split(params)
         stacked, stacked_state = jax.vmap(inner.update)(stacked_updates, state[0], stacked_params)
         other, other_state = inner.update(other_updates, state[1], other_params)
@@ -67,7 +72,7 @@ def optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
     clip = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
     decay = [optax.add_decayed_weights(cfg.weight_decay)] if cfg.weight_decay else []
     if cfg.name == "adamw":
-        rule = [optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)]
+        rule = [optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, mu_dtype=cfg.moments)]
     else:
         # Shazeer & Stern 2018: factored second moments, updates clipped to RMS 1, no momentum.
         scale = [optax.scale_by_param_block_rms()] if cfg.scale_by_parameters else []

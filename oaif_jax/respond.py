@@ -9,10 +9,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from oaif_jax import cli, runs, tasks
-from oaif_jax.data.tokenizer import left_pad
+from oaif_jax import cli, runs, start
+from oaif_jax.data.records import Example, Message
+from oaif_jax.data.tokenizer import Tokenizer, left_pad
 from oaif_jax.errors import UserError
 from oaif_jax.evals.preference import respond
+from oaif_jax.tasks.base import compute_of, sampler_of
+from oaif_jax.tasks.data import voice_of
 from oaif_jax.tiny import templates
 
 
@@ -25,13 +28,14 @@ def run(
     seed: int = 0,
     which: str = "best",
 ) -> list[str]:
-    """`samples` responses to a prompt (in the tiny world: a post); temperature 0 is greedy."""
+    """`samples` responses to a prompt (in the tiny world: a post; else a user's message); temperature 0 is greedy."""
     trained = runs.open_run(workdir, which)
-    if trained.config.method == "annotator":
+    cfg = trained.config
+    if cfg.method == "annotator":
         raise UserError(f"--workdir={workdir}: this run trained an annotator, which doesn't write responses")
-    data = tasks.tiny_data(trained.config)
-    rows = [data.tokenizer.encode(templates.prompt(prompt))]
-    tokens, valid = left_pad(rows, trained.config.data.prompt_tokens, data.tokenizer.pad_id, "--prompt")
+    model = trained.model
+    row, tokenizer, stop_ids = _prompt(trained, prompt)
+    tokens, valid = left_pad([row], cfg.data.prompt_tokens, tokenizer.pad_id, "--prompt")
     pairs = (samples + 1) // 2  # two responses to a row
     batch = {
         "prompts": np.repeat(tokens, pairs, axis=0),
@@ -39,16 +43,29 @@ def run(
         "rows": np.arange(pairs, dtype=np.int32),
     }
     made = respond(
-        trained.params,
+        model.params,
         batch,
         jax.random.key(seed),
-        sampler=tasks.sampler_of(trained.config, data, temperature),
-        cfg=trained.cfg,
-        compute=tasks.compute_of(trained.config),
+        sampler=sampler_of(cfg, stop_ids, tokenizer.pad_id, temperature),
+        cfg=model.cfg,
+        compute=compute_of(cfg),
     )
     drawn = np.asarray(made.tokens).reshape(2 * pairs, -1)
     masks = np.asarray(made.mask).reshape(2 * pairs, -1)
-    return [data.text(t, m) for t, m in zip(drawn, masks, strict=True)][:samples]
+    own = [
+        [i for i, kept in zip(t, m, strict=True) if kept and i not in stop_ids]
+        for t, m in zip(drawn, masks, strict=True)
+    ]
+    return [tokenizer.decode(ids).strip() for ids in own][:samples]
+
+
+def _prompt(trained: runs.TrainedRun, text: str) -> tuple[list[int], Tokenizer, tuple[int, ...]]:
+    """Token ids of a prompt, the tokenizer, and what ends a response."""
+    if trained.config.data.name == "tiny":
+        tokenizer = start.tokenizer_of(trained.origin)
+        return tokenizer.encode(templates.prompt(text)), tokenizer, tokenizer.stop_ids
+    voice = voice_of(trained.origin, trained.config.policy.chat)
+    return voice.prompt(Example((Message("user", text),))), voice.tokenizer, voice.stop_ids
 
 
 def main() -> None:

@@ -6,21 +6,27 @@ import pathlib
 
 from jaxtyping import PyTree
 
-from oaif_jax import checkpoint, config
+from oaif_jax import checkpoint, config, sharding, start
 from oaif_jax.config import Config
 from oaif_jax.errors import UserError
-from oaif_jax.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """The config of a workdir's run, and parameters of one of its checkpoints."""
+    """The config of a workdir's run, and one of its checkpoints."""
 
     workdir: pathlib.Path
     config: Config
     step: int
-    params: PyTree  # numpy, float32
-    cfg: ModelConfig
+    trained: PyTree  # what was trained, numpy: under LoRA the additions
+    origin: start.Origin
+
+    @property
+    def model(self) -> start.Start:
+        """The whole model, additions merged."""
+        cfg = self.config
+        mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
+        return start.load(self.origin, start.tokenizer_of(self.origin), mesh, cfg.compute.frozen)
 
 
 def open_run(workdir: str | pathlib.Path, which: str) -> TrainedRun:
@@ -33,4 +39,5 @@ def open_run(workdir: str | pathlib.Path, which: str) -> TrainedRun:
         raise UserError(f"--workdir={workdir}: this run has no checkpoint yet")
     params, meta = checkpoint.load_params(workdir / "checkpoints", which)
     cfg = config.parse(json.loads(path.read_text()))
-    return TrainedRun(workdir, cfg, meta["step"], params, ModelConfig(**meta["model"]))
+    origin = start.Origin("workdir", f"{workdir}@{meta['step']}", "")
+    return TrainedRun(workdir, cfg, meta["step"], params, origin)

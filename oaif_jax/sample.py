@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from oaif_jax.models import heads, transformer
+from oaif_jax.models.attention import MASKED
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.models.rows import trunk
 
@@ -36,7 +37,7 @@ class Responses:
     tokens: Int[Array, "P C R"]  # pad_id after the end
     mask: Bool[Array, "P C R"]  # true up to the stop token, which is included
     finished: Bool[Array, "P C"]  # whether a stop token was sampled
-    steps: Int[Array, ""]  # decoding steps that were run: the length of the longest response
+    steps: Int[Array, ""]  # tokens that were drawn for each: the length of the longest response
 
 
 @jax.tree_util.register_dataclass
@@ -44,12 +45,12 @@ class Responses:
 class SamplingState:
     """What the decoding loop carries from token to token."""
 
-    t: Int[Array, ""]  # tokens sampled so far
+    t: Int[Array, ""]  # tokens sampled so far, at least one
     tokens: Int[Array, "P C R"]
     mask: Bool[Array, "P C R"]
     finished: Bool[Array, "P C"]
-    hidden: Float[Array, "P C D"]  # from which token t is drawn
-    suffix: transformer.KeyValues  # keys and values of the sampled tokens, [L, P, K, C, R, H]
+    last: Int[Array, "P C"]  # the token sampled last, whose keys and values aren't in the suffix yet
+    suffix: transformer.KeyValues  # keys and values of the sampled tokens before it, [L, P, K, C, R, H]
 
 
 def sample(
@@ -80,32 +81,37 @@ def sample(
         return (state.t < sampler.max_tokens) & ~jnp.all(state.finished)
 
     def one_token(state: SamplingState) -> SamplingState:
+        positions = jnp.broadcast_to(lengths[:, None] + state.t - 1, state.last.shape)
+        hidden, suffix = transformer.decode(
+            params, state.last, positions, prefix, prompt_valid, state.suffix, state.t - 1, cfg=cfg, compute=compute
+        )
+        return add(dataclasses.replace(state, suffix=suffix), hidden)
+
+    def add(state: SamplingState, hidden: Float[Array, "P C D"]) -> SamplingState:
+        """Draws token t of each completion from the hidden states before it."""
         t = state.t
-        drawn = draw(params, state.hidden, keys, t, sampler=sampler, cfg=cfg)
+        drawn = draw(params, hidden, keys, t, sampler=sampler, cfg=cfg)
         drawn = jnp.where(state.finished, sampler.pad_id, drawn)
         stopped = jnp.any(drawn[..., None] == jnp.array(sampler.stop_ids)[None, None], axis=-1)
-        positions = jnp.broadcast_to(lengths[:, None] + t, drawn.shape)
-        hidden, suffix = transformer.decode(
-            params, drawn, positions, prefix, prompt_valid, state.suffix, t, cfg=cfg, compute=compute
-        )
         return SamplingState(
             t=t + 1,
             tokens=jax.lax.dynamic_update_slice(state.tokens, drawn[..., None], (0, 0, t)),
             mask=jax.lax.dynamic_update_slice(state.mask, ~state.finished[..., None], (0, 0, t)),
             finished=state.finished | stopped,
-            hidden=hidden,
-            suffix=suffix,
+            last=drawn,
+            suffix=state.suffix,
         )
 
     shape = (count, completions, sampler.max_tokens)
-    start = SamplingState(
+    nothing = SamplingState(
         t=jnp.array(0),
         tokens=jnp.full(shape, sampler.pad_id, prompts.dtype),
         mask=jnp.zeros(shape, bool),
         finished=jnp.zeros(shape[:2], bool),
-        hidden=jnp.broadcast_to(hidden[:, slots - 1 : slots], (count, completions, hidden.shape[-1])),
+        last=jnp.zeros(shape[:2], jnp.int32),
         suffix=transformer.empty_suffix(cfg, compute, count, completions, sampler.max_tokens),
     )
+    start = add(nothing, jnp.broadcast_to(hidden[:, slots - 1 : slots], (count, completions, hidden.shape[-1])))
     with jax.named_scope("decode"):
         end = jax.lax.while_loop(unfinished, one_token, start)
     return jax.lax.stop_gradient(Responses(end.tokens, end.mask, end.finished, end.t))
@@ -128,14 +134,14 @@ def restrict(logits: Float[Array, "M V"], top_k: int, top_p: float) -> Float[Arr
     """Masks all but the `top_k` largest logits (0: off), then all but the smallest set that holds `top_p` (1: off)."""
     if top_k:
         least = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < least, transformer.MASKED, logits)
+        logits = jnp.where(logits < least, MASKED, logits)
     if top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(ordered, axis=-1)
         # A token stays while the mass before it is below top_p: the first one always does.
         kept = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
         least = jnp.min(jnp.where(kept, ordered, math.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, transformer.MASKED, logits)
+        logits = jnp.where(logits < least, MASKED, logits)
     return logits
 
 

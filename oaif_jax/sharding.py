@@ -17,12 +17,29 @@ AXES = ("data", "fsdp", "tensor")
 
 # Pattern of a leaf's path -> its spec. Layers are stacked: their leaves have a leading L, which is never sharded.
 PARTITION_RULES = (
-    (r"embedding$", PartitionSpec("tensor", "fsdp")),  # V D
+    (r"^(embedding|head)$", PartitionSpec("tensor", "fsdp")),  # V D
     (r"layers/qkv$", PartitionSpec(None, "fsdp", "tensor", None, None)),  # L D K G+2 H
+    (r"layers/qkv_bias$", PartitionSpec(None, "tensor", None, None)),  # L K G+2 H
     (r"layers/out$", PartitionSpec(None, "tensor", None, None, "fsdp")),  # L K G H D
     (r"layers/gate_up$", PartitionSpec(None, "fsdp", None, "tensor")),  # L D 2 F
+    (r"layers/gate_up_bias$", PartitionSpec(None, None, "tensor")),  # L 2 F
     (r"layers/down$", PartitionSpec(None, "tensor", "fsdp")),  # L F D
-    (r"norm/scale$", PartitionSpec()),
+    (r"layers/(out|down)_bias$", PartitionSpec()),  # L D
+    (r"norm/(scale|bias)$", PartitionSpec()),
+    # LoRA: `a` lies as the weight's input, `b` as its output; the rank R is never sharded.
+    (r"lora/(q|k|v|gate|up)/a$", PartitionSpec(None, "fsdp", None)),  # L D R
+    (r"lora/q/b$", PartitionSpec(None, None, "tensor", None, None)),  # L R K G H
+    (r"lora/(k|v)/b$", PartitionSpec(None, None, "tensor", None)),  # L R K H
+    (r"lora/(gate|up)/b$", PartitionSpec(None, None, "tensor")),  # L R F
+    (r"lora/out/a$", PartitionSpec(None, "tensor", None, None, None)),  # L K G H R
+    (r"lora/down/a$", PartitionSpec(None, "tensor", None)),  # L F R
+    (r"lora/(out|down)/b$", PartitionSpec(None, None, "fsdp")),  # L R D
+    # Scales of quantised leaves lie as the weight's output; along its input there are few, or one.
+    (r"scales/qkv$", PartitionSpec(None, None, "tensor", None, None)),  # L D/block K G+2 H
+    (r"scales/out$", PartitionSpec(None, None, None, None, "fsdp")),  # L K G H/block D
+    (r"scales/gate_up$", PartitionSpec(None, None, None, "tensor")),  # L D/block 2 F
+    (r"scales/down$", PartitionSpec(None, None, "fsdp")),  # L F/block D
+    (r"^score$", PartitionSpec()),  # 1 D
 )
 
 

@@ -1,49 +1,147 @@
-"""Where models come from: an asset, another run's checkpoint, or nothing."""
+"""Where models come from: an asset, a Hugging Face directory, another run's checkpoint, or nothing."""
 
 import dataclasses
+import json
 import pathlib
 
 import jax
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from oaif_jax import checkpoint, config
+from oaif_jax import checkpoint, config, state
+from oaif_jax.data.tokenizer import Tokenizer, open_tokenizer
 from oaif_jax.errors import UserError
-from oaif_jax.models import files, transformer
+from oaif_jax.models import files, hf, lora, quant, transformer
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.tiny.data import asset
+
+WANTED = "wanted tiny:NAME, hf, scratch, or WORKDIR[@best | @last | @STEP]"
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """A model to begin with: parameters on the host (any float type), or made from a seed."""
+    """A model to begin with: parameters on the host (any float type) or on the mesh.
+
+    Under LoRA `params` are the additions, which are trained, and `base` the frozen rest. `source` is the Hugging Face
+    directory that the model came from, if from one: what an export looks like.
+    """
 
     params: PyTree
     cfg: ModelConfig
+    base: PyTree | None = None
+    source: hf.HFModel | None = None
+
+    def whole(self, params: PyTree) -> PyTree:
+        """All parameters, from trained ones."""
+        return params if self.base is None else {**self.base, **params}
 
 
-def load(key: str, spec: str, *, vocab_size: int, shape: config.Shape | None = None, seed: int = 0) -> Start:
-    """The model that `config.KEY` = `spec` names: tiny:NAME, WORKDIR[@best | @last | @STEP], or scratch with a shape."""
-    if spec == "scratch":
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What `config.KEY.init` and `config.KEY.path` say."""
+
+    key: str
+    init: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"config.{self.key}.path={self.path!r}" if self.init == "hf" else f"config.{self.key}.init={self.init!r}"
+
+
+def origin_of(key: str, section) -> Origin:
+    """Of a section of the config with `init` and `path`."""
+    return Origin(key, section.init, section.path)
+
+
+def home(origin: Origin) -> pathlib.Path | None:
+    """The Hugging Face directory that a model came from, through any number of runs; None in the tiny world."""
+    if origin.init == "hf":
+        if not pathlib.Path(origin.path).is_dir() or not origin.path:
+            raise UserError(f"{origin}: no such directory, wanted one with config.json, safetensors and a tokenizer")
+        return pathlib.Path(origin.path)
+    if origin.init == "scratch" or origin.init.startswith("tiny:"):
+        return None
+    return home(origin_of("policy", _run_config(origin).policy))
+
+
+def tokenizer_of(origin: Origin) -> Tokenizer:
+    """The tokenizer that a model reads and writes."""
+    found = home(origin)
+    return Tokenizer(asset("tokenizer")) if found is None else open_tokenizer(found)
+
+
+def load(
+    origin: Origin, tokenizer: Tokenizer, mesh: Mesh, dtype: str, *, shape: config.Shape | None = None, seed: int = 0
+) -> Start:
+    """The whole model that `origin` names; from a directory in `dtype` on the mesh, else on the host as it is stored."""
+    vocab_size = tokenizer.vocab_size
+    if origin.init == "scratch":
         if shape is None:
-            raise UserError(f"config.{key}='scratch': wanted a trained model (tiny:NAME or a run's workdir)")
+            raise UserError(f"{origin}: wanted a trained model (tiny:NAME, hf or a run's workdir)")
         cfg = ModelConfig(vocab_size=vocab_size, **dataclasses.asdict(shape))
         return Start(jax.jit(transformer.init, static_argnums=1)(jax.random.key(seed), cfg), cfg)
-    is_asset = spec.startswith("tiny:")
-    start = Start(*files.load(asset(spec.removeprefix("tiny:")))) if is_asset else _of_run(key, spec)
+    if origin.init == "hf":
+        found = directory_of(origin, tokenizer)
+        return Start(hf.load(found, mesh, dtype), found.cfg, source=found)
+    if origin.init.startswith("tiny:"):
+        start = Start(*files.load(asset(origin.init.removeprefix("tiny:"))))
+    else:
+        start = _of_run(origin, tokenizer, mesh)
     if start.cfg.vocab_size != vocab_size:
-        raise UserError(
-            f"config.{key}={spec!r} has a vocabulary of {start.cfg.vocab_size}, wanted the tokenizer's {vocab_size}"
-        )
+        raise UserError(f"{origin} has a vocabulary of {start.cfg.vocab_size}, wanted the tokenizer's {vocab_size}")
     return start
 
 
-def _of_run(key: str, spec: str) -> Start:
-    workdir, _, which = spec.partition("@")
-    directory = pathlib.Path(workdir) / "checkpoints"
-    if not directory.is_dir():
+def directory_of(origin: Origin, tokenizer: Tokenizer) -> hf.HFModel:
+    """The model of a directory; ids that its tokenizer doesn't know are never sampled."""
+    directory = home(origin)
+    assert directory is not None
+    found = hf.read(directory)
+    if found.labels:
+        raise UserError(f"{origin} is a reward model, wanted one with a language-model head")
+    if tokenizer.vocab_size > found.cfg.rows:
         raise UserError(
-            f"config.{key}={spec!r}: no run there ({directory} doesn't exist), "
-            "wanted tiny:NAME, scratch, or WORKDIR[@best | @last | @STEP]"
+            f"{origin}: the tokenizer has {tokenizer.vocab_size} ids, the embedding {found.cfg.rows} rows; "
+            "wanted at most that"
         )
-    params, meta = checkpoint.load_params(directory, which or "best")
-    return Start(params, ModelConfig(**meta["model"]))
+    cfg = dataclasses.replace(found.cfg, vocab_size=tokenizer.vocab_size, embedding_rows=found.cfg.rows)
+    return dataclasses.replace(found, cfg=cfg)
+
+
+def with_lora(start: Start, section: config.Policy, mesh: Mesh, dtype: str, seed: int) -> Start:
+    """The same model with low-rank additions to train, and its own parameters frozen in `dtype`, or quantised."""
+    targets = lora.check_targets(section.lora.targets, start.cfg)
+    cfg = dataclasses.replace(start.cfg, lora_scale=section.lora.alpha / section.lora.rank)
+    base = state.place(start.params, mesh, dtype)
+    base = quant.quantise(base, section.quant) if section.quant != "none" else base
+    params = {"lora": lora.init(jax.random.key(seed), cfg, section.lora.rank, targets)}
+    return Start(params, cfg, base, start.source)
+
+
+def merged(start: Start, params: PyTree) -> PyTree:
+    """One model's parameters, whatever was trained."""
+    return params if start.base is None else lora.merge(start.whole(params), start.cfg)
+
+
+def _run_config(origin: Origin) -> config.Config:
+    workdir = pathlib.Path(origin.init.partition("@")[0])
+    path = workdir / "config.json"
+    if not (workdir / "checkpoints").is_dir() or not path.is_file():
+        raise UserError(f"{origin}: no run there ({workdir / 'checkpoints'} doesn't exist), {WANTED}")
+    return config.parse(json.loads(path.read_text()))
+
+
+def _of_run(origin: Origin, tokenizer: Tokenizer, mesh: Mesh) -> Start:
+    cfg = _run_config(origin)
+    workdir, _, which = origin.init.partition("@")
+    params, meta = checkpoint.load_params(pathlib.Path(workdir) / "checkpoints", which or "best")
+    model = ModelConfig.from_json(meta["model"])
+    first = origin_of("policy", cfg.policy)
+    directory = home(first)
+    source = None if directory is None else dataclasses.replace(hf.read(directory), cfg=model)
+    if "lora" in params:
+        if cfg.policy.quant != "none":
+            raise UserError(f"{origin}: low-rank additions to a quantised base can't be merged into it")
+        base = load(first, tokenizer, mesh, cfg.compute.frozen)
+        params = lora.merge({**state.place(base.params, mesh, cfg.compute.frozen), **params}, model)
+    return Start(params, model, source=source)

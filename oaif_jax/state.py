@@ -16,7 +16,7 @@ Metrics = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes. Trained leaves are float32: at a learning rate of 5e-7 a bfloat16 leaf doesn't move."""
+    """What a step changes. Trained leaves are float32 by default: at a learning rate of 5e-7 a bfloat16 leaf doesn't move."""
 
     step: Int[Array, ""]
     params: PyTree
@@ -47,15 +47,15 @@ def state_shardings(params: PyTree, tx: optax.GradientTransformation, mesh: Mesh
     )
 
 
-def create(params: PyTree, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A state at step 0 from parameters on the host or anywhere else; the leaves are copies, in float32."""
+def create(params: PyTree, tx: optax.GradientTransformation, mesh: Mesh, dtype: str = "float32") -> TrainState:
+    """A state at step 0 from parameters on the host or anywhere else; the leaves are copies, in `dtype`."""
 
     def make(params):
         # copy=True: jit hands an unchanged input on as its output, and this state's buffers will be donated.
-        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
+        params = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params)
         return TrainState(step=jnp.array(0, jnp.int32), params=params, optimizer=tx.init(params))
 
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
     return jax.jit(make, out_shardings=state_shardings(abstract, tx, mesh))(params)
 
 

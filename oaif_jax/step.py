@@ -7,11 +7,13 @@ An objective says what a micro-batch contributes; `train_step` adds the contribu
     online   prompts -> two samples from the policy -> the annotator's preference -> pair loss
     offline  pairs with a label -> pair loss
 
+Where the annotator reads other token ids than the policy writes, `online` is taken apart: `draw_responses` in one jitted
+function, the annotator on the host's texts, and `annotated` in the training step.
+
 (The supervised ones, for SFT and for training an annotator, are in supervised.py.)
 """
 
 import dataclasses
-import functools
 import zlib
 from collections.abc import Callable
 
@@ -23,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from oaif_jax import losses, pairs
 from oaif_jax.annotators import llm
 from oaif_jax.models.config import ComputeConfig, ModelConfig
-from oaif_jax.sample import Sampler, sample
+from oaif_jax.sample import Responses, Sampler, sample
 from oaif_jax.state import Metrics, TrainState, apply_gradients
 
 Batch = dict[str, Array]
@@ -116,12 +118,20 @@ def decide(
     return p_first > 0.5, weight
 
 
-def collect(
-    params: PyTree, annotator: PyTree, batch: Batch, key: Array, *, online: OnlineObjective
-) -> tuple[Pairs, dict[str, Array], Sums]:
-    """Samples two responses to each prompt and lets the annotator choose; nothing of it is differentiated."""
+def policy_of(params: PyTree, frozen: dict[str, PyTree]) -> PyTree:
+    """All parameters of the policy: the trained ones, and the frozen base beside them under LoRA."""
+    return {**frozen["base"], **params} if "base" in frozen else params
+
+
+def reference_of(frozen: dict[str, PyTree]) -> PyTree:
+    """The reference's parameters: its own, or the base that LoRA adds to."""
+    return frozen["reference"] if "reference" in frozen else frozen["base"]
+
+
+def draw(params: PyTree, batch: Batch, key: Array, *, online: OnlineObjective) -> Responses:
+    """Two responses to each prompt."""
     with jax.named_scope("sample"):
-        responses = sample(
+        return sample(
             params,
             batch["prompts"],
             batch["prompt_valid"],
@@ -131,9 +141,13 @@ def collect(
             cfg=online.pair.policy,
             compute=online.pair.compute,
         )
+
+
+def ask(annotator: PyTree, batch: Batch, responses: Responses, *, online: OnlineObjective) -> Float[Array, "B 2"]:
+    """P(the first response is better) by each presentation order; the annotator doesn't see stop tokens."""
     with jax.named_scope("annotate"):
         is_stop = jnp.any(responses.tokens[..., None] == jnp.array(online.sampler.stop_ids)[None, None, None], axis=-1)
-        p_orders = llm.annotate(
+        return llm.annotate(
             annotator,
             batch["questions"],
             batch["question_valid"],
@@ -143,10 +157,19 @@ def collect(
             cfg=online.annotator,
             compute=online.pair.compute,
         )
-    tokens, mask = responses.tokens, responses.mask
+
+
+def label(
+    tokens: Int[Array, "B 2 R"],
+    mask: Bool[Array, "B 2 R"],
+    finished: Bool[Array, "B 2"],
+    p_orders: Float[Array, "B 2"],
+    missing_eos: str,
+) -> tuple[Pairs, dict[str, Array], Sums]:
+    """Pairs with hard labels, what the host may look at, and metrics; nothing of it is differentiated."""
     same_mask = jnp.all(mask[:, 0] == mask[:, 1], axis=-1)
     identical = same_mask & jnp.all((tokens[:, 0] == tokens[:, 1]) | ~mask[:, 0], axis=-1)
-    first_is_better, weight = decide(p_orders, identical, responses.finished, online.missing_eos)
+    first_is_better, weight = decide(p_orders, identical, finished, missing_eos)
     different = ~identical
     p_first = jnp.mean(p_orders, axis=-1)
     sums = {
@@ -154,7 +177,7 @@ def collect(
         "annotator.confidence": mean_of(jnp.maximum(p_first, 1 - p_first), different),
         "identical": mean_of(identical),
         "abstained": mean_of(different & (weight == 0)),
-        "finished": mean_of(jnp.mean(responses.finished, axis=-1)),
+        "finished": mean_of(jnp.mean(finished, axis=-1)),
     }
     made = Pairs(responses=tokens, mask=mask, first_is_better=first_is_better, weight=weight)
     outputs = {"responses": tokens, "mask": mask, "p_orders": p_orders, "identical": identical}
@@ -195,24 +218,46 @@ def pair_loss(
 
 
 def pair_contribution(
-    params: PyTree, reference: PyTree, batch: Batch, pair: Pairs, *, objective: PairObjective
+    params: PyTree, frozen: dict[str, PyTree], batch: Batch, pair: Pairs, *, objective: PairObjective
 ) -> Contribution:
-    """Loss, gradients and metrics of given pairs."""
-    gradient = jax.value_and_grad(functools.partial(pair_loss, objective=objective), has_aux=True)
+    """Loss, gradients and metrics of given pairs; frozen: reference or base."""
+
+    def loss_of(params: PyTree) -> tuple[Float[Array, ""], Sums]:
+        return pair_loss(policy_of(params, frozen), reference_of(frozen), batch, pair, objective=objective)
+
     with jax.named_scope("update"):
-        (loss, sums), gradients = gradient(params, reference, batch, pair)
+        (loss, sums), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
     return Contribution(gradients, loss, jnp.sum(pair.weight), sums, {})
 
 
 def online(params, frozen, batch: Batch, key: Array, *, objective: OnlineObjective) -> Contribution:
-    """OAIF (Guo et al. 2024, algorithm 1) on a micro-batch of prompts; frozen: reference, annotator."""
-    pair, outputs, sums = collect(params, frozen["annotator"], batch, key, online=objective)
-    part = pair_contribution(params, frozen["reference"], batch, pair, objective=objective.pair)
+    """OAIF (Guo et al. 2024, algorithm 1) on a micro-batch of prompts; frozen: reference or base, annotator."""
+    responses = draw(policy_of(params, frozen), batch, key, online=objective)
+    p_orders = ask(frozen["annotator"], batch, responses, online=objective)
+    drawn = {"responses": responses.tokens, "mask": responses.mask, "finished": responses.finished}
+    return annotated(params, frozen, batch | drawn | {"p_orders": p_orders}, key, objective=objective)
+
+
+def annotated(params, frozen, batch: Batch, key: Array, *, objective: OnlineObjective) -> Contribution:
+    """The second half of `online`: the batch has responses, mask, finished [B, 2] and p_orders [B, 2] as well."""
+    del key
+    drawn = (batch["responses"], batch["mask"], batch["finished"], batch["p_orders"])
+    pair, outputs, sums = label(*drawn, objective.missing_eos)
+    part = pair_contribution(params, frozen, batch, pair, objective=objective.pair)
     return dataclasses.replace(part, sums=part.sums | sums, outputs=outputs)
 
 
+def draw_responses(
+    state: TrainState, frozen: dict[str, PyTree], batch: Batch, key: Array, *, objective: OnlineObjective
+) -> dict[str, Array]:
+    """The first half of a step that isn't fused: the very responses that the fused step would draw."""
+    step_key = jax.random.fold_in(key, state.step)
+    made = draw(policy_of(state.params, frozen), batch, step_key, online=objective)
+    return {"responses": made.tokens, "mask": made.mask, "finished": made.finished}
+
+
 def offline(params, frozen, batch: Batch, key: Array, *, objective: PairObjective) -> Contribution:
-    """The same loss on a fixed set of labelled pairs; frozen: reference."""
+    """The same loss on a fixed set of labelled pairs; frozen: reference or base."""
     del key
     pair = Pairs(
         responses=batch["responses"],
@@ -220,7 +265,7 @@ def offline(params, frozen, batch: Batch, key: Array, *, objective: PairObjectiv
         first_is_better=batch["first_is_better"],
         weight=jnp.ones(len(batch["prompts"]), jnp.float32),
     )
-    return pair_contribution(params, frozen["reference"], batch, pair, objective=objective)
+    return pair_contribution(params, frozen, batch, pair, objective=objective)
 
 
 def add_up(contribute: Callable[[Batch], Contribution], batch: Batch, parts: int) -> Contribution:

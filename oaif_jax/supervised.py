@@ -10,7 +10,7 @@ from oaif_jax import pairs
 from oaif_jax.annotators import llm
 from oaif_jax.models import heads
 from oaif_jax.models.config import ComputeConfig, ModelConfig
-from oaif_jax.step import Batch, Contribution, Sums, mean_of
+from oaif_jax.step import Batch, Contribution, Sums, mean_of, policy_of
 
 WORD_WEIGHT, MARK_WEIGHT, SWAP_WEIGHT, TIE_WEIGHT = 1.0, 0.5, 0.02, 0.5
 
@@ -39,9 +39,9 @@ def sft_loss(params, batch: Batch, *, objective: SFTObjective) -> tuple[Float[Ar
 
 def sft(params, frozen, batch: Batch, key: Array, *, objective: SFTObjective) -> Contribution:
     """The mean negative log-likelihood of a reference's tokens given the prompt; responses are [B, 1, R]."""
-    del frozen, key
+    del key
     (loss, tokens), gradients = jax.value_and_grad(
-        lambda params: sft_loss(params, batch, objective=objective), has_aux=True
+        lambda params: sft_loss(policy_of(params, frozen), batch, objective=objective), has_aux=True
     )(params)
     return Contribution(gradients, loss, tokens, {}, {})
 
@@ -84,11 +84,11 @@ def annotator_loss(params, batch: Batch, *, objective: AnnotatorObjective) -> tu
     shown = jnp.stack([hidden[:, :, at : at + tokens + 1] for at in (first_at, second_at)], axis=2)
     marks = jnp.concatenate([batch["marks"], batch["mark"][..., None]], axis=-1)
     word_loss, word_right, word_count = _chosen(
-        params, shown[:, :, :, :-1], both(batch["words"]), objective.word_answers
+        params, shown[:, :, :, :-1], both(batch["words"]), objective.word_answers, objective.annotator
     )
-    mark_loss, mark_right, mark_count = _chosen(params, shown, both(marks), objective.marks)
+    mark_loss, mark_right, mark_count = _chosen(params, shown, both(marks), objective.marks, objective.annotator)
 
-    odds = heads.answer_logits(params, hidden[:, :, -1], template.answers)
+    odds = heads.answer_logits(params, hidden[:, :, -1], template.answers, cfg=objective.annotator)
     odds = odds[..., 0] - odds[..., 1]
     odds = jnp.stack([odds[:, 0], -odds[:, 1]], axis=1)  # log-odds that the first response is better, by order
     label = batch["label"][:, None]
@@ -110,9 +110,11 @@ def annotator_loss(params, batch: Batch, *, objective: AnnotatorObjective) -> tu
     return loss, jax.lax.stop_gradient(sums)
 
 
-def _chosen(params, hidden: Array, targets: Array, answers: tuple[int, ...]) -> tuple[Array, Array, Array]:
+def _chosen(
+    params, hidden: Array, targets: Array, answers: tuple[int, ...], cfg: ModelConfig
+) -> tuple[Array, Array, Array]:
     """Cross-entropy over a few tokens, summed where the target isn't -1; how many were right, and how many there are."""
-    logprobs = jax.nn.log_softmax(heads.answer_logits(params, hidden, answers), axis=-1)
+    logprobs = jax.nn.log_softmax(heads.answer_logits(params, hidden, answers, cfg=cfg), axis=-1)
     is_target = targets >= 0
     hit = jax.nn.one_hot(targets, len(answers), dtype=bool)  # of -1: nowhere
     loss = -jnp.sum(jnp.where(hit, logprobs, 0.0))
@@ -122,8 +124,8 @@ def _chosen(params, hidden: Array, targets: Array, answers: tuple[int, ...]) -> 
 
 def annotator(params, frozen, batch: Batch, key: Array, *, objective: AnnotatorObjective) -> Contribution:
     """Trains a language model to judge pairs; see annotator_loss."""
-    del frozen, key
+    del key
     (loss, sums), gradients = jax.value_and_grad(
-        lambda params: annotator_loss(params, batch, objective=objective), has_aux=True
+        lambda params: annotator_loss(policy_of(params, frozen), batch, objective=objective), has_aux=True
     )(params)
     return Contribution(gradients, loss, jnp.array(float(len(batch["questions"]))), sums, {})

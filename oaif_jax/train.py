@@ -13,7 +13,7 @@ import pathlib
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,13 +22,16 @@ import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from oaif_jax import cli, config, optim, report, resume, sharding, state, step, tasks
+from oaif_jax import cli, config, export, optim, report, resume, sharding, state, step, tasks
 from oaif_jax.checkpoint import Checkpoints, Reader, load_params
 from oaif_jax.config import Config
 from oaif_jax.errors import UserError
 from oaif_jax.files import atomic_write_json, sha256_of_tree
 from oaif_jax.metrics import MetricsLog
 from oaif_jax.progress import Progress
+from oaif_jax.state import TrainState
+from oaif_jax.step import Batch
+from oaif_jax.tasks.base import place
 
 
 class NonFiniteError(UserError):
@@ -69,6 +72,8 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
     sharding.check_batch(cfg.data.batch, cfg.optimizer.accumulate, mesh)
     task = tasks.build(cfg, mesh)
     task.batch(0)
+    if cfg.export.at_end:
+        export.check(task.begin)
     sharding.param_shardings(task.begin.params, mesh)
     tx = optim.optimizer(optimizer_config(cfg))
     taken = Reader(workdir / "checkpoints").latest() or 0
@@ -76,6 +81,8 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
         raise UserError(f"config.steps={cfg.steps}, but {taken} were taken in {workdir}; wanted at least that")
     for change in resume.claim(workdir, cfg):
         console.print(change)
+    for note in task.notes:
+        console.print(note, markup=False, highlight=False)
     with resume.owned(workdir):
         return _train(cfg, workdir, task, mesh, tx, console, began)
 
@@ -92,7 +99,7 @@ def _train(
     """The run itself, in a workdir that is ours; `began` is the time from which its seconds count."""
 
     # ------------------------------------------------------------------------------------ state, new or from a checkpoint
-    training = state.create(task.begin.params, tx, mesh)
+    training = state.create(task.begin.params, tx, mesh, cfg.compute.trained)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.checkpoint.keep)
     begin = checkpoints.latest()
     seconds_before, history = 0.0, {}
@@ -113,6 +120,7 @@ def _train(
         donate_argnames="state",
         out_shardings=(state.state_shardings(training.params, tx, mesh), None, None),  # as it came in: one trace
     )
+    annotate = _annotator_on_the_host(task)
     key = step.named_key(jax.random.key(cfg.seed), "train")
     learning_rate = optim.schedule(optimizer_config(cfg))
 
@@ -160,7 +168,8 @@ def _train(
         for number in range((begin or 0) + 1, cfg.steps + 1):
             batch = task.batch(number - 1)
             dispatched = Taken(number, {}, {}, prompt_tokens(batch), time.monotonic())
-            training, metrics, outputs = train_step(training, task.frozen, tasks.place(batch, mesh), key)
+            placed = annotate(number - 1, training, place(batch, mesh), key)
+            training, metrics, outputs = train_step(training, task.frozen, placed, key)
             if taken is not None:
                 read(taken)
             taken = dataclasses.replace(dispatched, metrics=metrics, outputs=outputs)
@@ -186,8 +195,10 @@ def _train(
         # ----------------------------------------------------------------------------------- final evaluation, summary
         final_step = checkpoints.best() if cfg.eval.final == "best" else checkpoints.latest()
         params, _ = load_params(workdir / "checkpoints", str(final_step))
-        metrics, records = task.finish(state.place(params, mesh, "float32"))
+        metrics, records = task.finish(state.place(params, mesh, cfg.compute.trained))
         log.write_samples("final", records)
+        if cfg.export.at_end:
+            console.print(f"exported to {export.save(task.begin, params, workdir / 'export', cfg.export.dtype)}")
     summary = summarise(cfg, metrics, history, environment) | {
         "evaluated_step": final_step,
         "seconds": seconds_before + time.monotonic() - began,
@@ -197,6 +208,23 @@ def _train(
     atomic_write_json(workdir / "summary.json", summary)
     report.show(report.write(workdir), console)
     return summary
+
+
+def _annotator_on_the_host(task: tasks.Task) -> Callable[[int, TrainState, Batch, jax.Array], Batch]:
+    """(step, state, batch, key) -> the batch that the training step takes: unchanged where the step is fused, else with
+    responses drawn on the mesh and the preference of an annotator that is asked on the host."""
+    if task.apart is None:
+        return lambda at, state, batch, key: batch
+    apart = task.apart
+    draw = jax.jit(functools.partial(step.draw_responses, objective=apart.draw))
+
+    def annotate(at: int, state: TrainState, batch: Batch, key: jax.Array) -> Batch:
+        drawn = draw(state, task.frozen, batch, key)
+        p_orders = apart.annotate(at, np.asarray(drawn["responses"]), np.asarray(drawn["mask"]))
+        on = drawn["mask"].sharding
+        return batch | drawn | {"p_orders": jax.device_put(p_orders, on)}
+
+    return annotate
 
 
 def optimizer_config(cfg: Config) -> optim.OptimizerConfig:

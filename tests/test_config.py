@@ -27,7 +27,9 @@ WRONG_TYPES = {
     str: (1, 0.5, True, None, ["a"]),
 }
 WRONG_TEXTS = {bool: ("maybe", "2", ""), int: ("1.5", "abc", "1e3", ""), float: ("abc", "0,1", "")}
-FREE_TEXTS = ("policy.init", "reference.init", "annotator.init", "annotator.instruction", "judge.init",
+FREE_TEXTS = ("policy.init", "policy.path", "policy.chat", "policy.lora.targets", "reference.path", "annotator.path",
+              "annotator.chat", "judge.path", "judge.chat", "data.path", "data.train", "data.validation", "data.test",
+              "reference.init", "annotator.init", "annotator.instruction", "judge.init",
               "judge.instruction", "data.pairs")  # fmt: skip
 SECTIONS = [field.name for field in dataclasses.fields(config.Config) if isinstance(BASE[field.name], dict)]
 
@@ -262,7 +264,7 @@ def program(monkeypatch, capsys):
 def test_runs(program, tmp_path):
     code, seen, _, err = program(
         f"--config={FILE}", f"--workdir={tmp_path}",
-        "--config.loss.beta=1", "--config.steps", "7", "--config.compute.remat",
+        "--config.loss.beta=1", "--config.steps", "7", "--config.export.at_end",
         main=lambda config, workdir: {"a": "result"},
     )  # fmt: skip
     assert (code, err) == (0, "")
@@ -271,16 +273,16 @@ def test_runs(program, tmp_path):
     assert config.flatten(config.parse(values.to_dict())) == FLAT | {
         "loss.beta": 1.0,
         "steps": 7,
-        "compute.remat": True,
+        "export.at_end": True,
     }
     assert values.is_locked
 
 
 def test_bools(program, tmp_path):
-    for text, value in (("--noconfig.compute.remat", False), ("--config.compute.remat=true", True)):
+    for text, value in (("--noconfig.export.at_end", False), ("--config.export.at_end=true", True)):
         code, seen, _, err = program(f"--config={FILE}", f"--workdir={tmp_path}", text)
         assert (code, err) == (0, "")
-        assert seen[0][0].compute.remat is value
+        assert seen[0][0].export.at_end is value
 
 
 def test_config_and_workdir_from_a_flagfile(program, tmp_path):
@@ -303,7 +305,7 @@ DIR = "--workdir={tmp}/run"
         ((GIVEN, DIR, "--config.loss.beta=abc"), ("--config.loss.beta=abc", "wanted a number")),
         ((GIVEN, DIR, "--config.loss.beta", "abc"), ("--config.loss.beta=abc", "wanted a number")),
         ((GIVEN, DIR, "--config.steps=1.5"), ("--config.steps=1.5", "wanted a whole number")),
-        ((GIVEN, DIR, "--config.compute.remat=2"), ("--config.compute.remat=2", "wanted true or false")),
+        ((GIVEN, DIR, "--config.export.at_end=2"), ("--config.export.at_end=2", "wanted true or false")),
         ((GIVEN, DIR, "--config.loss=dpo"), ("--config.loss=dpo", "is a section")),
         ((GIVEN, DIR, "--config.loss.beta"), ("--config.loss.beta has no value",)),
         ((GIVEN, DIR, "--config.steps"), ("--config.steps has no value",)),

@@ -38,6 +38,9 @@ def evaluator(temperature: float = 0.9, chunk: int = COUNT, count: int = COUNT, 
     def model(seed: int) -> preference.LanguageModel:
         return preference.LanguageModel(make_params(MODEL, seed), MODEL)
 
+    def asked(seed: int, instruction: str) -> preference.Asked:
+        return preference.Asked(model(seed), DATA.questions(templates.instruction(instruction)))
+
     return preference.Evaluator(
         data=DATA,
         split="validation",
@@ -47,10 +50,8 @@ def evaluator(temperature: float = 0.9, chunk: int = COUNT, count: int = COUNT, 
         compute=COMPUTE,
         sampler=sampler(temperature),
         reference=model(POLICY),
-        judge=model(2),
-        judge_instruction=templates.instruction("helpful"),
-        annotator=model(3) if annotator else None,
-        instructions={name: templates.instruction(name) for name in templates.INSTRUCTIONS} if annotator else {},
+        judge=asked(2, "helpful"),
+        annotators={name: asked(3, name) for name in templates.INSTRUCTIONS} if annotator else {},
         place=place,
     )
 
@@ -100,7 +101,7 @@ def test_shares_and_intervals():
 def test_records_say_what_the_metrics_say():
     metrics, records = evaluated(OTHER)
     assert len(records) == COUNT
-    posts = DATA.posts("validation", np.arange(COUNT))
+    posts = DATA.examples("validation", np.arange(COUNT))
     assert [record["prompt"] for record in records] == [post.text for post in posts]
     ours, theirs = (np.array([record[f"gold_{side}"] for record in records]) for side in ("policy", "reference"))
     for side, scores in (("policy", ours), ("reference", theirs)):

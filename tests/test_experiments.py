@@ -13,7 +13,9 @@ from oaif_jax import cli, config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMON = ROOT / "experiments" / "common.py"
-FILES = sorted((ROOT / "experiments").glob("tiny_*.py"))
+# What experiments of a kind share beside: its keys count as set by the file, whose docstring names them.
+SHARED = [ROOT / "experiments" / f"{name}.py" for name in ("oaif", "selm")]
+FILES = sorted(set((ROOT / "experiments").glob("[!_]*.py")) - {COMMON, *SHARED})
 PREFERENCE = {f"tiny_tldr_{method}_{loss}" for method in ("online", "offline") for loss in ("dpo", "ipo", "slic")}
 PLAIN = (bool, int, float, str)  # what ml_collections can set from the command line
 
@@ -34,8 +36,15 @@ def imported(path: pathlib.Path) -> set[str]:
     return names
 
 
+def shared_by(path: pathlib.Path) -> pathlib.Path:
+    """The one file that an experiment builds on."""
+    (name,) = imported(path) - {"ml_collections:ConfigDict"}
+    return path.with_name(f"{name.removeprefix('experiments:')}.py")
+
+
 def test_files():
-    assert {path.stem for path in FILES} == PREFERENCE | {"tiny_tldr_sft", "tiny_annotator", "tiny_judge"}
+    tiny = {path.stem for path in FILES if path.stem.startswith("tiny_")}
+    assert tiny == PREFERENCE | {"tiny_tldr_sft", "tiny_annotator", "tiny_judge"}
 
 
 @each_file
@@ -63,15 +72,14 @@ def test_differs_only_where_its_docstring_says(path):
     )
     assert said, "wanted a paragraph 'Sets beside common.base(): KEY, KEY.' in the docstring"
     named = re.split(r",\s+", said.group(1))
+    source = path.read_text() + shared_by(path).read_text()
     shared, own = base(), config.flatten(config.parse(cli.load_config(str(path)).to_dict()))
     for key in own:
         if own[key] != shared[key]:
             assert any(fnmatch.fnmatch(key, pattern) for pattern in named), f"{key} is set, but not named"
     for pattern in named:
         assert fnmatch.filter(own, pattern), f"{pattern} is named, but there's no such key"
-        assert re.search(
-            rf"^    config\.{re.escape(pattern).replace(re.escape('*'), '.*')} = ", path.read_text(), re.M
-        ), pattern
+        assert re.search(rf"^    config\.{re.escape(pattern).replace(re.escape('*'), '.*')} = ", source, re.M), pattern
 
 
 @each_file
@@ -82,11 +90,14 @@ def test_docstring_has_the_command(path):
 
 @each_file
 def test_imports(path):
-    assert imported(path) == {"ml_collections:ConfigDict", "experiments:common"}
+    assert "ml_collections:ConfigDict" in imported(path)
+    assert shared_by(path) in (COMMON, *SHARED)
 
 
-def test_common_imports_ml_collections_only():
+def test_imports_of_what_is_shared():
     assert imported(COMMON) == {"ml_collections:ConfigDict"}
+    for path in SHARED:
+        assert imported(path) == {"ml_collections:ConfigDict", "experiments:common"}
 
 
 def test_every_key_has_a_comment():
@@ -98,7 +109,7 @@ def test_every_key_has_a_comment():
                 continue
             keys.append(key.value)
             assert "  # " in lines[key.lineno - 1], f"common.py:{key.lineno}: {key.value} has no comment"
-    assert len(keys) == len(base()) + 1  # policy.shape is a section inside of another
+    assert sorted(set(keys)) == sorted({key.split(".")[-1] for key in base()} | {"shape"})
 
 
 @pytest.mark.parametrize("stem", sorted(PREFERENCE))

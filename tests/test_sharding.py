@@ -1,5 +1,6 @@
 """One mesh, one table: each parameter has exactly one rule, and what doesn't fit is named."""
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from oaif_jax import cli, config, sharding
 from oaif_jax.data.tokenizer import Tokenizer
-from oaif_jax.models import files, transformer
+from oaif_jax.models import files, lora, quant, transformer
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.sharding import ShardingError, make_mesh, param_shardings, spec_of
 from oaif_jax.tiny.data import ASSETS, asset
@@ -37,8 +38,16 @@ def named_leaves(tree) -> dict:
 
 
 def test_each_parameter_has_exactly_one_rule():
-    names = named_leaves(abstract(fakes.MODEL))
-    assert len(names) == 8
+    every = dataclasses.replace(
+        fakes.MODEL, tied=False, norm="layer", norm_unit_offset=False, biases="all", post_norms=True, qk_norm=True
+    )
+    names = named_leaves(abstract(every))
+    assert set(names) > set(named_leaves(abstract(fakes.MODEL)))
+    targets = lora.targets_of(every)
+    beside = {"lora": jax.eval_shape(lambda: lora.init(jax.random.key(0), every, 2, targets))}
+    beside |= {"score": jax.ShapeDtypeStruct((1, every.width), "float32")}
+    beside |= {"scales": quant.quantise(fakes.make_params(every), "int8")["scales"]}
+    names |= named_leaves(beside)
     for name, leaf in names.items():
         matching = [pattern for pattern, _ in sharding.PARTITION_RULES if re.search(pattern, name)]
         assert len(matching) == 1, name
@@ -47,7 +56,7 @@ def test_each_parameter_has_exactly_one_rule():
     assert used == {pattern for pattern, _ in sharding.PARTITION_RULES}, "a rule for nothing"
 
 
-@pytest.mark.parametrize("name", ["lm_head", "layers/router", "layers/qkv_bias", "layers/norm/bias", "embedding/scale"])
+@pytest.mark.parametrize("name", ["lm_head", "layers/router", "layers/qkv_scale", "layers/bias", "embedding/scale"])
 def test_a_new_leaf_needs_a_rule(name):
     with pytest.raises(ShardingError, match=f"0 partition rules match the parameter '{name}', wanted exactly one"):
         spec_of(name)

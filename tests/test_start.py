@@ -1,13 +1,15 @@
 """Where a run's models come from, and what is said where there is none."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
-from fakes import MODEL, make_params
+from fakes import MODEL, ByteTokenizer, make_params
 
-from oaif_jax import config, start
+from experiments import common
+from oaif_jax import config, sharding, start
 from oaif_jax.checkpoint import Checkpoints
 from oaif_jax.errors import UserError
 from oaif_jax.models import files
@@ -25,7 +27,19 @@ def workdir(tmp_path_factory):
         for number, metric in ((1, 0.2), (2, 0.9), (3, 0.5)):
             meta = {"model": dataclasses.asdict(MODEL)}
             checkpoints.save(number, {"params": make_params(seed=number)}, meta, metric=metric)
+    (path / "config.json").write_text(json.dumps(common.base().to_dict()))
     return path
+
+
+@dataclasses.dataclass(frozen=True)
+class SizedTokenizer(ByteTokenizer):
+    """One that says how many ids it has."""
+
+    size: int = VOCAB
+
+    @property
+    def vocab_size(self) -> int:
+        return self.size
 
 
 @pytest.fixture
@@ -34,8 +48,9 @@ def assets(tmp_path, monkeypatch):
     return tmp_path
 
 
-def load(spec: str, **changes) -> start.Start:
-    return start.load("policy.init", spec, **({"vocab_size": VOCAB} | changes))
+def load(spec: str, *, vocab_size: int = VOCAB, **changes) -> start.Start:
+    mesh = sharding.make_mesh(-1, 1, 1)
+    return start.load(start.Origin("policy", spec, ""), SizedTokenizer(size=vocab_size), mesh, "float32", **changes)
 
 
 def assert_refused(spec: str, *said: str, **changes) -> None:

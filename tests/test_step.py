@@ -11,10 +11,11 @@ import pytest
 from fakes import COMPUTE, MODEL, left_padded, make_params, right_padded
 from jax.sharding import Mesh
 
-from oaif_jax import losses, sharding, state, step, tasks
+from oaif_jax import losses, sharding, state, step
 from oaif_jax.annotators.llm import Template
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.sample import Sampler
+from oaif_jax.tasks.base import place as place_batch
 
 ANNOTATOR = ModelConfig(vocab_size=47, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, mlp=40)
 ROWS, SLOTS, RESPONSE = 16, 7, 6
@@ -61,7 +62,7 @@ def online(mesh_name: str = "one device", parts: int = 1) -> step.Contribution:
         return step.add_up(lambda micro: objective(params, frozen, micro, KEY), batch, parts)
 
     frozen = {name: place(tree, mesh) for name, tree in frozen.items()}
-    return jax.device_get(contribute(place(params, mesh), frozen, tasks.place(prompts(), mesh)))
+    return jax.device_get(contribute(place(params, mesh), frozen, place_batch(prompts(), mesh)))
 
 
 def assert_gradients_close(got, want, rtol: float) -> None:
@@ -118,11 +119,11 @@ def test_parts_on_eight_devices():
 
 
 def test_tokens_belong_to_rows_not_to_places_in_the_batch():
-    params, frozen = models()
+    params, _ = models()
     order = np.random.default_rng(0).permutation(ROWS)
     batch = {name: x[order] for name, x in prompts().items()}
-    made = jax.jit(lambda *args: step.collect(*args, online=ONLINE)[0])(params, frozen["annotator"], batch, KEY)
-    np.testing.assert_array_equal(made.responses, online().outputs["responses"][order])
+    made = jax.jit(lambda *args: step.draw(*args, online=ONLINE))(params, batch, KEY)
+    np.testing.assert_array_equal(made.tokens, online().outputs["responses"][order])
 
 
 # ------------------------------------------------------------------------------------------------ what is differentiated
@@ -219,8 +220,14 @@ def test_a_missing_end_loses_whatever_the_annotator_says():
 def test_a_missing_end_in_the_fused_step(missing_eos):
     params, frozen = models()
     objective = dataclasses.replace(ONLINE, missing_eos=missing_eos)
-    collect = jax.jit(functools.partial(step.collect, online=objective))
-    made, outputs, sums = jax.device_get(collect(params, frozen["annotator"], prompts(), KEY))
+
+    @jax.jit
+    def collect(batch):
+        drawn = step.draw(params, batch, KEY, online=objective)
+        p_orders = step.ask(frozen["annotator"], batch, drawn, online=objective)
+        return step.label(drawn.tokens, drawn.mask, drawn.finished, p_orders, missing_eos)
+
+    made, outputs, sums = jax.device_get(collect(prompts()))
     finished = np.any(np.isin(made.responses, STOP) & made.mask, axis=-1)
     differs, says_first = finished[:, 0] != finished[:, 1], outputs["p_orders"].mean(-1) > 0.5
     assert np.any(differs & (finished[:, 0] != says_first)), "no pair where the rule decides"
@@ -260,7 +267,7 @@ def test_one_trace_in_three_steps_and_donation(mesh_name, parts):
     drawn, after_one = [], None
     for number in range(3):
         old = training
-        training, metrics, outputs = take(old, frozen, tasks.place(prompts(number), mesh), KEY)
+        training, metrics, outputs = take(old, frozen, place_batch(prompts(number), mesh), KEY)
         drawn.append(np.asarray(outputs["responses"]))
         after_one = after_one or len(traced)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old)), "the old state's buffers are kept"
@@ -282,7 +289,7 @@ def test_each_step_draws_anew():
     drawn = []
     for number in (0, 0, 1):
         start = dataclasses.replace(begin(mesh), step=jnp.array(number, jnp.int32))
-        _, _, outputs = take(start, frozen, tasks.place(prompts(), mesh), KEY)
+        _, _, outputs = take(start, frozen, place_batch(prompts(), mesh), KEY)
         drawn.append(np.asarray(outputs["responses"]))
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[0], drawn[2])
@@ -295,7 +302,7 @@ def test_nothing_moves_where_every_pair_abstains(why):
     params, frozen = models()
     objective = dataclasses.replace(ONLINE, missing_eos="ignore")
     take = train_step(functools.partial(step.online, objective=objective), mesh, parts=2)
-    batch = tasks.place(prompts(), mesh)
+    batch = place_batch(prompts(), mesh)
     if why == "identical":
         params = params | {"embedding": 1e4 * params["embedding"]}  # one token takes all of the probability
     first, _, _ = take(begin(mesh, params), frozen, batch, KEY)
@@ -323,7 +330,7 @@ def test_loss_is_divided_by_the_weight_of_all_parts():
 
     def objective(params, frozen, batch, key):
         pair = step.Pairs(batch["responses"], batch["mask"], batch["first_is_better"], batch["weight"])
-        return step.pair_contribution(params, frozen["reference"], batch, pair, objective=PAIR)
+        return step.pair_contribution(params, frozen, batch, pair, objective=PAIR)
 
     mesh = mesh_of("one device")
     take = train_step(objective, mesh, parts=2)
@@ -358,7 +365,7 @@ def test_a_pair_without_weight_poisons_nothing():
     @jax.jit
     def contribute(batch, weight):
         pairs = step.Pairs(jnp.asarray(tokens), mask, jnp.asarray(first), weight)
-        return step.pair_contribution(params, frozen["reference"], batch, pairs, objective=pair)
+        return step.pair_contribution(params, frozen, batch, pairs, objective=pair)
 
     ones = np.ones(ROWS, np.float32)
     assert not np.isfinite(contribute(batch, ones).loss)

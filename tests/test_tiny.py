@@ -81,7 +81,7 @@ def test_no_word_is_two_things():
 def test_everything_fits_the_limits(data, split):
     """Prompts and references of all writers; an error would name what doesn't fit."""
     indices = range(MANY // 3)
-    drawn = data.posts(split, indices)
+    drawn = data.examples(split, indices)
     prompts = data.prompts(drawn)
     assert prompts["prompt_valid"].sum(-1).max() <= data.longest_prompt() <= PROMPT_TOKENS
     for writer in writers.STYLES:
@@ -90,7 +90,7 @@ def test_everything_fits_the_limits(data, split):
         assert made["mask"].sum(-1).max() <= RESPONSE_TOKENS
         assert max(len(world.words(text)) for text in texts) <= world.MAX_WORDS
     for name in templates.INSTRUCTIONS:
-        assert data.questions(drawn, templates.instruction(name))["question_valid"].any(-1).all()
+        assert data.questions(templates.instruction(name)).batch(drawn)["question_valid"].any(-1).all()
 
 
 def test_longest_prompt(data):

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from oaif_jax import cli, config, evaluate, respond, sharding, tasks, train
+from oaif_jax import cli, config, evaluate, respond, sharding, state, tasks, train
 from oaif_jax.checkpoint import Reader, load_params
 from oaif_jax.data import jsonl
 from oaif_jax.errors import UserError
@@ -314,7 +314,7 @@ def test_a_greedy_policy_meets_a_greedy_reference(base):
     values = preference_config(base, "offline")
     mesh = sharding.make_mesh(-1, 1, 1)
     task = tasks.build(config.parse(values), mesh)
-    metrics, _ = task.finish(tasks.state.place(task.begin.params, mesh, "float32"))
+    metrics, _ = task.finish(state.place(task.begin.params, mesh, "float32"))
     assert metrics["greedy"]["gold"]["tie"] == 1.0
     assert metrics["greedy"]["judge"]["tie"] == 1.0
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oaif_jax.models import heads, rows, transformer
-from oaif_jax.models.config import ComputeConfig, ModelConfig
+from oaif_jax.models import heads, layers, rows, transformer
+from oaif_jax.models.config import ComputeConfig, ModelConfig, RopeScaling
+from oaif_jax.models.layers import frequencies
 from oaif_jax.pairs import predictors
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
@@ -24,7 +25,7 @@ SLOTS, BRANCHES, TOKENS = 5, 2, 4  # S, C, R
 forward = jax.jit(transformer.forward, static_argnames=("cfg", "compute", "keep_prefix"))
 decode = jax.jit(transformer.decode, static_argnames=("cfg", "compute"))
 logits = jax.jit(heads.logits, static_argnames="cfg")
-rotate = jax.jit(transformer.rotate, static_argnames="theta")
+rotate = jax.jit(layers.rotate)
 
 
 @pytest.fixture(scope="module")
@@ -158,15 +159,16 @@ def test_rotation_is_relative():
     """q at p meets k at s as q at p + d meets k at s + d; and lengths stay."""
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.normal(size=(6, CFG.head_dim)), jnp.float32) for _ in range(2))
+    radians = frequencies(CFG.head_dim, 1e4, RopeScaling())
     p, s = jnp.array([0, 3, 17, 40, 99, 500]), jnp.array([0, 1, 20, 2, 98, 3])
 
     def meet(shift: int) -> jax.Array:
-        return jnp.sum(rotate(q, p + shift, theta=1e4) * rotate(k, s + shift, theta=1e4), axis=-1)
+        return jnp.sum(rotate(q, p + shift, radians) * rotate(k, s + shift, radians), axis=-1)
 
     # Angles of up to 1,500 radians are rounded to 6e-5 in float32.
     np.testing.assert_allclose(meet(0), meet(1000), atol=1e-3)
     assert np.abs(meet(0) - jnp.sum(q * k, axis=-1))[1:].max() > 0.1
-    np.testing.assert_allclose(jnp.sum(rotate(q, p, theta=1e4) ** 2, -1), jnp.sum(q**2, -1), rtol=1e-5)
+    np.testing.assert_allclose(jnp.sum(rotate(q, p, radians) ** 2, -1), jnp.sum(q**2, -1), rtol=1e-5)
 
 
 def test_rows_are_relative(params):
@@ -235,7 +237,10 @@ def value_and_gradient(params, laid_out: rows.Rows, *, compute: ComputeConfig):
     return jax.value_and_grad(value, has_aux=True)(params)
 
 
-@pytest.mark.parametrize("compute", [ComputeConfig(remat=True), ComputeConfig(unroll=2)], ids=["remat", "unroll"])
+WAYS = (ComputeConfig(remat="layer"), ComputeConfig(remat="dots"), ComputeConfig(unroll=2))
+
+
+@pytest.mark.parametrize("compute", WAYS, ids=str)
 def test_ways_to_compute_agree(params, compute):
     laid_out = rows.branch(*batch())
     plain, other = (value_and_gradient(params, laid_out, compute=way) for way in (COMPUTE, compute))
@@ -310,7 +315,7 @@ def test_chunked_log_probabilities(params, chunk):
 
 def test_answer_logits_are_rows_of_the_logits(params):
     hidden = jnp.asarray(np.random.default_rng(4).normal(size=(5, CFG.width)), jnp.float32)
-    found = heads.answer_logits(params, hidden, (7, 3))
+    found = heads.answer_logits(params, hidden, (7, 3), cfg=CFG)
     np.testing.assert_allclose(found, logits(params, hidden, cfg=CFG)[:, [7, 3]], **CLOSE)
 
 

@@ -22,7 +22,7 @@ class Template:
     first: tuple[int, ...]
     second: tuple[int, ...]
     closing: tuple[int, ...]
-    answers: tuple[int, int]
+    answers: tuple[int, int]  # that say: the response shown first, the one shown second, is better
 
     def width(self, response_tokens: int) -> int:
         """Columns of one presentation order."""
@@ -62,9 +62,9 @@ def order_hidden(
     return hidden[:, questions.shape[-1] :].reshape(*branches.shape, -1)
 
 
-def first_is_better(hidden: Float[Array, "B 2 D"], params, template: Template) -> Float[Array, "B 2"]:
+def first_is_better(hidden: Float[Array, "B 2 D"], params, template: Template, cfg: ModelConfig) -> Float[Array, "B 2"]:
     """P(the first response is better) as each order says it, from the hidden states of the last columns."""
-    says_1 = jax.nn.softmax(heads.answer_logits(params, hidden, template.answers), axis=-1)[..., 0]
+    says_1 = jax.nn.softmax(heads.answer_logits(params, hidden, template.answers, cfg=cfg), axis=-1)[..., 0]
     return jnp.stack([says_1[:, 0], 1.0 - says_1[:, 1]], axis=-1)
 
 
@@ -83,4 +83,4 @@ def annotate(
     hidden = order_hidden(
         params, questions, question_mask, responses, mask, template=template, cfg=cfg, compute=compute
     )
-    return first_is_better(hidden[:, :, -1], params, template)
+    return first_is_better(hidden[:, :, -1], params, template, cfg)

@@ -1,4 +1,4 @@
-"""A sentencepiece tokenizer, and token ids laid out in arrays."""
+"""Tokenizers, from sentencepiece's `.model` files and Hugging Face's `tokenizer.json`; token ids laid out in arrays."""
 
 import dataclasses
 import functools
@@ -7,32 +7,42 @@ from collections.abc import Iterable, Sequence
 from typing import SupportsInt
 
 import numpy as np
-import sentencepiece
 
+from oaif_jax.data import special_tokens
+from oaif_jax.data.special_tokens import CONFIG, GENERATION, NOTHING, SpecialTokens
+from oaif_jax.data.vocabularies import SentencePiece, TokenizerJson, Vocabulary, cuts
 from oaif_jax.errors import UserError
+
+FILES = ("tokenizer.json", "tokenizer.model")  # of a directory, the first that is there
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A sentencepiece model: exact in both directions, so that token ids can be kept from end to end. (But for U+2581,
-    by which sentencepiece means a space.)"""
+    """Text to token ids and back. Nothing is added to a text, and nothing in it has a meaning unless it is asked for.
+
+    path: a sentencepiece `.model`, or a `tokenizer.json`. special: what the files beside it say, see open_tokenizer.
+    Exact in both directions where the file's model is (byte-level ones are, and sentencepiece's with byte fallback and
+    no normalisation, but for U+2581, by which they mean a space), so that token ids can be kept from end to end.
+    """
 
     path: pathlib.Path
+    special: SpecialTokens = NOTHING
+
+    def __reduce__(self) -> tuple:
+        """Copies and other processes read the file again: tokenizers' own copies forget a switch."""
+        return type(self), (self.path, self.special)
 
     @functools.cached_property
-    def _model(self) -> sentencepiece.SentencePieceProcessor:
-        if not self.path.is_file():
-            raise UserError(f"tokenizer {self.path}: no such file, wanted a sentencepiece .model")
-        return sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+    def _vocabulary(self) -> Vocabulary:
+        return (TokenizerJson if self.path.suffix == ".json" else SentencePiece)(self.path, self.special)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids; no special tokens are added."""
-        return self._model.encode(text)
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids; no BOS or EOS is added. With `special`, the text of a special token is that token."""
+        return self._vocabulary.encode(text, special)
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
-        """The text of token ids; stop and padding ids have none."""
-        # A space before letters that no piece begins with is in bytes, and comes back as sentencepiece writes spaces.
-        return self._model.decode([int(i) for i in ids]).replace("\u2581", " ")
+        """The text of token ids; special ones (BOS, stop ids and the like) have none."""
+        return self._vocabulary.decode([int(i) for i in ids])
 
     def single(self, text: str) -> int:
         """The id of a text that must be one token."""
@@ -41,17 +51,94 @@ class Tokenizer:
             raise UserError(f"tokenizer {self.path}: {text!r} is {len(ids)} tokens, wanted one")
         return ids[0]
 
+    def ordinary_parts(self, text: str) -> list[str]:
+        """The text in parts that have no special token's text in them, cut behind the first character of each."""
+        return cuts(text, tuple(self._vocabulary.special))
+
     @property
     def vocab_size(self) -> int:
-        return self._model.vocab_size()
+        """The largest id + 1."""
+        return self._vocabulary.size
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids with a meaning; text has them only if asked."""
+        return frozenset(self._vocabulary.special.values())
+
+    @functools.cached_property
+    def named(self) -> dict[str, str]:
+        """The texts of bos_token, eos_token and others that chat templates write by name."""
+        vocabulary = self._vocabulary
+        texts = {name: vocabulary.text_of(token) for name, token in vocabulary.own.items()}
+        return {name: text for name, text in texts.items() if text is not None} | dict(self.special.named)
+
+    @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        return (self._model.eos_id(),)
+        """Ids that end a response, at least one; the first is the tokenizer's own eos_token, if it has one."""
+        eos = self._named_id("eos_token", None)
+        found = (() if eos is None else (eos,)) + self.special.stop_ids
+        if not found:
+            raise UserError(
+                f"tokenizer {self.path}: no id ends a text, wanted eos_token in {CONFIG} or eos_token_id in {GENERATION}"
+            )
+        return tuple(dict.fromkeys(self._checked("eos_token_id", token) for token in found))
+
+    @functools.cached_property
+    def pad_id(self) -> int:
+        """The id of places that a mask leaves out: the configured one, else the first stop id. It has no meaning."""
+        found = self._named_id("pad_token", self.special.pad_id)
+        return self.stop_ids[0] if found is None else self._checked("pad_token_id", found)
+
+    @functools.cached_property
+    def bos_id(self) -> int | None:
+        """The id that begins a text, where there is one; see adds_bos."""
+        found = self._named_id("bos_token", self.special.bos_id)
+        return None if found is None else self._checked("bos_token_id", found)
 
     @property
-    def pad_id(self) -> int:
-        return self._model.pad_id()
+    def adds_bos(self) -> bool:
+        """Whether a text without a chat template begins with BOS: by add_bos_token, else by what tokenizer.json does."""
+        if self.special.adds_bos is not None:
+            return self.special.adds_bos
+        return self.path.suffix == ".json" and self._vocabulary.adds_bos
+
+    def _named_id(self, name: str, declared: int | None) -> int | None:
+        """By its name, else the declared id, else what the file itself has for it."""
+        text = self.special.text(name)
+        if text is None:
+            return self._vocabulary.own.get(name) if declared is None else declared
+        found = self._vocabulary.id_of(text)
+        if found is None:
+            raise UserError(f"tokenizer {self.path}: {name} {text!r} isn't in it, wanted one of its tokens")
+        return found
+
+    def _checked(self, name: str, token: int) -> int:
+        if self._vocabulary.text_of(token) is None:
+            raise UserError(
+                f"tokenizer {self.path}: {name} {token} is no token of it, wanted ids below {self.vocab_size}"
+            )
+        return token
+
+
+def open_tokenizer(path: pathlib.Path) -> Tokenizer:
+    """The tokenizer of a directory (tokenizer.json, else tokenizer.model), or of one such file, with the ids of the
+    special tokens from tokenizer_config.json, special_tokens_map.json and generation_config.json beside it."""
+    file = path
+    if path.is_dir():
+        there = [path / name for name in FILES if (path / name).is_file()]
+        if not there:
+            raise UserError(f"tokenizer {path}: no {' or '.join(FILES)} in this directory")
+        file = there[0]
+    if not file.is_file():
+        raise UserError(
+            f"tokenizer {path}: no such file or directory, wanted {', '.join(FILES)} or a directory with one"
+        )
+    if file.suffix not in (".json", ".model"):
+        raise UserError(f"tokenizer {path}: unknown ending {file.suffix!r}, wanted .json or .model")
+    tokenizer = Tokenizer(file, special_tokens.read(file.parent))
+    # All that can be wrong with the files is said now.
+    _ = tokenizer.stop_ids, tokenizer.pad_id, tokenizer.bos_id, tokenizer.encode("")
+    return tokenizer
 
 
 def left_pad(rows: Sequence[Sequence[int]], width: int, pad_id: int, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -10,29 +10,36 @@ from jaxtyping import Array, PyTree
 
 from oaif_jax import pairs
 from oaif_jax.annotators import llm
+from oaif_jax.data.source import Questions, Source
 from oaif_jax.evals import verdicts
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.sample import Responses, Sampler, sample
 from oaif_jax.step import named_key, row_keys
-from oaif_jax.tiny import gold
-from oaif_jax.tiny.data import TinyData
 
 Place = Callable[[dict[str, np.ndarray]], dict[str, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A frozen model that compares summaries under an instruction."""
+    """A frozen model on the mesh."""
 
     params: PyTree
     cfg: ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class Asked:
+    """A model that compares responses, and how it is asked."""
+
+    model: LanguageModel
+    questions: Questions
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluator:
     """What an evaluation needs beside the policy: who is compared, who judges, and on which posts."""
 
-    data: TinyData
+    data: Source
     split: str
     chunk: int  # posts at a time, all chunks of one shape
     count: int
@@ -40,10 +47,8 @@ class Evaluator:
     compute: ComputeConfig
     sampler: Sampler
     reference: LanguageModel
-    judge: LanguageModel
-    judge_instruction: str
-    annotator: LanguageModel | None
-    instructions: dict[str, str]  # name -> text, under which the annotator's agreement is measured
+    judge: Asked | None
+    annotators: dict[str, Asked]  # by instruction: the annotator, whose agreement is measured
     place: Place
     reference_samples: dict[int, "Drawn"] = dataclasses.field(default_factory=dict)  # by chunk: drawn once for a run
 
@@ -66,14 +71,14 @@ def log_ratios(params, reference_params, batch, responses, mask, *, policy, refe
 
 
 @functools.partial(jax.jit, static_argnames=("template", "cfg", "compute"))
-def compare(params, batch, responses, mask, *, template: llm.Template, cfg, compute) -> Array:
-    """P(the first response is better) by each order, [B, 2]."""
+def compare(params, batch, *, template: llm.Template, cfg, compute) -> Array:
+    """P(the first response is better) by each order, [B, 2]; the mask leaves stop tokens out."""
     return llm.annotate(
         params,
         batch["questions"],
         batch["question_valid"],
-        responses,
-        mask,
+        batch["responses"],
+        batch["mask"],
         template=template,
         cfg=cfg,
         compute=compute,
@@ -99,11 +104,6 @@ def draw(evaluator: Evaluator, params, cfg: ModelConfig, batch, key) -> Drawn:
     return Drawn(tokens, mask, texts, np.asarray(made.finished))
 
 
-def without_stop(evaluator: Evaluator, drawn: Drawn) -> np.ndarray:
-    """The mask of what an annotator reads."""
-    return drawn.mask & ~np.isin(drawn.tokens, evaluator.sampler.stop_ids)
-
-
 def evaluate(evaluator: Evaluator, params: PyTree, key: Array) -> tuple[dict, list[dict]]:
     """Metrics (nested) and a record for each post, of a policy's samples against the reference's.
 
@@ -115,21 +115,26 @@ def evaluate(evaluator: Evaluator, params: PyTree, key: Array) -> tuple[dict, li
     parts = [_chunk(evaluator, params, key, start) for start in range(0, evaluator.count, evaluator.chunk)]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "records"}
     metrics = {
-        "gold": verdicts.summarise(verdicts.by_scores(joined["gold_policy"], joined["gold_reference"])),
-        "judge": verdicts.summarise(verdicts.by_orders(joined["judge"], joined["same"])),
         "mean_length": float(joined["length"].mean()),
         "reference_length": float(joined["reference_length"].mean()),
         "words": float(joined["words"].mean()),
         "kl": float(joined["kl"].mean()),
-        "gold_mean": float(joined["gold_policy"].mean()),
-        "reference_gold_mean": float(joined["gold_reference"].mean()),
-        "gold_share": float(joined["gold_policy"].sum() / joined["gold_most"].sum()),
-        "reference_gold_share": float(joined["gold_reference"].sum() / joined["gold_most"].sum()),
     }
-    if evaluator.annotator:
+    if evaluator.judge:
+        metrics["judge"] = verdicts.summarise(verdicts.by_orders(joined["judge"], joined["same"]))
+    if evaluator.data.gold:
+        ours, theirs, most = joined["gold_policy"], joined["gold_reference"], joined["gold_most"].sum()
+        metrics |= {
+            "gold": verdicts.summarise(verdicts.by_scores(ours, theirs)),
+            "gold_mean": float(ours.mean()),
+            "reference_gold_mean": float(theirs.mean()),
+            "gold_share": float(ours.sum() / most),
+            "reference_gold_share": float(theirs.sum() / most),
+        }
+    if evaluator.annotators:
         metrics["annotator"] = {
-            name: verdicts.agreement(joined[f"orders.{name}"], joined[f"utility.{name}"], joined["identical"])
-            for name in evaluator.instructions
+            name: verdicts.agreement(joined[f"orders.{name}"], joined.get(f"utility.{name}"), joined["identical"])
+            for name in evaluator.annotators
         }
     return metrics, [record for part in parts for record in part["records"]]
 
@@ -145,8 +150,8 @@ def _reference(evaluator: Evaluator, batch, key, start: int) -> Drawn:
 
 def _chunk(evaluator: Evaluator, params, key, start: int) -> dict:
     data, indices = evaluator.data, np.arange(start, start + evaluator.chunk)
-    posts = data.posts(evaluator.split, indices)
-    batch = evaluator.place(data.prompts(posts) | {"rows": indices.astype(np.int32)})
+    examples = data.examples(evaluator.split, indices)
+    batch = evaluator.place(data.prompts(examples) | {"rows": indices.astype(np.int32)})
     reference = _reference(evaluator, batch, key, start)
     policy = draw(evaluator, params, evaluator.policy, batch, key)
     ratios = log_ratios(
@@ -159,50 +164,46 @@ def _chunk(evaluator: Evaluator, params, key, start: int) -> dict:
         reference=evaluator.reference.cfg,
         compute=evaluator.compute,
     )
-    tokens = np.stack([policy.tokens[:, 0], reference.tokens[:, 0]], axis=1)
-    mask = np.stack([without_stop(evaluator, policy)[:, 0], without_stop(evaluator, reference)[:, 0]], axis=1)
-    judge = _ask(evaluator, evaluator.judge, posts, evaluator.judge_instruction, tokens, mask)
-    score = lambda texts: np.array([gold.score(p.text, text) for p, text in zip(posts, texts, strict=True)])  # noqa: E731
     texts, reference_texts = [pair[0] for pair in policy.texts], [pair[0] for pair in reference.texts]
-    gold_policy, gold_reference = score(texts), score(reference_texts)
     records = [
-        {
-            "prompt": post.text,
-            "reference": theirs,
-            "policy": ours,
-            "gold_reference": float(b),
-            "gold_policy": float(a),
-            "judge": float(p),
-        }
-        for post, ours, theirs, a, b, p in zip(
-            posts, texts, reference_texts, gold_policy, gold_reference, judge.mean(axis=1), strict=True
-        )
+        {"prompt": data.shown(example), "reference": theirs, "policy": ours}
+        for example, theirs, ours in zip(examples, reference_texts, texts, strict=True)
     ]
-    part = {
-        "records": records,
-        "gold_policy": gold_policy,
-        "gold_reference": gold_reference,
-        "gold_most": np.array([len(post.topics) for post in posts]),
-        "judge": judge,
-        "same": np.array([a == b for a, b in zip(texts, reference_texts, strict=True)]),
+    part: dict = {
         "length": policy.mask[:, 0].sum(-1),
         "reference_length": reference.mask[:, 0].sum(-1),
-        "words": np.array([len(gold.world.words(text)) for text in texts]),
+        "words": np.array([len(text.replace(",", " ").split()) for text in texts]),
         "kl": np.asarray(ratios)[:, 0],
+        "same": np.array([a == b for a, b in zip(texts, reference_texts, strict=True)]),
         "identical": np.array([a == b for a, b in policy.texts]),
     }
-    if evaluator.annotator:
-        own = without_stop(evaluator, policy)
-        for name, text in evaluator.instructions.items():
-            part[f"orders.{name}"] = _ask(evaluator, evaluator.annotator, posts, text, policy.tokens, own)
-            useful = [[gold.utility(p.text, t, name) for t in two] for p, two in zip(posts, policy.texts, strict=True)]
+    if data.gold:
+        score = lambda texts: np.array([data.gold.score(*pair) for pair in zip(examples, texts, strict=True)])  # noqa: E731
+        part |= {"gold_policy": score(texts), "gold_reference": score(reference_texts)}
+        part["gold_most"] = np.array([data.gold.most(example) for example in examples])
+    if evaluator.judge:
+        tokens = np.stack([policy.tokens[:, 0], reference.tokens[:, 0]], axis=1)
+        mask = np.stack([policy.mask[:, 0], reference.mask[:, 0]], axis=1)
+        part["judge"] = orders(evaluator.judge, examples, tokens, mask, evaluator.compute, evaluator.place)
+    for name, asked in evaluator.annotators.items():
+        part[f"orders.{name}"] = orders(asked, examples, policy.tokens, policy.mask, evaluator.compute, evaluator.place)
+        if data.gold:
+            useful = [
+                [data.gold.utility(example, text, name) for text in two]
+                for example, two in zip(examples, policy.texts, strict=True)
+            ]
             part[f"utility.{name}"] = np.array(useful) @ np.array([1.0, -1.0])
-    return part
+    for i, record in enumerate(records):
+        record |= {name: float(part[name][i]) for name in ("gold_reference", "gold_policy") if name in part}
+        record |= {"judge": float(part["judge"][i].mean())} if "judge" in part else {}
+    return part | {"records": records}
 
 
-def _ask(evaluator: Evaluator, model: LanguageModel, posts, instruction: str, tokens, mask) -> np.ndarray:
-    batch = evaluator.place(evaluator.data.questions(posts, instruction))
-    template = evaluator.data.template()
-    return np.asarray(
-        compare(model.params, batch, tokens, mask, template=template, cfg=model.cfg, compute=evaluator.compute)
-    )
+def orders(
+    asked: Asked, examples, tokens: np.ndarray, mask: np.ndarray, compute: ComputeConfig, place: Place
+) -> np.ndarray:
+    """P(the first response is better) by each order, [B, 2], of two responses to each example, [B, 2, R]."""
+    tokens, mask = asked.questions.read(tokens, mask)
+    batch = place(asked.questions.batch(examples) | {"responses": tokens, "mask": mask})
+    model = asked.model
+    return np.asarray(compare(model.params, batch, template=asked.questions.template, cfg=model.cfg, compute=compute))

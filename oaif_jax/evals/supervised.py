@@ -7,9 +7,10 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from oaif_jax import supervised
+from oaif_jax.data.source import Source
 from oaif_jax.evals import preference, verdicts
 from oaif_jax.sample import Sampler
-from oaif_jax.tiny import gold, templates
+from oaif_jax.tiny import templates
 from oaif_jax.tiny.data import TinyData
 
 sft_loss = jax.jit(supervised.sft_loss, static_argnames="objective")
@@ -37,7 +38,7 @@ def chunks(count: int, chunk: int) -> list[np.ndarray]:
 
 def sft(
     params: PyTree,
-    data: TinyData,
+    data: Source,
     *,
     split: str,
     count: int,
@@ -47,13 +48,13 @@ def sft(
     place: Callable[[dict[str, np.ndarray]], dict[str, Array]],
     key: Array,
 ) -> tuple[dict, list[dict]]:
-    """Loss on references (nats a token), and what the policy's samples are worth: gold_share is the mean gold score as a
-    share of the largest."""
+    """Loss on references (nats a token), and what the policy's samples are worth where gold is known: gold_share is the
+    mean gold score as a share of the largest."""
     loss = tokens = 0.0
-    records, most = [], 0
+    records, most = [], 0.0
     lengths = []
     for indices in chunks(count, chunk):
-        posts = data.posts(split, indices)
+        posts = data.examples(split, indices)
         batch = place(data.sft_batch(split, indices) | {"rows": indices.astype(np.int32)})
         part, size = sft_loss(params, batch, objective=objective)
         loss, tokens = loss + float(part), tokens + float(size)
@@ -62,17 +63,20 @@ def sft(
         lengths.append(mask.sum(-1))
         for post, reference, t, m in zip(posts, data.references(split, indices), drawn, mask, strict=True):
             text = data.text(t, m)
-            scores = {"gold_reference": gold.score(post.text, reference), "gold_policy": gold.score(post.text, text)}
-            records.append({"prompt": post.text, "reference": reference, "policy": text, **scores})
-            most += len(post.topics)
-    total = sum(record["gold_policy"] for record in records)
-    metrics = {
-        "validation_loss": loss / tokens,
-        "gold_mean": total / len(records),
-        "gold_share": total / most,
-        "reference_gold_share": sum(record["gold_reference"] for record in records) / most,
-        "mean_length": float(np.concatenate(lengths).mean()),
-    }
+            record = {"prompt": data.shown(post), "reference": reference, "policy": text}
+            if data.gold:
+                record["gold_reference"] = data.gold.score(post, reference)
+                record["gold_policy"] = data.gold.score(post, text)
+                most += data.gold.most(post)
+            records.append(record)
+    metrics = {"validation_loss": loss / tokens, "mean_length": float(np.concatenate(lengths).mean())}
+    if data.gold:
+        total = sum(record["gold_policy"] for record in records)
+        metrics |= {
+            "gold_mean": total / len(records),
+            "gold_share": total / most,
+            "reference_gold_share": sum(record["gold_reference"] for record in records) / most,
+        }
     return metrics, records
 
 

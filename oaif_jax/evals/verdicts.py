@@ -42,16 +42,20 @@ def by_orders(p_orders: np.ndarray, identical: np.ndarray) -> np.ndarray:
     return np.where(identical, 0.5, (np.sign(votes) + 1) / 2)
 
 
-def agreement(p_orders: np.ndarray, gold_difference: np.ndarray, identical: np.ndarray) -> dict:
+def agreement(p_orders: np.ndarray, gold_difference: np.ndarray | None, identical: np.ndarray) -> dict:
     """How an annotator does on pairs: agreement of its two orders (identical pairs left out), agreement of its averaged
-    preference with gold (gold's ties left out too), and the numbers of pairs these are shares of (a share of none is absent)."""
+    preference with gold (gold's ties left out too), and the numbers of pairs these are shares of (a share of none is
+    absent, and what is about gold where its difference isn't known)."""
     different = ~identical
     orders = (p_orders[:, 0] > 0.5) == (p_orders[:, 1] > 0.5)
-    decided = different & (np.abs(gold_difference) > 1e-9)
-    right = (p_orders.mean(axis=1) > 0.5) == (gold_difference > 0)
-    found: dict[str, float] = {"pairs": int(different.sum()), "decided": int(decided.sum())}
+    found: dict[str, float] = {"pairs": int(different.sum())}
     if different.any():
         found["order_agreement"] = float(orders[different].mean())
+    if gold_difference is None:
+        return found
+    decided = different & (np.abs(gold_difference) > 1e-9)
+    right = (p_orders.mean(axis=1) > 0.5) == (gold_difference > 0)
+    found["decided"] = int(decided.sum())
     if decided.any():
         found["gold_agreement"] = float(right[decided].mean())
     return found

@@ -43,7 +43,7 @@ def load(path: pathlib.Path) -> tuple[PyTree, ModelConfig]:
     """Parameters as they are stored, and the model's shape."""
     try:
         with safetensors.safe_open(path, "numpy") as file:  # type: ignore[attr-defined]
-            cfg = ModelConfig(**json.loads((file.metadata() or {})["model"]))
+            cfg = ModelConfig.from_json(json.loads((file.metadata() or {})["model"]))
         flat = safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, KeyError, TypeError, OSError) as error:  # type: ignore[attr-defined]
         raise UserError(f"model {path} can't be read ({error}), wanted a safetensors file made by oaif_jax") from error

@@ -4,14 +4,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from oaif_jax.models.attention import MASKED
 from oaif_jax.models.config import ComputeConfig, ModelConfig
-from oaif_jax.models.transformer import MASKED, Params
+from oaif_jax.models.layers import softcap
+from oaif_jax.models.transformer import Params
+
+
+def head_of(params: Params) -> Float[Array, "V D"]:
+    """The head's rows: a leaf of its own, or the embedding."""
+    return params["head"] if "head" in params else params["embedding"]
 
 
 def logits(params: Params, hidden: Float[Array, "M D"], *, cfg: ModelConfig) -> Float[Array, "M V"]:
     """Float32 logits of a few positions; ids beyond the tokenizer's vocabulary are masked."""
-    embedding = params["embedding"].astype(hidden.dtype)
-    logits_MV = jnp.einsum("MD,VD->MV", hidden, embedding, preferred_element_type=jnp.float32)
+    head_VD = head_of(params).astype(hidden.dtype)
+    logits_MV = jnp.einsum("MD,VD->MV", hidden, head_VD, preferred_element_type=jnp.float32)
+    logits_MV = softcap(logits_MV, cfg.final_softcap)
     return jnp.where(jnp.arange(logits_MV.shape[-1])[None] < cfg.vocab_size, logits_MV, MASKED)
 
 
@@ -44,8 +52,9 @@ def token_logprobs(
 
 
 def answer_logits(
-    params: Params, hidden: Float[Array, "*batch D"], answers: tuple[int, ...]
+    params: Params, hidden: Float[Array, "*batch D"], answers: tuple[int, ...], *, cfg: ModelConfig
 ) -> Float[Array, "*batch answers"]:
     """Float32 logits of a few given tokens only."""
-    rows_AD = params["embedding"][jnp.array(answers)].astype(hidden.dtype)
-    return jnp.einsum("...D,AD->...A", hidden, rows_AD, preferred_element_type=jnp.float32)
+    rows_AD = head_of(params)[jnp.array(answers)].astype(hidden.dtype)
+    logits = jnp.einsum("...D,AD->...A", hidden, rows_AD, preferred_element_type=jnp.float32)
+    return softcap(logits, cfg.final_softcap)

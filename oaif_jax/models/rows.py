@@ -43,6 +43,39 @@ def trunk_mask(valid: Bool[Array, "*batch S"]) -> Bool[Array, "*batch S S"]:
     return (causal & valid[..., None, :]) | jnp.expand_dims(jnp.eye(slots, dtype=bool), above)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Masks:
+    """Who sees whom in rows, or in one token of decoding; true is visible."""
+
+    trunk: Bool[Array, "B S S"]  # the trunk to itself
+    branch_trunk: Bool[Array, "B #C #T S"]  # branches to the trunk
+    own: Bool[Array, "#B #C T R"]  # each branch to itself
+
+
+def near(queries: Int[Array, "*batch T"], keys: Int[Array, "*batch S"], window: int) -> Bool[Array, "*batch T S"]:
+    """Whether a key's position is within the window that ends at the query's. By positions: columns have gaps."""
+    return queries[..., :, None] - keys[..., None, :] < window
+
+
+def masks(rows: Rows, window: int = 0) -> Masks:
+    """The masks of rows, for layers that see all positions (window 0) or the last `window` ones."""
+    slots, count = rows.slots, rows.branches
+    valid, positions = rows.valid[:, :slots], rows.positions[:, :slots]
+    width = (rows.tokens.shape[-1] - slots) // max(count, 1)
+    split = lambda x: x[:, slots:].reshape(len(x), count, width)  # noqa: E731
+    own_valid, own_positions = split(rows.valid), split(rows.positions)
+    full = Masks(trunk=trunk_mask(valid), branch_trunk=valid[:, None, None], own=trunk_mask(own_valid))
+    if not window:
+        return full
+    to_trunk = jnp.broadcast_to(positions[:, None], (*own_positions.shape[:2], slots))
+    return Masks(
+        trunk=full.trunk & near(positions, positions, window),
+        branch_trunk=full.branch_trunk & near(own_positions, to_trunk, window),
+        own=full.own & near(own_positions, own_positions, window),
+    )
+
+
 def trunk(tokens: Int[Array, "B S"], valid: Bool[Array, "B S"]) -> Rows:
     """Rows without branches: prompts, or whole texts."""
     return Rows(tokens, positions_of(valid), valid, slots=tokens.shape[-1], branches=0)

@@ -17,12 +17,14 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
-from oaif_jax import cli, runs, tasks, train
+from oaif_jax import cli, runs, train
 from oaif_jax.data.jsonl import TextPair, write_pairs
 from oaif_jax.errors import UserError
 from oaif_jax.evals import preference
 from oaif_jax.models import files
 from oaif_jax.step import named_key
+from oaif_jax.tasks.base import compute_of, sampler_of
+from oaif_jax.tasks.data import tiny_data
 from oaif_jax.tiny import gold, tokenizer_recipe, world
 from oaif_jax.tiny.data import ASSETS
 
@@ -64,7 +66,7 @@ def build_model(name: str, workdir: pathlib.Path) -> None:
     train.run(cli.load_config(file), workdir / name)
     best = runs.open_run(workdir / name, "best")
     recipe = f"python -m oaif_jax.train --config={file} (step {best.step})"
-    files.save(ASSETS / f"{name}.safetensors", best.params, best.cfg, recipe)
+    files.save(ASSETS / f"{name}.safetensors", best.trained, best.model.cfg, recipe)
 
 
 def build_pairs(workdir: pathlib.Path) -> None:
@@ -76,7 +78,7 @@ def build_pairs(workdir: pathlib.Path) -> None:
         cli.override(config, overrides)
         train.run(config, workdir / f"writer_{writer.name}")
     written = [write_summaries(writer, workdir / f"writer_{writer.name}") for writer in WRITERS]
-    data = tasks.tiny_data(runs.open_run(workdir / "sft", "best").config)
+    data = tiny_data(runs.open_run(workdir / "sft", "best").config)
     fits = lambda text: len(data.ids(text, stop=True)) <= data.response_tokens  # noqa: E731
     pairs = []
     for index in range(PAIRS):
@@ -98,15 +100,16 @@ def build_pairs(workdir: pathlib.Path) -> None:
 def write_summaries(writer: Writer, workdir: pathlib.Path) -> list[str]:
     """A writer's summaries of the first PAIRS training posts; one that wasn't finished is drawn out to its limit."""
     trained = runs.open_run(workdir, "last")
-    data = tasks.tiny_data(trained.config)
-    sampler = tasks.sampler_of(trained.config, data, writer.temperature)
+    data = tiny_data(trained.config)
+    sampler = sampler_of(trained.config, data.tokenizer.stop_ids, data.tokenizer.pad_id, writer.temperature)
+    model = trained.model
     texts: list[str] = []
     for start in range(0, PAIRS, 128):
         indices = np.arange(start, start + 128)
-        batch = data.prompts(data.posts("train", indices)) | {"rows": indices.astype(np.int32)}
+        batch = data.prompts(data.examples("train", indices)) | {"rows": indices.astype(np.int32)}
         key = named_key(jax.random.key(writer.seed), "pairs")
-        compute = tasks.compute_of(trained.config)
-        made = preference.respond(trained.params, batch, key, sampler=sampler, cfg=trained.cfg, compute=compute)
+        compute = compute_of(trained.config)
+        made = preference.respond(model.params, batch, key, sampler=sampler, cfg=model.cfg, compute=compute)
         tokens, masks = np.asarray(made.tokens)[:, 0], np.asarray(made.mask)[:, 0]
         texts += [data.text(t[:-1], m[:-1]) for t, m in zip(tokens, masks, strict=True)]
     return texts

@@ -46,6 +46,20 @@ def mark_of(utility: np.ndarray) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
+class TinyGold:
+    """The gold judge, as data.source has it."""
+
+    def score(self, example: world.Post, response: str) -> float:
+        return gold.score(example.text, response)
+
+    def most(self, example: world.Post) -> float:
+        return float(len(example.topics))
+
+    def utility(self, example: world.Post, response: str, instruction: str) -> float:
+        return gold.utility(example.text, response, instruction)
+
+
+@dataclasses.dataclass(frozen=True)
 class TinyData:
     """Posts by seed, and their forms for policy and annotator; limits are in tokens."""
 
@@ -54,8 +68,13 @@ class TinyData:
     prompt_tokens: int
     response_tokens: int
     writer: str = "reference"  # of the references
+    gold: TinyGold = dataclasses.field(default_factory=TinyGold)
 
-    def posts(self, split: str, indices: Sequence[int] | np.ndarray) -> list[world.Post]:
+    def shown(self, example: world.Post) -> str:
+        """The post."""
+        return example.text
+
+    def examples(self, split: str, indices: Sequence[int] | np.ndarray) -> list[world.Post]:
         """Posts by their number in a split."""
         return [world.post(self.seed, split, int(index)) for index in indices]
 
@@ -76,11 +95,9 @@ class TinyData:
         """Q: columns of an annotator's question under an instruction."""
         return -(-(len(self.tokenizer.encode(templates.annotation("", instruction))) + self.prompt_tokens) // 8) * 8
 
-    def questions(self, posts: Sequence[world.Post], instruction: str) -> Arrays:
-        """What the annotator reads before the summaries: questions, question_valid, [B, Q]."""
-        rows = [self.tokenizer.encode(templates.annotation(post.text, instruction)) for post in posts]
-        tokens, valid = left_pad(rows, self.question_tokens(instruction), self.tokenizer.pad_id, "question")
-        return {"questions": tokens, "question_valid": valid}
+    def questions(self, instruction: str) -> "TinyQuestions":
+        """How an annotator is asked under an instruction, given by its text."""
+        return TinyQuestions(self, instruction)
 
     def ids(self, summary: str, *, stop: bool) -> list[int]:
         """A summary's tokens as they follow the cue (or an annotator's mark), with the stop token or without."""
@@ -109,7 +126,7 @@ class TinyData:
     def sft_batch(self, split: str, indices: np.ndarray) -> Arrays:
         """Prompts and references, for fine-tuning."""
         references = [[text] for text in self.references(split, indices)]
-        return self.prompts(self.posts(split, indices)) | self.responses(references, stop=True)
+        return self.prompts(self.examples(split, indices)) | self.responses(references, stop=True)
 
     def pair_batch(self, pairs: Sequence[TextPair]) -> Arrays:
         """Prompts with their chosen and rejected responses, for offline training; the chosen one comes first."""
@@ -185,3 +202,29 @@ class TinyData:
             "label": label,
             "choice": np.where(label == 0.5, taste, label),
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyQuestions:
+    """How the tiny world's annotators are asked: the instruction and the post, then both summaries."""
+
+    data: TinyData
+    instruction: str  # its text
+    same_tokens: bool = True
+
+    @property
+    def template(self) -> Template:
+        """Token ids of the fixed texts."""
+        return self.data.template()
+
+    def batch(self, examples: Sequence[world.Post]) -> Arrays:
+        """What the annotator reads before the summaries: questions, question_valid, [B, Q]."""
+        tokenizer = self.data.tokenizer
+        rows = [tokenizer.encode(templates.annotation(post.text, self.instruction)) for post in examples]
+        width = self.data.question_tokens(self.instruction)
+        tokens, valid = left_pad(rows, width, tokenizer.pad_id, "question")
+        return {"questions": tokens, "question_valid": valid}
+
+    def read(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same tokens, stop tokens masked."""
+        return tokens, mask & ~np.isin(tokens, self.data.tokenizer.stop_ids)

@@ -1,0 +1,146 @@
+"""What an annotator or judge is asked: text files that a user can copy and change, cut where the responses go.
+
+    # Comments and the two headers, both required, stand before the first line of three dashes.
+    # inverted: true where the text asks for the worse response. answers: for the response shown first, and second.
+    inverted: false
+    answers: 1, 2
+    ---
+    Which of two summaries of a post is better?
+    {context}
+    Summary 1
+    {first}
+    Summary 2
+    {second}
+    Better summary=
+
+Each placeholder stands once, alone on its line; braces elsewhere are text. The line before a response contains its answer:
+with `answers: 2, 1` above these labels a policy would learn to be worse. White space at the ends of lines and of the text
+is dropped, so that the text ends where the answer's token comes.
+"""
+
+import dataclasses
+import difflib
+import pathlib
+import re
+
+from oaif_jax.config import near
+from oaif_jax.errors import UserError
+
+DIRECTORY = pathlib.Path(__file__).parent / "instructions"
+KNOWN = ("tldr", "helpful", "helpful_judge", "harmless", "harmless_judge", "short", "very_short")
+
+CONTEXT, FIRST, SECOND = PLACEHOLDERS = ("{context}", "{first}", "{second}")
+HEADERS = ("inverted", "answers")
+SEPARATOR = "---"
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """trunk + first + A + second + B + closing is the text in which response A is shown first and B second.
+
+    The trunk, with {context} in it, is the same for both orders. The pieces are tokenized apart from each other and from
+    the responses: first, second and closing begin with a newline, trunk and closing don't end with white space.
+    """
+
+    name: str
+    trunk: str
+    first: str
+    second: str
+    closing: str
+    inverted: bool  # the answer names the worse response: P(first is better) = P(the second answer)
+    answers: tuple[str, str]
+
+
+def question(instruction: Instruction, context: str) -> str:
+    """The trunk with its context: the text before both presentation orders. Braces in the context are text."""
+    return instruction.trunk.replace(CONTEXT, context)  # once, and what was put in isn't looked at again
+
+
+def read_instruction(name_or_path: str) -> Instruction:
+    """An instruction by its name, one of KNOWN, or from a text file; UserError for one that can't be used."""
+    path = DIRECTORY / f"{name_or_path}.txt" if name_or_path in KNOWN else pathlib.Path(name_or_path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
+    except FileNotFoundError as error:
+        close = difflib.get_close_matches(path.stem, KNOWN, n=1)
+        raise UserError(
+            f"instruction {name_or_path!r} doesn't exist, wanted {', '.join(KNOWN)} or the path of a text file"
+            + (f"; did you mean {close[0]!r}?" if close else "")
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no path at all
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"instruction {name_or_path!r} can't be read ({reason}), wanted a UTF-8 text file") from error
+    return _parse(text, name_or_path, path)
+
+
+def _parse(text: str, name: str, path: pathlib.Path) -> Instruction:
+    if not text.strip():
+        raise UserError(f"{path} is empty, wanted the headers {' and '.join(HEADERS)}, a line {SEPARATOR}, and a text")
+    lines = [line.rstrip() for line in text.split("\n")]
+    if SEPARATOR not in lines:
+        raise UserError(f"{path} has no line {SEPARATOR}, wanted one between the headers and the text")
+    start = lines.index(SEPARATOR)
+    inverted, answers = _headers(lines[:start], path)
+    _check_placeholders(lines, start + 1, path)
+    before, after = "\n".join(lines[start + 1 :]).split(FIRST)
+    second, closing = after.rstrip().split(SECOND)
+    trunk = before.strip()
+    _check_labels((trunk.split(CONTEXT)[1], second), answers, path)
+    if not closing:
+        raise UserError(f"{path} ends with {SECOND}, wanted a closing line after it, such as `Better response=`")
+    return Instruction(name, trunk, before[len(before.rstrip()) :], second, closing, inverted, answers)
+
+
+def _headers(lines: list[str], path: pathlib.Path) -> tuple[bool, tuple[str, str]]:
+    """Inverted or not, and the two answers."""
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        if not line or line.startswith("#"):
+            continue
+        key, colon, value = line.partition(":")
+        key = key.strip()
+        if key not in HEADERS or not colon:
+            wanted = f"wanted a header NAME: VALUE, or the line {SEPARATOR} before it"
+            raise UserError(f"{path}:{number}: {line!r}, {wanted}{near(key, HEADERS)}")
+        if key in found:
+            raise UserError(f"{path}:{number}: header {key!r} is there a second time, wanted it once")
+        found[key] = value.strip()
+    for key in HEADERS:
+        if key not in found:
+            raise UserError(f"{path} has no header {key!r}, wanted it above the line {SEPARATOR}")
+    if found["inverted"] not in ("true", "false"):
+        raise UserError(f"{path}: inverted={found['inverted']!r}, wanted true or false")
+    answers = tuple(answer.strip() for answer in found["answers"].split(","))
+    if len(answers) != 2 or "" in answers or answers[0] == answers[1]:
+        raise UserError(f"{path}: answers={found['answers']!r}, wanted two different ones, such as 1, 2")
+    return found["inverted"] == "true", answers
+
+
+def _check_placeholders(lines: list[str], start: int, path: pathlib.Path) -> None:
+    """UserError unless lines[start:] have each placeholder once, alone on its line, in their order."""
+    text = list(enumerate(lines[start:], start + 1))
+    at = []
+    for placeholder in PLACEHOLDERS:
+        there = [(number, line) for number, line in text for _ in range(line.count(placeholder))]
+        if not there:
+            strange = [line for _, line in text if re.fullmatch(r"\{\w+\}", line) and line not in PLACEHOLDERS]
+            instead = f" ({', '.join(strange)} is no placeholder)" if strange else ""
+            raise UserError(f"{path}: {placeholder} is missing{instead}, wanted it once, alone on its line")
+        if len(there) > 1:
+            numbers = ", ".join(str(number) for number, _ in there)
+            raise UserError(f"{path}: {placeholder} is there {len(there)} times, in lines {numbers}, wanted it once")
+        number, line = there[0]
+        if line != placeholder:
+            raise UserError(f"{path}:{number}: {line!r}, wanted {placeholder} alone on its line")
+        at.append((number, placeholder))
+    if sorted(at) != at:
+        found = ", ".join(placeholder for _, placeholder in sorted(at))
+        raise UserError(f"{path} has {found} in this order, wanted {', '.join(PLACEHOLDERS)}")
+
+
+def _check_labels(texts: tuple[str, str], answers: tuple[str, str], path: pathlib.Path) -> None:
+    """UserError unless the last line of the text before each response contains its answer."""
+    for text, answer, placeholder in zip(texts, answers, (FIRST, SECOND), strict=True):
+        label = text.strip().split("\n")[-1]
+        if answer not in label:
+            raise UserError(f"{path}: {label!r} before {placeholder}, wanted a line with its answer {answer!r}")

@@ -1,0 +1,229 @@
+"""Chat templates: messages to the text, and the token ids, that a model was trained to answer."""
+
+import dataclasses
+import datetime
+import functools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from oaif_jax.data.joining import continuation_ids
+from oaif_jax.data.special_tokens import CONFIG, read_json
+from oaif_jax.data.tokenizer import Tokenizer
+from oaif_jax.errors import UserError
+
+TEMPLATE_FILE = "chat_template.jinja"
+DATE = datetime.date(2024, 7, 26)  # what templates are told is today, so that a run's prompts are the same on any day
+ROLES = ("system", "user", "assistant")
+LABELS = {"user": "Human", "assistant": "Assistant"}  # as in the files of Anthropic HH
+MARK = "\ufdd1"  # a noncharacter: in no text, and to no template's liking or dislike
+CUTS = tuple(chr(code) for code in range(0xFDD2, 0xFDF0))
+
+Messages = Sequence[Mapping[str, str]]  # {"role": "system" | "user" | "assistant", "content": text}
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+    """A template, or (source "") the plain format.
+
+    The plain format, for models that know no chat: a single user message is its text and nothing else; several messages
+    are a transcript, "\\n\\nHuman: ...\\n\\nAssistant: ...", that ends in "\\n\\nAssistant:" where an answer is wanted.
+
+    Where a template has no system role (it raises, or leaves the text out), and in the plain format, the system message's
+    text is put before the first user message's, an empty line between them.
+
+    path: for error messages; named: texts of bos_token and the like; date: what strftime_now says.
+    """
+
+    path: pathlib.Path
+    source: str
+    named: tuple[tuple[str, str], ...] = ()
+    date: datetime.date = DATE
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool = True) -> str:
+        """The text of messages; by default up to where the assistant's answer begins.
+
+        UserError: no messages, an unknown role, a system message that isn't the first, a template that fails.
+        """
+        check(messages)
+        if messages[0]["role"] == "system" and not (self.source and self.has_system_role):
+            messages = without_system(messages)
+        return self._text(messages, add_generation_prompt) if self.source else plain(messages, add_generation_prompt)
+
+    def prompt_ids(self, tokenizer: Tokenizer, messages: Messages) -> list[int]:
+        """Token ids of messages, up to where the assistant's answer begins.
+
+        The template's special tokens are read, those in the messages' own text are not: there they are ordinary text (cut
+        behind their first character). BOS is there if the template writes it, once even if it writes it twice; the
+        plain format has it if the tokenizer has one and adds it to texts.
+        """
+        if not self.source:
+            bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+            return bos + tokenizer.encode(self.render(messages))
+        check(messages)
+        contents = "".join(message["content"] for message in messages)
+        cut = next(character for character in CUTS if character not in contents)
+        safe = [{**each, "content": cut.join(tokenizer.ordinary_parts(each["content"]))} for each in messages]
+        first, *others = self.render(safe).split(cut)
+        ids = tokenizer.encode(first, special=True)
+        ids += [i for part in others for i in continuation_ids(tokenizer, part, special=True)]
+        doubled = tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2
+        return ids[1:] if doubled else ids
+
+    def turn_end(self, tokenizer: Tokenizer) -> int | None:
+        """The special token that the template writes behind an assistant's answer: a stop id, though not every model's
+        files name it as one. None if it writes none there."""
+        if not self.source:
+            return None
+        text = self.render(
+            [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}], add_generation_prompt=False
+        )
+        behind = tokenizer.encode(text.partition(MARK)[2], special=True)
+        return behind[0] if behind and behind[0] in tokenizer.special_ids else None
+
+    @functools.cached_property
+    def has_system_role(self) -> bool:
+        """Whether a system message's text gets into the rendered one."""
+        try:
+            return MARK in self._text([{"role": "system", "content": MARK}, {"role": "user", "content": "x"}], True)
+        except UserError:
+            return False  # whatever else is wrong with it, it says again without the system message
+
+    def _text(self, messages: Messages, add_generation_prompt: bool) -> str:
+        try:
+            return _compiled(self.source, self.date).render(
+                dict(self.named),
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+            )
+        except Exception as error:  # a template is a program: whatever it raises is to be said in the same way
+            where = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+            raise UserError(f"chat template {self.path} fails{where}: {' '.join(str(error).split())}") from error
+
+
+def open_template(tokenizer: Tokenizer, template: str = "auto", date: datetime.date = DATE) -> ChatTemplate:
+    """The chat template for a tokenizer, tried on one message.
+
+    template: "auto" is the tokenizer's own (chat_template.jinja beside it, else chat_template in tokenizer_config.json),
+    and an error if it has none; "none" is the plain format; else the path of a .jinja file.
+    """
+    if template == "none":
+        return ChatTemplate(tokenizer.path, "", date=date)
+    path, source = _own(tokenizer.path.parent) if template == "auto" else (pathlib.Path(template), None)
+    if source is None:
+        source = _read(path)
+    if not source.strip():
+        raise UserError(f"chat template {path} is empty; template=none is the plain format")
+    found = ChatTemplate(path, source, tuple(sorted(tokenizer.named.items())), date)
+    found.render([{"role": "user", "content": "x"}])
+    return found
+
+
+def check(messages: Messages) -> None:
+    """Messages that a template can be given."""
+    if not messages:
+        raise UserError("a chat has no messages, wanted at least one")
+    for number, message in enumerate(messages):
+        if not {"role", "content"} <= set(message) or message["role"] not in ROLES:
+            raise UserError(f"message {number} is {dict(message)!r}, wanted content and a role of {', '.join(ROLES)}")
+    late = [number for number, message in enumerate(messages) if number and message["role"] == "system"]
+    if late:
+        raise UserError(f"message {late[0]} is the system's, wanted it first")
+
+
+def without_system(messages: Messages) -> list[dict[str, str]]:
+    """The system message's text before the first user message's, an empty line between them."""
+    system, *others = (dict(message) for message in messages)
+    users = [message for message in others if message["role"] == "user"]
+    if not users:
+        raise UserError("a chat has a system message and no user's, wanted one to put its text before")
+    users[0]["content"] = f"{system['content']}\n\n{users[0]['content']}"
+    return others
+
+
+def plain(messages: Messages, add_generation_prompt: bool) -> str:
+    """The plain format, see ChatTemplate."""
+    if len(messages) == 1 and messages[0]["role"] == "user":
+        return messages[0]["content"]
+    text = "".join(f"\n\n{LABELS[message['role']]}: {message['content']}" for message in messages)
+    return f"{text}\n\n{LABELS['assistant']}:" if add_generation_prompt else text
+
+
+def _own(directory: pathlib.Path) -> tuple[pathlib.Path, str | None]:
+    """The file of a tokenizer's template, and its text unless it is the whole file."""
+    if (directory / TEMPLATE_FILE).exists():
+        return directory / TEMPLATE_FILE, None
+    path = directory / CONFIG
+    found = read_json(path).get("chat_template")
+    if found is None:
+        raise UserError(
+            f"tokenizer {directory} has no chat template, wanted {TEMPLATE_FILE} or chat_template in {CONFIG};"
+            " template=none is the plain format, or give the path of a .jinja file"
+        )
+    if isinstance(found, list):
+        found = _default(path, found)
+    if not isinstance(found, str):
+        raise UserError(
+            f"{path}: chat_template is a JSON {type(found).__name__}, wanted a text or a list of named ones"
+        )
+    return path, found
+
+
+def _default(path: pathlib.Path, templates: list) -> str:
+    """The template named "default" of [{"name": ..., "template": ...}, ...]"""
+    if not all(isinstance(each, dict) and {"name", "template"} <= set(each) for each in templates):
+        raise UserError(f"{path}: chat_template is a list of other things, wanted objects with name and template")
+    named = {str(each["name"]): each["template"] for each in templates}
+    if not isinstance(named.get("default"), str):
+        raise UserError(f"{path}: chat_template has {', '.join(named) or 'none'}, wanted one named default")
+    return named["default"]
+
+
+def _read(path: pathlib.Path) -> str:
+    if not path.is_file():
+        raise UserError(f"chat template {path}: no such file, wanted auto, none or the path of a .jinja file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat template {path} can't be read ({error}), wanted UTF-8") from error
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %}...{% endgeneration %} is what is inside: it marks the assistant's text for other programs."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str, date: datetime.date) -> jinja2.Template:
+    """A template in the environment that transformers gives templates, but for the date. They are programs of strangers:
+    the sandbox keeps them from the interpreter and from changing what they are given."""
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    # The filter of jinja2 writes for HTML.
+    def tojson(value: object, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda form: datetime.datetime.combine(date, datetime.time()).strftime(form),
+    }
+    return environment.from_string(source)

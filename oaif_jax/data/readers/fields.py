@@ -1,0 +1,107 @@
+"""Values of a record, each checked: what isn't as it should be raises RecordError."""
+
+from collections.abc import Mapping, Sequence
+
+from oaif_jax.config import near
+from oaif_jax.data.records import EMPTY, ROLES, Example, Message, RecordError
+
+Record = Mapping[str, object]
+
+
+def mapping(value: object, name: str = "the line") -> Record:
+    """A JSON object."""
+    if isinstance(value, RecordError):
+        raise value
+    if not isinstance(value, Mapping):
+        raise RecordError("wrong type", f"{name} is {_kind(value)}, wanted an object")
+    return value
+
+
+def get(record: Record, key: str) -> object:
+    """The value of a key that must be there."""
+    if key not in record:
+        raise RecordError("missing key", f"there's no key {key!r}{near(key, record)}")
+    return record[key]
+
+
+def text(value: object, name: str) -> str:
+    """A text that can be written as UTF-8."""
+    if not isinstance(value, str):
+        raise RecordError("wrong type", f"{name} is {_kind(value)}, wanted a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair
+        raise RecordError(
+            "not Unicode", f"{name} has half a character ({error.reason}), wanted Unicode text"
+        ) from error
+    return value
+
+
+def texts(record: Record, *keys: str) -> tuple[str, ...]:
+    """The texts of keys, in their order."""
+    return tuple(text(get(record, key), key) for key in keys)
+
+
+def sequence(value: object, name: str) -> Sequence[object]:
+    """A JSON list."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise RecordError("wrong type", f"{name} is {_kind(value)}, wanted a list")
+    return value
+
+
+def messages(value: object, name: str, last: str) -> tuple[Message, ...]:
+    """A conversation from a list of {"role", "content"}; see `conversation`."""
+    found = []
+    for number, item in enumerate(sequence(value, name), 1):
+        role, content = texts(mapping(item, f"message {number} of {name}"), "role", "content")
+        found.append(Message(role, content))
+    return conversation(found, name, last)
+
+
+def conversation(found: Sequence[Message], name: str, last: str) -> tuple[Message, ...]:
+    """The messages, if user and assistant take turns, after a system's message or none, and `last` has the last turn."""
+    turns = found[1:] if found and found[0].role == "system" else found
+    for number, message in enumerate(turns, 1 + len(found) - len(turns)):
+        if message.role not in ROLES:
+            known = f"wanted one of {', '.join(ROLES)}"
+            raise RecordError("role", f"message {number} of {name} has role {message.role!r}, {known}")
+    for i, message in enumerate(turns):
+        wanted = ("user", "assistant")[i % 2]
+        if message.role != wanted:
+            number = i + 1 + len(found) - len(turns)
+            raise RecordError("turns", f"message {number} of {name} is the {message.role}'s, wanted the {wanted}'s")
+    if not turns or turns[-1].role != last:
+        there = f"the {turns[-1].role}'s" if turns else "none"
+        raise RecordError("turns", f"the last message of {name} is {there}, wanted the {last}'s")
+    if not [message for message in turns if message.role == "user"][-1].content.strip():
+        raise RecordError(EMPTY, f"the last message of {name} by the user is empty, wanted a prompt")
+    return tuple(found)
+
+
+def prompt(value: object, name: str = "prompt") -> tuple[Message, ...]:
+    """A text, which is one message by the user, or a conversation that ends with the user's turn."""
+    if isinstance(value, str):
+        return conversation([Message("user", text(value, name))], name, "user")
+    if not isinstance(value, Sequence):
+        raise RecordError("wrong type", f"{name} is {_kind(value)}, wanted a text or a list of messages")
+    return messages(value, name, "user")
+
+
+def pair(prompt: tuple[Message, ...], chosen: str, rejected: str) -> Example:
+    """A pair. Equal responses are left to the reader to count; without either there is nothing to learn."""
+    if not chosen and not rejected:
+        raise RecordError(EMPTY, "chosen and rejected are both empty, wanted two responses")
+    return Example(prompt, chosen, rejected)
+
+
+def pair_of(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> Example:
+    """A pair of two conversations that differ in the last turn only."""
+    if chosen[:-1] != rejected[:-1]:
+        raise RecordError("prompts differ", "chosen and rejected differ before the last turn, wanted the same prompt")
+    return pair(chosen[:-1], chosen[-1].content, rejected[-1].content)
+
+
+def _kind(value: object) -> str:
+    """In: ["a"]. Out: "a list"."""
+    names = {type(None): "null", bool: "true or false", str: "a text", dict: "an object", list: "a list"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,98 @@
+"""Files of a split, and their rows."""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+
+from oaif_jax.config import near
+from oaif_jax.data.jsonl import lines
+from oaif_jax.data.records import Example, RecordError
+from oaif_jax.errors import UserError
+
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})")  # train_prefs-00000-of-00001-<hash>.parquet
+
+Row = tuple[int, object]  # number from 1; what it holds, or the RecordError that says why it can't be told
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One file, and how its rows become examples: parse(row) is None for a row of another split."""
+
+    file: pathlib.Path
+    parse: Callable[[object], Example | None]  # raises RecordError
+    rows: Callable[[pathlib.Path], Iterator[Row]]
+
+
+def json_rows(file: pathlib.Path) -> Iterator[Row]:
+    """The rows of JSON lines."""
+    for number, line in lines(file, "data"):
+        yield number, _json(line)
+
+
+def _json(line: bytes) -> object:
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return RecordError("not UTF-8", f"not UTF-8 ({error.reason})")
+    except (json.JSONDecodeError, RecursionError) as error:
+        return RecordError("not JSON", f"not JSON ({error})")
+
+
+def parquet_rows(file: pathlib.Path) -> Iterator[Row]:
+    """The rows of a table, each a dict by column."""
+    import pyarrow  # here, since it is slow to start and only these files need it
+    from pyarrow import parquet
+
+    try:
+        number = 0
+        with parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, record
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"data {file} can't be read ({error}), wanted a parquet file") from error
+
+
+def rows_of(file: pathlib.Path) -> Callable[[pathlib.Path], Iterator[Row]]:
+    """The function that reads a file's rows, by its ending."""
+    return parquet_rows if file.suffix == ".parquet" else json_rows
+
+
+def split_files(path: pathlib.Path, split: str, endings: tuple[str, ...]) -> list[pathlib.Path]:
+    """The file `path`; or the files of a split in a directory: SPLIT + ending, or its shards, of which none may be missing.
+
+    Raises UserError when there is no such split (naming those there are), or when several endings have it.
+    """
+    if path.is_file():
+        if split:
+            raise UserError(f"split={split!r}: {path} is a file, wanted its directory, or no split")
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"data {path}: no such file or directory")
+    splits = splits_in(path, endings)
+    if split not in splits:
+        if not splits:
+            raise UserError(f"data {path}: no files in it that end in {' or '.join(endings)}")
+        raise UserError(f"split={split!r}: not in {path}{near(split, sorted(splits))}")
+    _check_shards(path, split, splits[split])
+    return splits[split]
+
+
+def splits_in(path: pathlib.Path, endings: tuple[str, ...]) -> dict[str, list[pathlib.Path]]:
+    """In: a directory with train-00000-of-00002.parquet, train-00001-of-00002.parquet. Out: {"train": [those two]}."""
+    found: dict[str, list[pathlib.Path]] = {}
+    for file in sorted(path.iterdir()):
+        if file.is_file() and file.name.endswith(endings):
+            found.setdefault(SHARD.split(file.name.split(".")[0])[0], []).append(file)
+    return found
+
+
+def _check_shards(path: pathlib.Path, split: str, files: list[pathlib.Path]) -> None:
+    shards = [match.groups() if (match := SHARD.search(file.name)) else ("00000", "00001") for file in files]
+    total = int(shards[0][1])
+    if [(int(shard), int(of)) for shard, of in shards] != [(i, total) for i in range(total)]:
+        names = ", ".join(file.name for file in files)
+        raise UserError(f"split={split!r}: {path} has {names}; wanted one file, or all shards of one table")

@@ -1,0 +1,45 @@
+"""A user's own JSON lines, plain or gzipped. A prompt is a text or a list of messages that ends with the user's.
+
+    {"prompt": ...}
+    {"prompt": ..., "response": "..."}
+    {"prompt": ..., "chosen": "...", "rejected": "..."}
+
+`path` is a file, or a directory with SPLIT.jsonl or SPLIT.jsonl.gz. Other keys are left alone.
+"""
+
+import pathlib
+
+from oaif_jax.data.readers import fields
+from oaif_jax.data.readers.files import Part, json_rows, split_files
+from oaif_jax.data.records import Example
+
+ENDINGS = (".jsonl", ".jsonl.gz")
+
+
+def prompts(path: pathlib.Path, split: str) -> list[Part]:
+    """Prompts alone."""
+    return [Part(file, _prompt, json_rows) for file in split_files(path, split, ENDINGS)]
+
+
+def references(path: pathlib.Path, split: str) -> list[Part]:
+    """Prompts with a response."""
+    return [Part(file, _reference, json_rows) for file in split_files(path, split, ENDINGS)]
+
+
+def pairs(path: pathlib.Path, split: str) -> list[Part]:
+    """Prompts with a chosen and a rejected response."""
+    return [Part(file, _pair, json_rows) for file in split_files(path, split, ENDINGS)]
+
+
+def _prompt(row: object) -> Example:
+    return Example(fields.prompt(fields.get(fields.mapping(row), "prompt")))
+
+
+def _reference(row: object) -> Example:
+    record = fields.mapping(row)
+    return Example(fields.prompt(fields.get(record, "prompt")), reference=fields.texts(record, "response")[0])
+
+
+def _pair(row: object) -> Example:
+    record = fields.mapping(row)
+    return fields.pair(fields.prompt(fields.get(record, "prompt")), *fields.texts(record, "chosen", "rejected"))

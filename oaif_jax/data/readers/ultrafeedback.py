@@ -1,0 +1,52 @@
+"""UltraFeedback, binarized (Tunstall et al. 2023, "Zephyr"): parquet or JSON lines with lists of messages.
+
+Splits are the names of files: train_prefs and test_prefs are pairs, *_sft are references, *_gen are prompts.
+"""
+
+import functools
+import pathlib
+
+from oaif_jax.data.readers import fields
+from oaif_jax.data.readers.files import Part, rows_of, split_files, splits_in
+from oaif_jax.data.records import Example
+from oaif_jax.errors import UserError
+
+KINDS = ("prefs", "sft", "gen")
+ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
+
+
+def examples(path: pathlib.Path, split: str) -> list[Part]:
+    """Pairs, references or prompts, as the split's name says; `path` is the data set, its directory data/, or a file."""
+    files = split_files(_folder(path), split, ENDINGS)
+    return [Part(file, functools.partial(_example, kind=_kind_of(file)), rows_of(file)) for file in files]
+
+
+def splits(path: pathlib.Path) -> list[str]:
+    """The splits of a directory, by name."""
+    return sorted(splits_in(_folder(path), ENDINGS))
+
+
+def _folder(path: pathlib.Path) -> pathlib.Path:
+    return path / "data" if (path / "data").is_dir() else path
+
+
+def _kind_of(file: pathlib.Path) -> str:
+    """In: train_prefs-00000-of-00001.parquet. Out: "prefs"."""
+    kinds = [kind for kind in KINDS if f"_{kind}" in file.name]
+    if len(kinds) != 1:
+        wanted = ", ".join(f"train_{kind}" for kind in KINDS)
+        raise UserError(f"data {file}: its name doesn't say what it holds, wanted a name such as {wanted}")
+    return kinds[0]
+
+
+def _example(row: object, kind: str) -> Example:
+    record = fields.mapping(row)
+    told = [fields.messages(fields.get(record, key), key, "assistant") for key in _columns(kind)]
+    if kind == "prefs":
+        return fields.pair_of(*told)
+    (only,) = told
+    return Example(only[:-1], reference=only[-1].content if kind == "sft" else "")
+
+
+def _columns(kind: str) -> tuple[str, ...]:
+    return {"prefs": ("chosen", "rejected"), "sft": ("messages",), "gen": ("chosen",)}[kind]

@@ -1,0 +1,143 @@
+"""One record for prompts, references and preference pairs, and the counts of what was read and what was left out."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from oaif_jax.config import near
+from oaif_jax.errors import UserError
+
+ROLES = ("system", "user", "assistant")
+USES = ("prompts", "references", "pairs")
+EMPTY = "empty"  # the reason of RecordError that has a count of its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; its role is one of ROLES."""
+
+    role: str
+    content: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A prompt, which ends with a user's message, and what the data have to answer it.
+
+    A pair has `chosen` and `rejected`, which differ, and one of them may be empty; supervised data have a `reference`; for
+    online training the prompt is enough. `source` is "file:line", or "file:row" of a table.
+    """
+
+    prompt: tuple[Message, ...]
+    chosen: str = ""
+    rejected: str = ""
+    reference: str = ""
+    source: str = ""
+
+    @property
+    def is_pair(self) -> bool:
+        return self.chosen != self.rejected
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        """The responses there are: two of a pair, a reference, or none."""
+        return ((self.chosen, self.rejected) if self.is_pair else ()) + ((self.reference,) if self.reference else ())
+
+
+class RecordError(ValueError):
+    """A line that is not what its format says. `reason`, a word or two, is what such lines are counted by."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """How many records were kept, and why the others were not."""
+
+    kept: int = 0
+    empty: int = 0  # without a prompt, or without a reference where one is wanted
+    identical: int = 0  # pairs of two equal responses, which prefer nothing
+    duplicate: int = 0  # equal to an earlier record, the first one being kept
+    too_long: int = 0
+    malformed: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by reason
+
+    def __str__(self) -> str:
+        """In: Counts(kept=7, too_long=2, malformed={"not JSON": 1}). Out: "7 kept, 2 too long, 1 malformed (1 not JSON)" """
+        names = ("kept", "empty", "identical", "duplicate", "too_long")
+        parts = [f"{getattr(self, name):,} {name.replace('_', ' ')}" for name in names if getattr(self, name)]
+        if self.malformed:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.malformed.items()))
+            parts.append(f"{sum(self.malformed.values()):,} malformed ({reasons})")
+        return ", ".join(parts) or "nothing"
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """Examples in the order of their files, and the counts of all that was read."""
+
+    examples: list[Example]
+    counts: Counts
+
+
+def distinct(examples: Sequence[Example]) -> list[Example]:
+    """The first of equal examples, wherever they come from: the same prompt with other responses is another example."""
+    first: dict[Example, Example] = {}
+    for example in examples:
+        first.setdefault(dataclasses.replace(example, source=""), example)
+    return list(first.values())
+
+
+def use_as(loaded: Loaded, use: str) -> Loaded:
+    """The examples as what they are for, duplicates of that dropped and counted: each prompt once under "prompts".
+
+    "prompts" (online training) drops the responses; "references" (fine-tuning) takes a pair's chosen response where there
+    is no reference, and drops examples whose reference is empty; "pairs" (offline training) drops references.
+    Raises UserError when the data have no such thing.
+    """
+    if use not in USES:
+        raise UserError(f"use={use!r} doesn't exist{near(use, USES)}")
+    forms = [_form(example, use) for example in loaded.examples]
+    there = [form for form in forms if form is not None]
+    if not there:
+        raise UserError(f"data: none of {len(forms):,} examples can be used as {use}; wanted data that have them")
+    kept = distinct(there)
+    counts = dataclasses.replace(
+        loaded.counts,
+        kept=len(kept),
+        empty=loaded.counts.empty + len(forms) - len(there),
+        duplicate=loaded.counts.duplicate + len(there) - len(kept),
+    )
+    return Loaded(kept, counts)
+
+
+def _form(example: Example, use: str) -> Example | None:
+    """The example with what a use needs and no more; None if its reference is empty."""
+    if use == "prompts":
+        return Example(example.prompt, source=example.source)
+    if use == "pairs":
+        if not example.is_pair:
+            raise UserError(f"{example.source}: has no chosen and rejected response, wanted pairs")
+        return dataclasses.replace(example, reference="")
+    reference = example.reference or example.chosen
+    return Example(example.prompt, reference=reference, source=example.source) if reference else None
+
+
+def within(
+    loaded: Loaded, tokens_of: Callable[[Example], tuple[int, int]], prompt_tokens: int, response_tokens: int
+) -> Loaded:
+    """The examples that fit, the others counted as too long: nothing is cut.
+
+    `tokens_of(example)` is (tokens of the prompt, tokens of the longest of example.responses, stop token included).
+    """
+
+    def fits(example: Example) -> bool:
+        prompt, response = tokens_of(example)
+        return prompt <= prompt_tokens and response <= response_tokens
+
+    kept = [example for example in loaded.examples if fits(example)]
+    if not kept:
+        limits = f"{prompt_tokens} tokens of a prompt and {response_tokens} of a response"
+        raise UserError(f"data: none of {len(loaded.examples):,} examples fits {limits}; wanted larger limits")
+    too_long = loaded.counts.too_long + len(loaded.examples) - len(kept)
+    return Loaded(kept, dataclasses.replace(loaded.counts, kept=len(kept), too_long=too_long))

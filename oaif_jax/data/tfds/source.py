@@ -1,0 +1,70 @@
+"""Examples of a prepared data set, each read when it is asked for."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import overload
+
+import tensorflow_datasets as tfds
+
+from oaif_jax.config import near
+from oaif_jax.data.records import Example, Message
+from oaif_jax.errors import UserError
+
+RESPONSES = ("chosen", "rejected", "reference")
+
+
+def features() -> tfds.features.FeaturesDict:
+    """What is stored of an example."""
+    message = {"role": tfds.features.Text(), "content": tfds.features.Text()}
+    texts = {name: tfds.features.Text() for name in (*RESPONSES, "source")}
+    return tfds.features.FeaturesDict({"prompt": tfds.features.Sequence(message), **texts})
+
+
+def stored(example: Example) -> dict[str, str | list[dict[str, str]]]:
+    """An example as `features` has it."""
+    fields = dataclasses.asdict(example)
+    return fields | {"prompt": list(fields["prompt"])}
+
+
+def restored(record: Mapping) -> Example:
+    """The example of a record as it was read: texts are bytes, and messages are columns."""
+    columns = record["prompt"]
+    turns = zip(columns["role"], columns["content"], strict=True)
+    prompt = tuple(Message(role.decode(), content.decode()) for role, content in turns)
+    return Example(prompt, *(record[name].decode() for name in (*RESPONSES, "source")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared(Sequence[Example]):
+    """The examples of one split in their order, by random access."""
+
+    records: Sequence[Mapping]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return restored(self.records[range(len(self))[index]])  # the records know no negative index, and no IndexError
+
+
+def open_prepared(path: pathlib.Path, split: str) -> Prepared:
+    """A split of a prepared data set; `path` is one version of it, such as OUT/oaif_hh/helpful_base/1.0.0.
+
+    Raises UserError if it isn't, and for a split that it doesn't have.
+    """
+    if not (path / "dataset_info.json").is_file():
+        wanted = "wanted what `python -m oaif_jax.data prepare` printed, such as oaif_hh/helpful_base/1.0.0"
+        raise UserError(f"data {path}: no prepared data set (no dataset_info.json), {wanted}")
+    builder = tfds.builder_from_directory(path)
+    splits = builder.info.splits or {}
+    if split not in splits:
+        raise UserError(f"split={split!r}: not in {path}{near(split, splits)}")
+    # TFDS decorates it in a way that hides its parameters from pyright.
+    return Prepared(builder.as_data_source(split))  # pyright: ignore[reportCallIssue]

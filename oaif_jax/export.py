@@ -1,0 +1,57 @@
+"""A run's model for other programs: a Hugging Face directory with config, safetensors and tokenizer, additions merged.
+
+python -m oaif_jax.export --workdir=runs/online_dpo --out=exported --dtype=bfloat16
+"""
+
+import pathlib
+
+from absl import flags
+from jaxtyping import PyTree
+
+from oaif_jax import cli, runs, start
+from oaif_jax.errors import UserError
+from oaif_jax.models import hf
+
+
+def check(begin: start.Start) -> hf.HFModel:
+    """The directory that an export will look like; UserError where there is none, or nothing that could be written."""
+    if begin.source is None:
+        raise UserError("export: the model didn't come from a Hugging Face directory, wanted policy.init=hf")
+    if begin.base is not None and "scales" in begin.base:
+        raise UserError(
+            "export: low-rank additions to a quantised base can't be merged, wanted config.policy.quant=none"
+        )
+    return begin.source
+
+
+def save(begin: start.Start, params: PyTree, directory: pathlib.Path, dtype: str) -> pathlib.Path:
+    """Writes trained parameters, with a base's where there is one; `dtype` is float32 or bfloat16."""
+    source = check(begin)
+    hf.save(directory, start.merged(begin, params), begin.cfg, source, dtype)
+    return directory
+
+
+def run(workdir: str | pathlib.Path, out: str | pathlib.Path, *, dtype: str = "bfloat16", which: str = "best") -> None:
+    """Writes checkpoint `which` (best, last or a step) of a run to the directory `out`."""
+    trained = runs.open_run(workdir, which)
+    if pathlib.Path(out).exists():
+        raise UserError(f"--out={out} is there already, wanted a directory that isn't")
+    save(trained.model, trained.model.params, pathlib.Path(out), dtype)
+
+
+def main() -> None:
+    """The command line."""
+    workdir = cli.define_workdir()
+    out = flags.DEFINE_string("out", None, "directory to write", required=True)
+    dtype = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "of the parameters")
+    which = flags.DEFINE_string("checkpoint", "best", "best, last or a step")
+
+    def call() -> None:
+        run(workdir.value, out.value, dtype=dtype.value, which=which.value)
+        print(f"exported to {out.value}")
+
+    cli.run_main(call)
+
+
+if __name__ == "__main__":
+    main()

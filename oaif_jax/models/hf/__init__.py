@@ -1,0 +1,14 @@
+"""Model directories in the form of Hugging Face: config.json, safetensors, tokenizer files; in and out.
+
+    model = hf.read(directory)                                 config.json and generation_config.json
+    params = hf.load(model, mesh, "float32")                   safetensors, straight onto the mesh
+    hf.save(target, params, model.cfg, model, "bfloat16")      a directory that transformers loads
+
+`families` holds a table for each family; `pieces` says where a file's tensors lie in the stacked leaves.
+"""
+
+from oaif_jax.models.hf.directory import HFModel, read
+from oaif_jax.models.hf.reading import load
+from oaif_jax.models.hf.writing import save
+
+__all__ = ["HFModel", "load", "read", "save"]

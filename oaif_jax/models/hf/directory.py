@@ -1,0 +1,87 @@
+"""What a model directory says about itself, before any parameter is read."""
+
+import dataclasses
+import pathlib
+
+import jax
+from jaxtyping import PyTree
+
+from oaif_jax.errors import UserError
+from oaif_jax.models import transformer
+from oaif_jax.models.config import ModelConfig
+from oaif_jax.models.hf.config import model_config
+from oaif_jax.models.hf.families import family
+from oaif_jax.models.hf.values import Values, read_json
+
+REWARD, LANGUAGE = "ForSequenceClassification", ("ForCausalLM", "ForConditionalGeneration")
+
+
+@dataclasses.dataclass(frozen=True)
+class HFModel:
+    """A model directory: its family by model_type, and the shape that config.json gives it.
+
+    cfg.vocab_size is the number of the embedding's rows; a tokenizer may know fewer ids: put its number there with
+    dataclasses.replace, and the rows beyond it are never sampled, but kept.
+    """
+
+    directory: pathlib.Path
+    family: str
+    cfg: ModelConfig
+    stop_ids: tuple[int, ...]  # eos_token_id of generation_config.json, else of config.json; empty if neither has it
+    labels: int  # 1 for a reward model, which has a score head instead of a language-model head; else 0
+
+
+def read(directory: str | pathlib.Path) -> HFModel:
+    """Reads config.json and generation_config.json; raises where the model isn't one that can be computed here."""
+    directory = pathlib.Path(directory)
+    if not (directory / "config.json").is_file():
+        raise UserError(
+            f"model {directory}: no config.json there, wanted a directory with a model of Hugging Face's form"
+        )
+    values = read_json(directory / "config.json")
+    text = text_config(values)
+    labels = _labels(values)
+    name = values.text("model_type")
+    cfg = model_config(text, family(values.where, name), labels)
+    return HFModel(directory, name, cfg, _stop_ids(directory, values, text), labels)
+
+
+def text_config(values: Values) -> Values:
+    """config.json, or the part of it about the language model where there is more."""
+    if "text_config" not in values.entries:
+        return values
+    values.require({"tie_word_embeddings": True})
+    return values.section("text_config")
+
+
+def abstract_params(cfg: ModelConfig, labels: int) -> PyTree:
+    """Shapes of the parameters: the transformer's, and a reward model's score head [1, D]."""
+    tree = jax.eval_shape(lambda: transformer.init(jax.random.key(0), cfg))
+    return tree | {"score": jax.ShapeDtypeStruct((1, cfg.width), "float32")} if labels else tree
+
+
+def _labels(values: Values) -> int:
+    architectures = values.texts("architectures")
+    name = architectures[0] if architectures else LANGUAGE[0]
+    if name.endswith(LANGUAGE):
+        return 0
+    if not name.endswith(REWARD):
+        raise values.error("architectures", f"one that ends with {', '.join(LANGUAGE)} or {REWARD}")
+    # transformers keeps the number of labels as the length of this table; without it there are two.
+    count = len(values.section("id2label").entries) or values.integer("num_labels", 2)
+    if count != 1:
+        raise UserError(f"{values.where}: {name} with {count} labels (id2label), wanted one: a reward model")
+    return 1
+
+
+def _stop_ids(directory: pathlib.Path, *configs: Values) -> tuple[int, ...]:
+    generation = directory / "generation_config.json"
+    for values in ((read_json(generation),) if generation.is_file() else ()) + configs:
+        found = values.entries.get("eos_token_id")
+        if found is None:
+            continue
+        ids = found if isinstance(found, list) else [found]
+        if not all(type(each) is int and each >= 0 for each in ids):
+            raise values.error("eos_token_id", "an id or a list of ids")
+        return tuple(ids)
+    return ()

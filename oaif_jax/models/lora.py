@@ -1,0 +1,87 @@
+"""LoRA (Hu et al. 2021): to frozen projections W, low-rank products are added: x W + (alpha / rank) (x a) b.
+
+The additions are a collection beside the parameters, params["lora"][TARGET] = {"a", "b"}; `b` starts at 0, so that a model
+with new additions is the base, which therefore serves as the reference as well, without a second copy.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from oaif_jax.config import near
+from oaif_jax.errors import UserError
+from oaif_jax.models.config import ModelConfig
+
+# Target -> shapes of input and output, in the dimensions of the transformer.
+TARGETS = {
+    "q": ("D", "KGH"),
+    "k": ("D", "KH"),
+    "v": ("D", "KH"),
+    "out": ("KGH", "D"),
+    "gate": ("D", "F"),
+    "up": ("D", "F"),
+    "down": ("F", "D"),
+}
+
+
+def targets_of(cfg: ModelConfig) -> tuple[str, ...]:
+    """The projections that a model has."""
+    return tuple(name for name in TARGETS if cfg.gated or name != "up")
+
+
+def check_targets(text: str, cfg: ModelConfig) -> tuple[str, ...]:
+    """In: "q, v" -> Out: ("q", "v"). Raises UserError for an empty text, and for a target that is unknown or given twice."""
+    known = targets_of(cfg)
+    targets = tuple(name.strip() for name in text.split(","))
+    for number, name in enumerate(targets):
+        if name not in known:
+            raise UserError(f"lora.targets={text!r}: {name!r} is not a projection of this model{near(name, known)}")
+        if name in targets[:number]:
+            raise UserError(f"lora.targets={text!r}: {name!r} is given twice, wanted each projection once")
+    return targets
+
+
+def init(key: Array, cfg: ModelConfig, rank: int, targets: tuple[str, ...]) -> PyTree:
+    """New float32 additions: a [L, *in, rank] normal with variance 1 / in, b [L, rank, *out] zero."""
+    sizes = {"D": cfg.width, "K": cfg.kv_heads, "G": cfg.groups, "H": cfg.head_dim, "F": cfg.mlp}
+    added = {}
+    for name, each in zip(targets, jax.random.split(key, len(targets)), strict=True):
+        shape_in, shape_out = (tuple(sizes[d] for d in dims) for dims in TARGETS[name])
+        a = jax.random.normal(each, (cfg.layers, *shape_in, rank)) * math.prod(shape_in) ** -0.5
+        added[name] = {"a": a, "b": jnp.zeros((cfg.layers, rank, *shape_out))}
+    return added
+
+
+def merge(params: PyTree, cfg: ModelConfig) -> PyTree:
+    """The parameters of one model without additions, which computes the same; float32 sums in the base's type.
+    Raises UserError where the base is quantised."""
+    if "scales" in params:
+        raise UserError(
+            "LoRA can't be merged into a quantised base, whose codes can't hold the sums; wanted the base without quant"
+        )
+    layers = dict(params["layers"])
+
+    def plus(leaf: Array, at: tuple, name: str) -> Array:
+        low = params["lora"][name]
+        rank = low["a"].shape[-1]
+        a = low["a"].reshape(cfg.layers, -1, rank)
+        product = jnp.einsum("LIR,LRO->LIO", a, low["b"].reshape(cfg.layers, rank, -1)) * cfg.lora_scale
+        part = leaf[at].astype(jnp.float32)
+        return leaf.at[at].set((part + product.reshape(part.shape)).astype(leaf.dtype))
+
+    every = slice(None)
+    places = {
+        "q": ("qkv", (every, every, every, slice(0, cfg.groups))),
+        "k": ("qkv", (every, every, every, cfg.groups)),
+        "v": ("qkv", (every, every, every, cfg.groups + 1)),
+        "out": ("out", (every,)),
+        "gate": ("gate_up", (every, every, 0)),
+        "up": ("gate_up", (every, every, 1)),
+        "down": ("down", (every,)),
+    }
+    for name in params["lora"]:
+        leaf, at = places[name]
+        layers[leaf] = plus(jnp.asarray(layers[leaf]), at, name)
+    return {key: value for key, value in params.items() if key != "lora"} | {"layers": layers}

@@ -1,0 +1,302 @@
+"""A user's own model directories and files through the whole loop: trained, evaluated, talked to, exported."""
+
+import dataclasses
+import functools
+import io
+import json
+
+import fakes
+import hf_dirs
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from oaif_jax import cli, config, evaluate, export, respond, sharding, start, step, tasks, train
+from oaif_jax.checkpoint import load_params
+from oaif_jax.data.texts import TextQuestions
+from oaif_jax.data.tokenizer import right_pad
+from oaif_jax.errors import UserError
+from oaif_jax.evals import preference
+from oaif_jax.models import heads, hf, transformer
+from oaif_jax.models.rows import trunk
+from oaif_jax.tasks import data
+from oaif_jax.tasks.base import frozen_model, place
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning"
+)  # of torch and its friends
+
+FILE = "experiments/hf_dir_online_dpo.py"
+SMALL = {
+    "steps": "2", "checkpoint.every": "1", "eval.every": "1", "data.batch": "8", "data.held_out": "8",
+    "eval.prompts": "8", "eval.final_prompts": "8", "data.prompt_tokens": "96", "data.response_tokens": "8",
+    "optimizer.lr": "1e-3", "export.dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Directories of two Llamas and a Gemma, and files of prompts, pairs and references."""
+    path = tmp_path_factory.mktemp("models")
+    hf_dirs.write(path / "policy", "llama")
+    hf_dirs.write(path / "llama", "llama", seed=1)
+    hf_dirs.write(path / "gemma", "gemma", seed=2)
+    hf_dirs.write_prompts(path / "prompts.jsonl")
+    hf_dirs.write_pairs(path / "pairs.jsonl")
+    hf_dirs.write_references(path / "references.jsonl")
+    return path
+
+
+def values(home, **changes):
+    """A config; double underscores in names stand for dots."""
+    made = cli.load_config(FILE)
+    paths = {
+        "policy.path": str(home / "policy"),
+        "annotator.path": str(home / "llama"),
+        "data.path": str(home / "prompts.jsonl"),
+    }
+    cli.override(made, SMALL | paths | {name.replace("__", "."): value for name, value in changes.items()})
+    return made
+
+
+def run(home, workdir, **changes):
+    return train.run(values(home, **changes), workdir, console=Console(file=io.StringIO()))
+
+
+def logits_of(directory) -> np.ndarray:
+    """Of a few fixed tokens, as transformers computes them."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.arange(12)[None]).logits[0].numpy()
+
+
+def our_logits(params, cfg) -> np.ndarray:
+    tokens, params = jnp.arange(12)[None], jax.tree.map(jnp.asarray, params)
+    hidden, _ = transformer.forward(params, trunk(tokens, tokens >= 0), cfg=cfg, compute=fakes.COMPUTE)
+    return np.asarray(heads.logits(params, hidden[0], cfg=cfg))
+
+
+@pytest.fixture(scope="module")
+def trained(home, tmp_path_factory):
+    """A run in which an annotator with another tokenizer prefers."""
+    workdir = tmp_path_factory.mktemp("runs") / "gemma"
+    return workdir, run(home, workdir, annotator__path=str(home / "gemma"))
+
+
+def test_a_run_ends_with_numbers_and_files(trained):
+    workdir, summary = trained
+    assert summary["judge"]["win"] + summary["judge"]["tie"] + summary["judge"]["loss"] == pytest.approx(1.0)
+    assert "gold" not in summary and "gold_agreement" not in summary["annotator"]
+    records = [json.loads(line) for line in (workdir / "samples" / "final.jsonl").read_text().splitlines()]
+    assert len(records) == 8
+    assert all("Which dog" in record["prompt"] and "<|" not in record["prompt"] for record in records)
+
+
+def test_the_export_is_the_policy(trained, home):
+    """transformers computes from it what we compute from the checkpoint; and it isn't what the run began with."""
+    workdir, summary = trained
+    params, meta = load_params(workdir / "checkpoints", str(summary["evaluated_step"]))
+    cfg = transformer.ModelConfig.from_json(meta["model"])
+    theirs = logits_of(workdir / "export")[:, : cfg.vocab_size]
+    np.testing.assert_allclose(our_logits(params, cfg)[:, : cfg.vocab_size], theirs, atol=1e-3)
+    assert np.abs(logits_of(home / "policy")[:, : cfg.vocab_size] - theirs).max() > 1e-3
+
+
+def test_export_again_is_the_same(trained, tmp_path):
+    workdir, _ = trained
+    export.run(workdir, tmp_path / "again", dtype="float32")
+    for file in (workdir / "export").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+    with pytest.raises(UserError, match="is there already"):
+        export.run(workdir, tmp_path / "again")
+
+
+def test_talking_to_it_and_evaluating_it_again(trained):
+    workdir, summary = trained
+    assert len(respond.run(workdir, "Which dog?", samples=3)) == 3
+    again = evaluate.run(workdir, prompts=8)
+    assert again["judge"] == summary["judge"]
+
+
+def test_a_run_goes_on_from_a_run(trained, home, tmp_path):
+    """WORKDIR@STEP brings its tokenizer, its chat template and the way to export it."""
+    workdir, _ = trained
+    summary = run(home, tmp_path / "next", policy__init=f"{workdir}@last", policy__path="")
+    assert summary["steps"] == 2
+    assert (tmp_path / "next" / "export" / "tokenizer.json").is_file()
+
+
+# ------------------------------------------------------------------------------------------------ fused and apart
+
+
+def test_apart_is_fused(home, monkeypatch):
+    """A step can be done both ways: the same responses, preferences, loss and gradients."""
+    mesh, cfg, key = sharding.make_mesh(-1, 1, 1), config.parse(values(home)), jax.random.key(3)
+    fused = tasks.build(cfg, mesh)
+    monkeypatch.setattr(TextQuestions, "same_tokens", False)
+    # Random models write bytes that are no text: let the annotator read ids here; the next test has texts.
+    stop_ids = fused.objective.keywords["objective"].sampler.stop_ids
+    monkeypatch.setattr(TextQuestions, "read", lambda self, tokens, mask: (tokens, mask & ~np.isin(tokens, stop_ids)))
+    apart = tasks.build(cfg, mesh)
+    assert fused.apart is None and apart.apart is not None
+    assert "questions" in fused.batch(0) and "questions" not in apart.batch(0)
+
+    params = jax.tree.map(jnp.asarray, fused.begin.params)
+    one = jax.jit(fused.objective)(params, fused.frozen, place(fused.batch(0), mesh), jax.random.fold_in(key, 0))
+    batch = place(apart.batch(0), mesh)
+    state = train.state.create(params, train.optim.optimizer(train.optimizer_config(cfg)), mesh)
+    draw = jax.jit(functools.partial(step.draw_responses, objective=apart.apart.draw))
+    drawn = draw(state, apart.frozen, batch, key)
+    np.testing.assert_array_equal(drawn["responses"], one.outputs["responses"])
+    p_orders = apart.apart.annotate(0, np.asarray(drawn["responses"]), np.asarray(drawn["mask"]))
+    np.testing.assert_allclose(p_orders, one.outputs["p_orders"], rtol=1e-5)
+    other = jax.jit(apart.objective)(params, apart.frozen, batch | drawn | {"p_orders": jnp.asarray(p_orders)}, key)
+    assert one.weight > 0
+    np.testing.assert_allclose(other.loss, one.loss, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), other.gradients, one.gradients)
+
+
+def test_texts_read_again_prefer_the_same(home, monkeypatch):
+    """Responses that came from texts: read as the policy's ids, or decoded and encoded anew."""
+    cfg = config.parse(values(home, data__response_tokens="16"))
+    mesh = sharding.make_mesh(-1, 1, 1)
+    source = data.prepare(cfg).source
+    origin = start.origin_of("annotator", cfg.annotator)
+    questions = data.text_questions(cfg, source, origin, "auto", "helpful")
+    annotator = frozen_model(cfg, mesh, origin, start.tokenizer_of(origin))
+    examples = source.examples("validation", np.arange(8))
+    rows = [source.voice.answer(text, stop=True) for i in range(8) for text in (f"the dog {i}", f"no, {i} cats")]
+    tokens, mask = (x.reshape(8, 2, 16) for x in right_pad(rows, 16, 0, "response"))
+
+    def ask(questions: TextQuestions) -> tuple[np.ndarray, tuple[int, ...]]:
+        asked = preference.Asked(annotator, questions)
+        orders = preference.orders(asked, examples, tokens, mask, fakes.COMPUTE, functools.partial(place, mesh=mesh))
+        return orders, questions.read(tokens, mask)[0].shape
+
+    as_ids, shape = ask(questions)
+    assert shape == tokens.shape
+    monkeypatch.setattr(TextQuestions, "same_tokens", False)
+    as_texts, shape = ask(dataclasses.replace(questions))
+    assert shape == (8, 2, 32)
+    np.testing.assert_allclose(as_texts, as_ids, atol=1e-5)
+    assert np.abs(as_ids - as_ids[:1]).max() > 1e-4
+
+
+# ------------------------------------------------------------------------------------------------ LoRA, other methods
+
+
+def test_lora_is_checkpointed_alone_and_exported_merged(home, tmp_path):
+    workdir = tmp_path / "lora"
+    summary = run(home, workdir, policy__lora__rank="2", data__response_tokens="6")
+    params, meta = load_params(workdir / "checkpoints", str(summary["evaluated_step"]))
+    assert set(params) == {"lora"}
+    cfg = transformer.ModelConfig.from_json(meta["model"])
+    mesh = sharding.make_mesh(-1, 1, 1)
+    base = hf.load(hf.read(home / "policy"), mesh, "float32")
+    ours = our_logits({**base, **params}, cfg)[:, : cfg.vocab_size]
+    np.testing.assert_allclose(ours, logits_of(workdir / "export")[:, : cfg.vocab_size], atol=1e-3)
+    assert np.abs(ours - our_logits(base, cfg)[:, : cfg.vocab_size]).max() > 1e-4
+    again = start.load(
+        start.Origin("policy", f"{workdir}@{summary['evaluated_step']}", ""),
+        start.tokenizer_of(start.Origin("policy", str(workdir), "")),
+        mesh,
+        "float32",
+    )
+    np.testing.assert_allclose(our_logits(again.params, cfg)[:, : cfg.vocab_size], ours, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "file", "best"),
+    [("offline", "pairs", "pairs", "judge.score"), ("sft", "references", "references", "validation_loss")],
+)
+def test_other_methods(home, tmp_path, method, name, file, best):
+    changes = {"data__path": str(home / f"{file}.jsonl"), "data__response_tokens": "12", "eval__best": best}
+    summary = run(home, tmp_path / method, method=method, data__name=name, **changes)
+    assert summary["steps"] == 2
+    assert (tmp_path / method / "export" / "model.safetensors").is_file()
+
+
+# ------------------------------------------------------------------------------------------------ what can't be run
+
+
+def break_config(path, **changes):
+    found = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(found | changes))
+
+
+def truncate(path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def refuse_messages(path):
+    found = json.loads((path / "tokenizer_config.json").read_text())
+    found["chat_template"] = "{{ raise_exception('not today') }}"
+    (path / "tokenizer_config.json").write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: (path / "config.json").unlink(), ["config.json"]),
+        (lambda path: break_config(path, model_type="mamba"), ["mamba", "llama", "gemma2"]),
+        (truncate, ["model.safetensors"]),
+        (lambda path: break_config(path, vocab_size=100), ["335 ids", "100 rows"]),
+        (refuse_messages, ["chat template", "not today"]),
+        (lambda path: (path / "tokenizer.json").write_text("{}"), ["tokenizer.json"]),
+        (lambda path: (path / "tokenizer.json").unlink(), ["tokenizer"]),
+    ],
+    ids=[
+        "no config",
+        "unknown family",
+        "truncated",
+        "tokenizer too large",
+        "template fails",
+        "bad tokenizer",
+        "no tokenizer",
+    ],
+)
+def test_directories_that_cannot_be_used(tmp_path, damage, said):
+    """One line before the first step, and no workdir."""
+    policy = hf_dirs.write(tmp_path / "policy", "llama", extra_rows=0)
+    hf_dirs.write_prompts(tmp_path / "prompts.jsonl")
+    damage(policy)
+    made = values(tmp_path, annotator__path=str(policy))
+    with pytest.raises(UserError) as error:
+        train.run(made, tmp_path / "run", console=Console(file=io.StringIO()))
+    assert "\n" not in str(error.value)
+    for word in said:
+        assert word in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"policy__path": "nowhere"}, ["config.policy.path='nowhere'"]),
+        ({"policy__path": ""}, ["config.policy.path=''"]),
+        ({"data__path": "nowhere.jsonl"}, ["nowhere.jsonl"]),
+        ({"annotator__instruction": "helpfull"}, ["helpfull", "helpful"]),
+        ({"annotator__question_tokens": "8"}, ["config.annotator.question_tokens=8"]),
+        ({"data__prompt_tokens": "4"}, ["4 tokens"]),
+        ({"data__held_out": "20"}, ["config.data.held_out=20", "40"]),
+        ({"eval__prompts": "16"}, ["validation", "8", "16"]),
+        ({"policy__lora__rank": "2", "policy__lora__targets": "q,z"}, ["z"]),
+        ({"judge__init": "none"}, ["eval.best"]),
+        ({"data__name": "tiny"}, ["tiny"]),
+        ({"method": "annotator", "eval__best": "validation_loss"}, ["tiny"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_configs_that_cannot_be_used(home, tmp_path, changes, said):
+    with pytest.raises(UserError) as error:
+        run(home, tmp_path / "run", **changes)
+    assert "\n" not in str(error.value)
+    for word in said:
+        assert word in str(error.value)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,212 @@
+"""Low-rank additions: nothing at the start, the merged model afterwards, on one device and on eight."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fakes import COMPUTE, MODEL, left_padded, make_params, right_padded
+from jax.sharding import Mesh
+
+from oaif_jax import sharding, state
+from oaif_jax.errors import UserError
+from oaif_jax.models import lora, transformer
+from oaif_jax.models.config import ModelConfig
+from oaif_jax.models.rows import Rows, branch
+from oaif_jax.sample import Sampler, sample
+
+CFG = dataclasses.replace(MODEL, lora_scale=0.5)
+PLAIN_MLP = dataclasses.replace(CFG, gated=False, biases="all", activation="gelu")
+RANK = 3
+SAMPLER = Sampler(temperature=0.0, top_k=0, top_p=1.0, max_tokens=7, stop_ids=(99,), pad_id=0)
+
+forward = jax.jit(transformer.forward, static_argnames=("cfg", "compute", "keep_prefix"))
+sampled = jax.jit(sample, static_argnames=("sampler", "completions", "cfg", "compute"))
+
+
+@functools.cache
+def rows() -> Rows:
+    return branch(*left_padded(1, 4, 5), *right_padded(2, (4, 2, 6)))
+
+
+def hidden_of(params, cfg: ModelConfig = CFG) -> np.ndarray:
+    found = np.asarray(forward(params, rows(), cfg=cfg, compute=COMPUTE)[0])
+    return np.where(np.asarray(rows().valid)[..., None], found, 0.0)
+
+
+def additions(cfg: ModelConfig = CFG, size: float = 0.5, targets: tuple[str, ...] = ()) -> dict:
+    """Additions as they are after some training: `b` isn't zero."""
+    made = lora.init(jax.random.key(3), cfg, RANK, targets or lora.targets_of(cfg))
+    rng = np.random.default_rng(4)
+    return {
+        name: {"a": low["a"], "b": jnp.asarray(size * rng.normal(size=low["b"].shape), jnp.float32)}
+        for name, low in made.items()
+    }
+
+
+def assert_near(got: np.ndarray, want: np.ndarray) -> None:
+    """To 1e-5 of the largest number: the same sums in another order."""
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+# --- what they compute
+
+
+def test_new_additions_change_nothing():
+    params = make_params(CFG)
+    new = lora.init(jax.random.key(0), CFG, RANK, lora.targets_of(CFG))
+    assert all(np.any(low["a"]) and not np.any(low["b"]) for low in new.values())
+    np.testing.assert_array_equal(hidden_of(params | {"lora": new}), hidden_of(params))
+
+
+def test_new_a_has_variance_one_over_its_inputs():
+    cfg = dataclasses.replace(CFG, width=64, mlp=96)
+    new = lora.init(jax.random.key(0), cfg, 16, lora.targets_of(cfg))
+    for name, inputs in {"q": 64, "out": 32, "gate": 64, "down": 96}.items():
+        assert np.var(new[name]["a"]) * inputs == pytest.approx(1.0, rel=0.15), name
+    assert not np.allclose(new["q"]["a"], new["k"]["a"])
+    assert not np.allclose(new["q"]["a"][0], new["q"]["a"][1])
+
+
+@pytest.mark.parametrize("cfg", [CFG, PLAIN_MLP], ids=["gated", "plain mlp"])
+def test_they_are_the_merged_model(cfg):
+    params = make_params(cfg)
+    added = params | {"lora": additions(cfg)}
+    merged = lora.merge(added, cfg)
+    assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, params)
+    found = hidden_of(added, cfg)
+    assert_near(found, hidden_of(merged, cfg))
+    assert np.abs(found - hidden_of(params, cfg)).max() > 0.1, "too small to be seen"
+
+
+def test_they_are_the_merged_model_token_by_token():
+    params = make_params(CFG)
+    added = params | {"lora": additions()}
+    prompts, keys = left_padded(1, 6, 5), jax.random.split(jax.random.key(0), 6)
+    draw = functools.partial(sampled, sampler=SAMPLER, completions=2, cfg=CFG, compute=COMPUTE)
+    tokens = np.asarray(draw(added, *prompts, keys).tokens)
+    np.testing.assert_array_equal(tokens, draw(lora.merge(added, CFG), *prompts, keys).tokens)
+    assert np.any(tokens != draw(params, *prompts, keys).tokens)
+
+
+@pytest.mark.parametrize("target", lora.TARGETS)
+def test_each_target_alone(target):
+    """It does something, and merging puts it where it belongs and changes nothing else."""
+    params = make_params(CFG)
+    added = params | {"lora": additions(targets=(target,))}
+    merged = lora.merge(added, CFG)
+    found = hidden_of(added)
+    assert_near(found, hidden_of(merged))
+    assert np.abs(found - hidden_of(params)).max() > 1e-3
+    changed = jax.tree.map(lambda new, old: not np.array_equal(new, old), merged, params)
+    leaf = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}.get(target, target)
+    assert changed["layers"].pop(leaf)
+    assert not any(jax.tree.leaves(changed))
+
+
+def test_alpha_is_a_factor_of_what_is_added():
+    params = make_params(CFG)
+    tripled = jax.tree.map(lambda x: x, additions())
+    tripled = {name: {"a": low["a"], "b": 3 * low["b"]} for name, low in tripled.items()}
+    want = hidden_of(params | {"lora": tripled})
+    assert_near(hidden_of(params | {"lora": additions()}, dataclasses.replace(CFG, lora_scale=1.5)), want)
+    off = dataclasses.replace(CFG, lora_scale=0.0)
+    np.testing.assert_array_equal(hidden_of(params | {"lora": additions()}, off), hidden_of(params))
+
+
+def test_merging_keeps_types_and_refuses_codes():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_params(CFG))
+    added = params | {"lora": additions()}
+    assert {leaf.dtype for leaf in jax.tree.leaves(lora.merge(added, CFG))} == {jnp.dtype("bfloat16")}
+    with pytest.raises(UserError, match="quantised base"):
+        lora.merge(added | {"scales": {}}, CFG)
+
+
+# --- training
+
+
+@jax.jit
+def gradient(low, base):
+    def loss(low):
+        hidden, _ = transformer.forward({**base, "lora": low}, rows(), cfg=CFG, compute=COMPUTE)
+        return jnp.sum(jnp.sin(hidden))
+
+    return jax.grad(loss)(low)
+
+
+def test_gradients_at_the_start():
+    """b is 0, so that a's gradient is 0 and b's isn't: b moves first."""
+    base = make_params(CFG)
+    new = gradient(lora.init(jax.random.key(0), CFG, RANK, lora.targets_of(CFG)), base)
+    later = gradient(additions(), base)
+    for name in lora.TARGETS:
+        assert not np.any(new[name]["a"]), name
+        assert all(np.abs(layer).max() > 1e-3 for layer in new[name]["b"]), name
+        assert all(np.abs(layer).max() > 1e-3 for layer in later[name]["a"]), name
+
+
+# --- on a mesh
+
+
+@functools.cache
+def mesh(devices: int) -> Mesh:
+    sizes = {1: (1, 1, 1), 8: (2, 2, 2)}[devices]
+    return sharding.make_mesh(*sizes, devices=jax.devices()[:devices])
+
+
+@pytest.mark.parametrize("cfg", [CFG, PLAIN_MLP], ids=["gated", "plain mlp"])
+def test_each_leaf_has_exactly_one_rule(cfg):
+    abstract = jax.eval_shape(lambda: {"lora": lora.init(jax.random.key(0), cfg, RANK, lora.targets_of(cfg))})
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    assert len(leaves) == 2 * len(lora.targets_of(cfg))
+    for path, leaf in leaves:
+        name = sharding.path_name(path)
+        assert sum(bool(re.search(pattern, name)) for pattern, _ in sharding.PARTITION_RULES) == 1, name
+        spec = sharding.spec_of(name)
+        assert len(spec) == leaf.ndim, name
+        rank_axis = leaf.ndim - 1 if name.endswith("/a") else 1
+        assert spec[0] is None, name
+        assert spec[rank_axis] is None, name
+        assert any(spec), f"{name} is on every device"
+
+
+def test_eight_devices_give_what_one_gives():
+    params = make_params(CFG) | {"lora": additions()}
+    found = {}
+    for devices in (1, 8):
+        placed = state.place(params, mesh(devices), "float32")
+        base = {name: placed[name] for name in ("embedding", "layers", "final_norm")}
+        found[devices] = (hidden_of(placed), jax.device_get(gradient(placed["lora"], base)))
+    assert_near(found[8][0], found[1][0])
+    jax.tree.map(assert_near, found[8][1], found[1][1])
+
+
+# --- targets by name
+
+
+def test_targets_by_name():
+    assert lora.check_targets("q,v", CFG) == ("q", "v")
+    assert lora.check_targets(" down , q", CFG) == ("down", "q")
+    assert lora.check_targets(",".join(lora.TARGETS), CFG) == tuple(lora.TARGETS)
+    assert lora.targets_of(PLAIN_MLP) == tuple(name for name in lora.TARGETS if name != "up")
+
+
+@pytest.mark.parametrize(
+    ("text", "cfg", "said"),
+    [
+        ("q,gat", CFG, "'gat' is not a projection of this model; did you mean 'gate'?"),
+        ("q_proj", CFG, "lora.targets='q_proj': 'q_proj' is not"),
+        ("all", CFG, "there are q, k, v, out, gate, up, down"),
+        ("", CFG, "'' is not a projection"),
+        ("q,", CFG, "'' is not a projection"),
+        ("q,v,q", CFG, "'q' is given twice"),
+        ("up", PLAIN_MLP, "there are q, k, v, out, gate, down"),
+    ],
+)
+def test_targets_that_are_not_there(text, cfg, said):
+    with pytest.raises(UserError, match=re.escape(said)) as raised:
+        lora.check_targets(text, cfg)
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,138 @@
+"""Prepared data sets hold what the readers read; TensorFlow is needed for neither."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import tensorflow_datasets as tfds
+from test_readers import json_lines, write, write_hh, write_tldr, write_ultrafeedback
+
+from oaif_jax.data import readers
+from oaif_jax.data.records import Example, Message
+from oaif_jax.data.stream import examples_at, stream
+from oaif_jax.data.tfds.builders import BUILDERS, OaifHh, builders_for, prepare
+from oaif_jax.data.tfds.source import open_prepared, restored
+from oaif_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# How each split of a config is read from the originals: format, folder, splits.
+CASES = [
+    (write_tldr, "tldr_posts", "tldr_3_filtered", ["train", "valid", "test"]),
+    (write_tldr, "tldr_comparisons", "comparisons", ["train", "valid"]),
+    (write_ultrafeedback, "ultrafeedback", "", ["test_prefs", "train_gen", "train_prefs", "train_sft"]),
+]
+
+
+@pytest.mark.parametrize(("originals", "format", "folder", "splits"), CASES, ids=[case[1] for case in CASES])
+def test_prepared_is_what_is_read(tmp_path, originals, format, folder, splits):
+    """The same examples in the same order, with their sources; the counts are kept with them."""
+    root = originals(tmp_path / "in")
+    (builder,) = builders_for(format, root, tmp_path / "out")
+    path = prepare(builder, root)
+    assert list(builder.counts) == splits
+    for split in splits:
+        loaded = readers.read(format, root / folder, split)
+        assert list(open_prepared(path, split)) == loaded.examples
+        assert readers.read("tfds", path, split).examples == loaded.examples
+        assert builder.counts[split] == loaded.counts
+    stored = tfds.builder_from_directory(path).info.metadata
+    assert stored == {"counts": {split: str(builder.counts[split]) for split in splits}}
+
+
+FAILING = b"import pathlib\npathlib.Path(__file__).with_name('imported').touch()\nraise ImportError"
+PROGRAM = """
+import json, runpy, sys
+
+root, out = sys.argv[1:]
+sys.argv = ["data", "prepare", "--format=hh", f"--path={root}", f"--data_dir={out}"]
+try:
+    runpy.run_module("oaif_jax.data", run_name="__main__", alter_sys=False)
+except SystemExit as end:
+    assert not end.code, end.code
+import tensorflow_datasets as tfds
+source = tfds.data_source("oaif_hh/helpful_base", data_dir=out, split="train")
+from oaif_jax.data.tfds.source import restored
+prompts = [example.prompt[-1].content + example.chosen for example in map(restored, source)]
+print(json.dumps(prompts))
+"""
+
+
+def test_without_tensorflow(tmp_path):
+    """The command prepares and tfds.data_source reads beside a TensorFlow that fails; neither tries to import it."""
+    tensorflow = write(tmp_path / "path" / "tensorflow" / "__init__.py", FAILING)
+    root = write_hh(tmp_path / "in")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'path'}:{ROOT}"}
+    arguments = [sys.executable, "-c", PROGRAM, str(root), str(tmp_path / "out")]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    *printed, last = done.stdout.splitlines()
+    base = tmp_path / "out" / "oaif_hh"
+    counts = ["  train: 3 kept", "  test: 3 kept"]
+    assert printed == [str(base / "helpful_base/1.0.0"), *counts, str(base / "harmless_base/1.0.0"), *counts]
+    loaded = readers.read("hh", root / "helpful-base", "train")
+    assert not tensorflow.with_name("imported").exists()
+    assert json.loads(last) == [example.prompt[-1].content + example.chosen for example in loaded.examples]
+
+
+def test_what_is_wrong_is_said_and_leaves_nothing(tmp_path):
+    """A record in the middle of the second split; when it's skipped, it is counted."""
+    root = write_hh(tmp_path / "in")
+    file = write(root / "helpful-base" / "test.jsonl", json_lines({"chosen": "x", "rejected": "y"}))
+    (root / "helpful-base" / "test.jsonl.gz").unlink()
+    out = tmp_path / "out"
+    helpful, _ = builders_for("hh", root, out)
+    with pytest.raises(UserError, match=r"test\.jsonl:1: chosen begins with 'x', wanted 'Human:'"):
+        prepare(helpful, root)
+    assert not list(out.rglob("*.array_record*"))
+    good = '{"chosen": "Human: a\\n\\nAssistant: b", "rejected": "Human: a\\n\\nAssistant: c"}\n'
+    file.write_text(file.read_text() + good)
+    helpful, _ = builders_for("hh", root, out)
+    helpful.on_error = "skip"
+    path = prepare(helpful, root)
+    assert str(helpful.counts["test"]) == "1 kept, 1 malformed (1 turns)"
+    again, _ = builders_for("hh", root, out)
+    with pytest.raises(UserError, match=r"1\.0\.0 is there already"):
+        prepare(again, root)
+    with pytest.raises(UserError, match=r"split='tset': not in .*; did you mean 'test'\?"):
+        open_prepared(path, "tset")
+    (example,) = open_prepared(path, "test")
+    assert example == Example((Message("user", "a"),), "b", "c", source="test.jsonl:2")
+    assert_streams(path)
+
+
+def assert_streams(path: pathlib.Path) -> None:
+    """Records are read when they are asked for, by several threads; as if they were in memory."""
+    prepared = open_prepared(path, "train")
+    batches = stream(prepared, list, batch=2, seed=0, threads=2, ahead=4)
+    in_memory = list(prepared)
+    assert [next(batches) for _ in range(20)] == [examples_at(in_memory, t, batch=2, seed=0) for t in range(20)]
+    assert prepared[1:] == in_memory[1:]
+    assert prepared[-1] == in_memory[-1]
+
+
+def test_formats_and_directories(tmp_path):
+    with pytest.raises(UserError, match="format='pairs' can't be prepared, wanted one of hh, tldr_comp"):
+        builders_for("pairs", tmp_path, tmp_path)
+    with pytest.raises(
+        UserError, match=r"wanted the directory .*helpful-base or .*harmless-base\. Clone the repository"
+    ):
+        builders_for("hh", tmp_path, tmp_path)
+    with pytest.raises(UserError, match="no prepared data set"):
+        open_prepared(tmp_path, "train")
+
+
+def test_builders_are_registered():
+    """So that tfds.data_source and tfds.builder know their names."""
+    names = ["oaif_tldr", "oaif_hh", "oaif_ultrafeedback"]
+    assert [tfds.builder_cls(name) for name in names] == list(BUILDERS)
+    assert set(OaifHh.builder_configs) == set(OaifHh.FILES)
+
+
+def test_restored():
+    record = {"prompt": {"role": [b"user"], "content": ["é".encode()]}, "chosen": b"a", "rejected": b"", "reference": b"",
+              "source": b"x:1"}  # fmt: skip
+    assert restored(record) == Example((Message("user", "é"),), "a", source="x:1")
