@@ -14,6 +14,7 @@ def base() -> ConfigDict:
             "method": "online",  # online, offline (fixed pairs), sft (references), annotator (pairs with answers)
             "seed": 0,  # of what is random in the run: a policy from scratch, the order of the posts, samples
             "steps": 240,  # updates of the policy
+            "async_steps": 0,  # online: 1 collects pairs a step ahead, with parameters that are a step old
             "loss": loss(),
             "policy": policy(),
             "reference": reference(),

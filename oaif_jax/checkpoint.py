@@ -133,6 +133,10 @@ class Reader:
         """What was given to `save` as meta."""
         return self._record(step)["meta"]
 
+    def items(self, step: int) -> list[str]:
+        """The names of the items that were saved."""
+        return list(self._record(step)["leaves"])
+
     def verify(self, step: int) -> None:
         """CheckpointError unless the directory holds exactly the manifest's files with their sizes and SHA-256 sums."""
         expected = self._manifest(step)

@@ -234,6 +234,7 @@ class Config:
     method: Annotated[str, one_of(*METHODS)]
     seed: Annotated[int, at_least(0)]
     steps: Annotated[int, at_least(1)]
+    async_steps: Annotated[int, within(0, 1)]
     loss: Loss
     policy: Policy
     reference: Reference
@@ -347,6 +348,10 @@ def _check_together(config: Config) -> None:
         )
     if shape.head_dim % 2:
         raise ConfigError(f"config.policy.shape.head_dim={shape.head_dim} is odd; rotary angles come in pairs")
+    if config.async_steps and config.method != "online":
+        raise ConfigError(
+            f"config.async_steps={config.async_steps}: method {config.method} collects no pairs, wanted 0"
+        )
     if config.method == "online" and config.sample.temperature == 0:
         raise ConfigError("config.sample.temperature=0.0: online training needs two different samples, wanted above 0")
     if config.eval.every % config.checkpoint.every and config.eval.final == "best":

@@ -7,8 +7,8 @@ An objective says what a micro-batch contributes; `train_step` adds the contribu
     online   prompts -> two samples from the policy -> the annotator's preference -> pair loss
     offline  pairs with a label -> pair loss
 
-Where the annotator reads other token ids than the policy writes, `online` is taken apart: `draw_responses` in one jitted
-function, the annotator on the host's texts, and `annotated` in the training step.
+Where the annotator reads other token ids than the policy writes, or pairs are collected ahead, `online` is taken apart:
+`collect` (or `draw_responses` and an annotator on the host) in one jitted function, `annotated` in the training step.
 
 (The supervised ones, for SFT and for training an annotator, are in supervised.py.)
 """
@@ -248,12 +248,32 @@ def annotated(params, frozen, batch: Batch, key: Array, *, objective: OnlineObje
 
 
 def draw_responses(
-    state: TrainState, frozen: dict[str, PyTree], batch: Batch, key: Array, *, objective: OnlineObjective
+    params: PyTree,
+    frozen: dict[str, PyTree],
+    batch: Batch,
+    key: Array,
+    at: Int[Array, ""],
+    *,
+    objective: OnlineObjective,
 ) -> dict[str, Array]:
-    """The first half of a step that isn't fused: the very responses that the fused step would draw."""
-    step_key = jax.random.fold_in(key, state.step)
-    made = draw(policy_of(state.params, frozen), batch, step_key, online=objective)
+    """Responses, mask and finished: the very ones that the fused step number `at` would draw from these parameters."""
+    made = draw(policy_of(params, frozen), batch, jax.random.fold_in(key, at), online=objective)
     return {"responses": made.tokens, "mask": made.mask, "finished": made.finished}
+
+
+def collect(
+    params: PyTree,
+    frozen: dict[str, PyTree],
+    batch: Batch,
+    key: Array,
+    at: Int[Array, ""],
+    *,
+    objective: OnlineObjective,
+) -> dict[str, Array]:
+    """The first half of `online`: responses, and what the annotator on the mesh says of them, p_orders [B, 2]."""
+    drawn = draw_responses(params, frozen, batch, key, at, objective=objective)
+    responses = Responses(drawn["responses"], drawn["mask"], drawn["finished"], jnp.array(0))
+    return drawn | {"p_orders": ask(frozen["annotator"], batch, responses, online=objective)}
 
 
 def offline(params, frozen, batch: Batch, key: Array, *, objective: PairObjective) -> Contribution:

@@ -5,6 +5,7 @@
 The same command goes on after a kill, from the last complete checkpoint, and prints the results again once it is done.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -13,7 +14,7 @@ import pathlib
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,14 +25,12 @@ from rich.console import Console
 
 from oaif_jax import cli, config, export, optim, report, resume, sharding, state, step, tasks
 from oaif_jax.checkpoint import Checkpoints, Reader, load_params
+from oaif_jax.collecting import Batches
 from oaif_jax.config import Config
 from oaif_jax.errors import UserError
 from oaif_jax.files import atomic_write_json, sha256_of_tree
 from oaif_jax.metrics import MetricsLog
 from oaif_jax.progress import Progress
-from oaif_jax.state import TrainState
-from oaif_jax.step import Batch
-from oaif_jax.tasks.base import place
 
 
 class NonFiniteError(UserError):
@@ -120,12 +119,15 @@ def _train(
         donate_argnames="state",
         out_shardings=(state.state_shardings(training.params, tx, mesh), None, None),  # as it came in: one trace
     )
-    annotate = _annotator_on_the_host(task)
     key = step.named_key(jax.random.key(cfg.seed), "train")
+    batches = Batches(task, mesh, key, ahead=cfg.async_steps > 0)
     learning_rate = optim.schedule(optimizer_config(cfg))
 
     # ----------------------------------------------------------------------------------------------------- the loop
-    with checkpoints, contextlib.closing(log), Progress(cfg.steps, begin or 0, cfg.method, console=console) as progress:
+    abstract = (training, task.frozen, batches.abstract(training.params), key)
+    progress = Progress(cfg.steps, begin or 0, cfg.method, console=console)
+    compiler = concurrent.futures.ThreadPoolExecutor(1, "compiler")
+    with checkpoints, contextlib.closing(log), contextlib.closing(batches), compiler, progress:
 
         def read(taken: Taken) -> None:
             """Metrics of a step, once the next one is under way; a loss or an update that isn't finite ends the run here."""
@@ -153,23 +155,32 @@ def _train(
 
         def evaluate(number: int) -> float | None:
             """An evaluation on validation posts; returns what "best" is chosen by (higher is better)."""
-            metrics, records = task.evaluate(training.params)
+            metrics, records = task.evaluate(training.params, number in (0, cfg.steps))
             flat = log.write(number, "eval", metrics)
             log.write_samples(f"step_{number:06d}", records)
             progress.update(number, flat)
             if "annotator" in metrics:
-                history["start" if number == 0 else "end"] = metrics["annotator"]
+                history["start" if number == 0 else "end"] = metrics["annotator"]  # the last of them stays
             best = flat.get(cfg.eval.best)
             return -best if best is not None and cfg.eval.best == "validation_loss" else best
 
+        # Two programs at a time: LLVM uses one core for each, and the first evaluation compiles its own meanwhile.
+        compiling = compiler.submit(lambda: train_step.lower(*abstract).compile() if begin != cfg.steps else None)
         if begin is None:
             evaluate(0)
+        take = compiling.result()
+        if begin is not None and "pending" in checkpoints.items(begin):
+            batches.restore(begin, checkpoints.restore(begin, {"pending": abstract[2]})["pending"])
         taken: Taken | None = None
         for number in range((begin or 0) + 1, cfg.steps + 1):
-            batch = task.batch(number - 1)
-            dispatched = Taken(number, {}, {}, prompt_tokens(batch), time.monotonic())
-            placed = annotate(number - 1, training, place(batch, mesh), key)
-            training, metrics, outputs = train_step(training, task.frozen, placed, key)
+            assert take is not None
+            batch = batches.get(number - 1, training.params)
+            dispatched = Taken(number, {}, {}, batch.tokens, time.monotonic())
+            if number < cfg.steps:
+                batches.look_ahead(number, training.params)
+            training, metrics, outputs = take(training, task.frozen, batch.arrays, key)
+            if cfg.async_steps:
+                metrics["staleness"] = number - 1 - batch.collected_at
             if taken is not None:
                 read(taken)
             taken = dataclasses.replace(dispatched, metrics=metrics, outputs=outputs)
@@ -189,6 +200,8 @@ def _train(
                     "seconds": seconds_before + time.monotonic() - began,
                 }
                 items = {"params": training.params, "optimizer": training.optimizer}
+                pending = batches.pending(number)
+                items |= {"pending": pending} if pending else {}
                 checkpoints.save(number, items, meta, metric=best)
         checkpoints.wait()
 
@@ -210,33 +223,11 @@ def _train(
     return summary
 
 
-def _annotator_on_the_host(task: tasks.Task) -> Callable[[int, TrainState, Batch, jax.Array], Batch]:
-    """(step, state, batch, key) -> the batch that the training step takes: unchanged where the step is fused, else with
-    responses drawn on the mesh and the preference of an annotator that is asked on the host."""
-    if task.apart is None:
-        return lambda at, state, batch, key: batch
-    apart = task.apart
-    draw = jax.jit(functools.partial(step.draw_responses, objective=apart.draw))
-
-    def annotate(at: int, state: TrainState, batch: Batch, key: jax.Array) -> Batch:
-        drawn = draw(state, task.frozen, batch, key)
-        p_orders = apart.annotate(at, np.asarray(drawn["responses"]), np.asarray(drawn["mask"]))
-        on = drawn["mask"].sharding
-        return batch | drawn | {"p_orders": jax.device_put(p_orders, on)}
-
-    return annotate
-
-
 def optimizer_config(cfg: Config) -> optim.OptimizerConfig:
     """The optimizer's part of a config, and the number of steps that its schedule needs."""
     values = dataclasses.asdict(cfg.optimizer)
     del values["accumulate"]
     return optim.OptimizerConfig(**values, steps=cfg.steps)
-
-
-def prompt_tokens(batch: Mapping[str, np.ndarray]) -> int:
-    """Valid prompt (or question) tokens of a batch, and of responses that came with it."""
-    return int(sum(batch[name].sum() for name in ("prompt_valid", "question_valid", "mask") if name in batch))
 
 
 HISTORY = ("annotator.order_agreement", "annotator.gold_agreement")

@@ -91,7 +91,8 @@ def trained(home, tmp_path_factory):
 def test_a_run_ends_with_numbers_and_files(trained):
     workdir, summary = trained
     assert summary["judge"]["win"] + summary["judge"]["tie"] + summary["judge"]["loss"] == pytest.approx(1.0)
-    assert "gold" not in summary and "gold_agreement" not in summary["annotator"]
+    assert "gold" not in summary
+    assert "gold_agreement" not in summary["annotator"]
     records = [json.loads(line) for line in (workdir / "samples" / "final.jsonl").read_text().splitlines()]
     assert len(records) == 8
     assert all("Which dog" in record["prompt"] and "<|" not in record["prompt"] for record in records)
@@ -143,15 +144,16 @@ def test_apart_is_fused(home, monkeypatch):
     stop_ids = fused.objective.keywords["objective"].sampler.stop_ids
     monkeypatch.setattr(TextQuestions, "read", lambda self, tokens, mask: (tokens, mask & ~np.isin(tokens, stop_ids)))
     apart = tasks.build(cfg, mesh)
-    assert fused.apart is None and apart.apart is not None
-    assert "questions" in fused.batch(0) and "questions" not in apart.batch(0)
+    assert fused.apart is None
+    assert apart.apart is not None
+    assert "questions" in fused.batch(0)
+    assert "questions" not in apart.batch(0)
 
     params = jax.tree.map(jnp.asarray, fused.begin.params)
     one = jax.jit(fused.objective)(params, fused.frozen, place(fused.batch(0), mesh), jax.random.fold_in(key, 0))
     batch = place(apart.batch(0), mesh)
-    state = train.state.create(params, train.optim.optimizer(train.optimizer_config(cfg)), mesh)
-    draw = jax.jit(functools.partial(step.draw_responses, objective=apart.apart.draw))
-    drawn = draw(state, apart.frozen, batch, key)
+    draw = jax.jit(functools.partial(step.draw_responses, objective=apart.apart.objective))
+    drawn = draw(params, apart.frozen, batch, key, 0)
     np.testing.assert_array_equal(drawn["responses"], one.outputs["responses"])
     p_orders = apart.apart.annotate(0, np.asarray(drawn["responses"]), np.asarray(drawn["mask"]))
     np.testing.assert_allclose(p_orders, one.outputs["p_orders"], rtol=1e-5)

@@ -111,6 +111,23 @@ def test_a_stopped_online_run_goes_on_to_the_same_end(base, tmp_path, monkeypatc
     assert_same_end(tmp_path / "run", online_run(base))
 
 
+def test_pairs_collected_ahead_are_in_the_checkpoint(base, tmp_path, monkeypatch):
+    """A run with async_steps=1 goes on with the very pairs that it had collected, which are a step old."""
+    values = preference_config(base, "online", async_steps=1)
+    run(values, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        stop_at(patched, MetricsLog, "write", lambda step, kind, _: (step, kind) == (5, "train"))
+        with pytest.raises(StopError):
+            run(values, tmp_path / "run")
+    reader = Reader(tmp_path / "run" / "checkpoints")
+    assert "pending" in reader.items(reader.latest())
+    run(values, tmp_path / "run")
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+    assert [line["staleness"] for line in lines(tmp_path / "whole", "train")] == [0, 1, 1, 1, 1, 1]
+    stale, fresh = lines(tmp_path / "whole", "train"), lines(online_run(base), "train")
+    assert stale[0]["loss"] == pytest.approx(fresh[0]["loss"], rel=1e-5)
+
+
 def test_seconds_are_of_all_parts(base, tmp_path, monkeypatch):
     """The time until the checkpoint that a run goes on from counts."""
     copied = shutil.copytree(sft_run(base), tmp_path / "run")

@@ -59,10 +59,11 @@ def test_batches_are_made_ahead():
     """In another thread, before they are asked for, and no further than told."""
     made, third = [], threading.Event()
 
-    def make(rows: list[str]) -> None:
+    def make(rows: list[str]) -> list[str]:
         made.append(threading.current_thread())
         if len(made) == 3:
             third.set()
+        return rows
 
     batches = stream(EXAMPLES, make, batch=4, seed=0, ahead=2)
     assert made == []

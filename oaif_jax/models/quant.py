@@ -116,10 +116,7 @@ def dequantise(codes: Integer[Array, "..."], scale: Float[Array, "..."]) -> Floa
 
 @functools.partial(jax.checkpoint, static_argnums=3)
 def quantised_dense(
-    x: Float[Array, "B T D"],
-    codes: Integer[Array, "..."],
-    scale: Float[Array, "..."],
-    take: Callable[[Array], Array] = lambda weight: weight,
+    x: Float[Array, "B T D"], codes: Integer[Array, "..."], scale: Float[Array, "..."], take: Callable[[Array], Array]
 ) -> Float[Array, "B T *out"]:
     """x @ take(weight) of a quantised weight. The backward pass takes and dequantises it again: what it would keep of each
     layer is stacked by the scan over layers, and would be the whole model in floating-point numbers."""

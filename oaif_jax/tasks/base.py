@@ -24,10 +24,12 @@ Evaluation = tuple[dict, list[dict]]  # nested metrics; a record for each post
 
 @dataclasses.dataclass(frozen=True)
 class Apart:
-    """A step that isn't fused: responses are drawn on the mesh, the annotator is asked on the host, then comes the update."""
+    """How pairs are collected where the step isn't fused: on the mesh, or with an annotator that is asked on the host."""
 
-    draw: step.OnlineObjective
-    annotate: Callable[[int, np.ndarray, np.ndarray], np.ndarray]  # step, tokens, mask [B, 2, R] -> p_orders [B, 2]
+    objective: step.OnlineObjective
+    annotate: (
+        Callable[[int, np.ndarray, np.ndarray], np.ndarray] | None
+    )  # step, tokens, mask [B, 2, R] -> p_orders [B, 2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Task:
     frozen: dict[str, PyTree]
     batch: Callable[[int], Arrays]  # step -> the global batch, on the host
     observe: Callable[[int, PyTree], dict[str, float]]  # step, outputs -> what only the host can tell
-    evaluate: Callable[[PyTree], Evaluation]  # trained parameters on validation posts, while training
+    evaluate: Callable[[PyTree, bool], Evaluation]  # trained parameters on validation posts; True: at start and end
     finish: Callable[[PyTree], Evaluation]  # on the final split, at the end
     notes: tuple[str, ...] = ()  # what a user should know before the run begins
     apart: Apart | None = None

@@ -69,6 +69,12 @@ def build(cfg: Config, mesh: Mesh) -> Task:
     # With a record of its own of what the reference wrote: greedily, too.
     greedy = dataclasses.replace(at_end, sampler=sampler(0.0), reference_samples={})
 
+    own = {name: each for name, each in while_training.annotators.items() if name == cfg.annotator.instruction}
+    between = dataclasses.replace(while_training, annotators=own)  # the samples of the reference are shared
+
+    def evaluate(params: PyTree, is_end: bool) -> Evaluation:
+        return preference.evaluate(while_training if is_end else between, begin.whole(params), key)
+
     def finish(params: PyTree) -> Evaluation:
         metrics, records = preference.evaluate(at_end, begin.whole(params), key)
         by_greedy, _ = preference.evaluate(greedy, begin.whole(params), key)
@@ -81,7 +87,7 @@ def build(cfg: Config, mesh: Mesh) -> Task:
         frozen=frozen,
         batch=batch,
         observe=observe,
-        evaluate=lambda params: preference.evaluate(while_training, begin.whole(params), key),
+        evaluate=evaluate,
         finish=finish,
         notes=prepared.notes,
         apart=apart,
@@ -142,7 +148,7 @@ def _online(cfg: Config, mesh: Mesh, prepared: Prepared, pair: step.PairObjectiv
     """Objective, batches and observation of online training; and how its step is taken apart, where the annotator reads
     other token ids than the policy writes."""
     source, asked = prepared.source, annotator.questions
-    is_fused = asked.same_tokens
+    on_mesh = asked.same_tokens  # is the annotator asked there, with the policy's own token ids?
     objective = step.OnlineObjective(
         pair=pair,
         sampler=sampler_of(cfg, prepared.stop_ids, source.tokenizer.pad_id, cfg.sample.temperature),
@@ -157,7 +163,7 @@ def _online(cfg: Config, mesh: Mesh, prepared: Prepared, pair: step.PairObjectiv
     def batch(at: int) -> Arrays:
         drawn = examples(at)
         rows = {"rows": np.arange(cfg.data.batch, dtype=np.int32)}
-        return source.prompts(drawn) | (asked.batch(drawn) if is_fused else {}) | rows
+        return source.prompts(drawn) | (asked.batch(drawn) if on_mesh else {}) | rows
 
     def annotate(at: int, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
         orders = preference.orders(
@@ -165,8 +171,9 @@ def _online(cfg: Config, mesh: Mesh, prepared: Prepared, pair: step.PairObjectiv
         )
         return orders.astype(np.float32)
 
+    is_fused = on_mesh and not cfg.async_steps
     function = step.online if is_fused else step.annotated
-    apart = None if is_fused else Apart(objective, annotate)
+    apart = None if is_fused else Apart(objective, None if on_mesh else annotate)
     observe = _observe_gold(cfg, source, examples) if source.gold else nothing
     return functools.partial(function, objective=objective), batch, observe, apart
 

@@ -50,7 +50,7 @@ def sft(cfg: Config, mesh: Mesh) -> Task:
         frozen={} if begin.base is None else {"base": begin.base},
         batch=batch,
         observe=nothing,
-        evaluate=lambda params: evaluate(params, "validation", cfg.eval.prompts),
+        evaluate=lambda params, _: evaluate(params, "validation", cfg.eval.prompts),
         finish=lambda params: evaluate(params, cfg.eval.final_split, cfg.eval.final_prompts),
         notes=prepared.notes,
     )
@@ -95,6 +95,6 @@ def annotator(cfg: Config, mesh: Mesh) -> Task:
         frozen={} if begin.base is None else {"base": begin.base},
         batch=batch,
         observe=nothing,
-        evaluate=lambda params: evaluate(params, "validation", cfg.eval.prompts),
+        evaluate=lambda params, _: evaluate(params, "validation", cfg.eval.prompts),
         finish=lambda params: evaluate(params, cfg.eval.final_split, cfg.eval.final_prompts),
     )

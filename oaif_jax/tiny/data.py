@@ -92,8 +92,8 @@ class TinyData:
         return {"prompts": tokens, "prompt_valid": valid}
 
     def question_tokens(self, instruction: str) -> int:
-        """Q: columns of an annotator's question under an instruction."""
-        return -(-(len(self.tokenizer.encode(templates.annotation("", instruction))) + self.prompt_tokens) // 8) * 8
+        """Q: columns of an annotator's question under an instruction; few different ones, so that few programs are made."""
+        return -(-(len(self.tokenizer.encode(templates.annotation("", instruction))) + self.prompt_tokens) // 16) * 16
 
     def questions(self, instruction: str) -> "TinyQuestions":
         """How an annotator is asked under an instruction, given by its text."""
