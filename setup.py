@@ -9,21 +9,39 @@ REQUIRES = (
     "flax>=0.12",
     "grain>=0.2",
     "jax>=0.10",
+    "jinja2>=3.1.6",  # chat templates are strangers' programs: older sandboxes had holes
     "jaxtyping",
     "matplotlib",
     "ml_collections",
     "numpy>=2",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
+    "protobuf",
+    "pyarrow",
     "rich",
     "safetensors",
     "sentencepiece",
     "tensorboardX",
+    "tensorflow-datasets>=4.9.10",  # reads and writes array_record without TensorFlow
+    "tokenizers",
 )
 
 EXTRAS = {
     # pyright[nodejs]: its JavaScript runtime as a wheel, so that the type check needs pip only.
-    "test": ["beartype", "pre-commit", "pyright[nodejs]", "pytest", "ruff"],
+    # torch and transformers: what models from released directories are compared with.
+    "test": [
+        "beartype",
+        "pre-commit",
+        "pyright[nodejs]",
+        "pytest",
+        "pytest-xdist",
+        "qwix",
+        "ruff",
+        "torch",
+        "transformers",
+    ],
+    "lora-quant": ["qwix"],
+    "peers": ["torch", "trl"],
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
 }
@@ -35,7 +53,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["oaif_jax", "oaif_jax.*", "experiments", "experiments.*", "launch", "launch.*"]),
-    package_data={"oaif_jax": ["py.typed"], "oaif_jax.tiny": ["assets/**/*", "instructions/*.txt"]},
+    package_data={
+        "oaif_jax": ["py.typed"],
+        "oaif_jax.annotators": ["instructions/*.txt"],
+        "oaif_jax.tiny": ["assets/**/*", "instructions/*.txt"],
+    },
     install_requires=list(REQUIRES),
     extras_require=EXTRAS,
     zip_safe=False,

@@ -152,6 +152,7 @@ def optimizer() -> dict:
 def mesh() -> dict:
     """Devices along each axis; their product is the number of devices."""
     return {
+        "cpu_devices": 2,  # without accelerators: the CPU is made this many devices; 0: left as it is
         "data": -1,  # copies of the parameters, over which the batch is split; -1: what is left
         "fsdp": 1,  # parts of each parameter, over which the batch is split as well
         "tensor": 1,  # parts of heads, mlp and vocabulary

@@ -226,7 +226,7 @@ def _flag_values(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
     return found
 
 
-LIBRARIES = ("absl", "array_record", "grain", "jax", "orbax")  # that define flags of their own when they are imported
+LIBRARIES = ("absl", "array_record", "grain", "jax", "orbax", "tensorflow_datasets")  # that define flags of their own when they are imported
 
 
 def _own_flags() -> list[str]:

@@ -173,8 +173,9 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis; data=-1 takes what is left."""
+    """Devices along each axis; data=-1 takes what is left. `cpu_devices`: parts of the CPU that count as a device each."""
 
+    cpu_devices: Annotated[int, at_least(0)]
     data: int
     fsdp: Annotated[int, at_least(1)]
     tensor: Annotated[int, at_least(1)]

@@ -22,6 +22,7 @@ def run(workdir: str | pathlib.Path, *, split: str = "test", prompts: int = 256,
     trained = runs.open_run(workdir, which)
     evaluation = dataclasses.replace(trained.config.eval, prompts=prompts, final_prompts=prompts, final_split=split)
     cfg = dataclasses.replace(trained.config, eval=evaluation)
+    sharding.use_cpu_devices(cfg.mesh.cpu_devices)
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
     sharding.check_batch(prompts, 1, mesh)
     task = tasks.build(cfg, mesh)

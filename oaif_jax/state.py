@@ -75,13 +75,14 @@ def apply_gradients(
     stay = dataclasses.replace(state)
     kept = jax.tree.map(lambda new, old: jnp.where(weight > 0, new, old), moved, stay)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    # Rows are counted exactly, and added in float32: models have more weights than an int32 can count.
     changed = sum(
-        jnp.sum(new != old)
+        jnp.sum(jnp.sum(new != old, axis=-1), dtype=jnp.float32)
         for new, old in zip(jax.tree.leaves(kept.params), jax.tree.leaves(state.params), strict=True)
     )
     metrics = {
         "grad_norm": optax.tree.norm(gradients),
         "update_rms": jnp.where(weight > 0, optax.tree.norm(updates) / size**0.5, 0.0),
-        "changed": changed / size,
+        "changed": changed / float(size),
     }
     return dataclasses.replace(kept, step=state.step + 1), metrics

@@ -57,6 +57,7 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
     console = console or Console()
     cfg = config.parse(values)
     workdir = pathlib.Path(workdir)
+    sharding.use_cpu_devices(cfg.mesh.cpu_devices)
 
     # ------------------------------------------------------------------------------------------ is it done already?
     changes = resume.check(workdir, cfg)

@@ -15,7 +15,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMON = ROOT / "experiments" / "common.py"
 # What experiments of a kind share beside: its keys count as set by the file, whose docstring names them.
 SHARED = [ROOT / "experiments" / f"{name}.py" for name in ("oaif", "selm")]
-FILES = sorted(set((ROOT / "experiments").glob("[!_]*.py")) - {COMMON, *SHARED})
+KINDS = ("tiny_", "hf_", "oaif_", "pythia_", "selm_")
+FILES = sorted(path for kind in KINDS for path in (ROOT / "experiments").glob(f"{kind}*.py"))
 PREFERENCE = {f"tiny_tldr_{method}_{loss}" for method in ("online", "offline") for loss in ("dpo", "ipo", "slic")}
 PLAIN = (bool, int, float, str)  # what ml_collections can set from the command line
 

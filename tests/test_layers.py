@@ -13,7 +13,7 @@ FLOORS = (
     ("errors", "files", "config", "cli", "progress", "report", "losses", "metrics", "sharding", "optim", "models",
      "data.special_tokens", "data.vocabularies", "data.tokenizer"),
     ("sample", "pairs", "annotators", "state", "data", "tiny"),
-    ("step", "supervised", "checkpoint", "evals", "resume", "start", "runs", "tasks", "export"),
+    ("step", "supervised", "checkpoint", "evals", "resume", "start", "runs", "tasks", "collecting", "export"),
     ("train", "evaluate", "respond", "tiny.build"),
 )  # fmt: skip
 

@@ -1,0 +1,22 @@
+"""OAIF on harmless dialogues: online SLiC, Gemma-2-2B under a Gemma-2-9B-it annotator (shared: oaif.py).
+
+    python -m oaif_jax.train --config=experiments/oaif_harmless_online_slic.py --workdir=runs/oaif_harmless_online_slic \
+        --config.policy.path=SFT --config.annotator.path=ANNOTATOR --config.judge.path=JUDGE \
+        --config.data.path=HH_RLHF/harmless-base
+
+Sets beside common.base(): method, loss.*, steps, policy.*, annotator.*, judge.*, data.*, optimizer.*, mesh.*,
+compute.*, eval.*, checkpoint.*.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import oaif
+
+
+def get_config() -> ConfigDict:
+    """The keys of common.base() and what is set here and in oaif.py, locked."""
+    config = oaif.harmless()
+    config.method = "online"
+    config.loss.name = "slic"
+    config.loss.beta = 0.002
+    return config.lock()
