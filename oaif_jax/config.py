@@ -191,6 +191,7 @@ class Compute:
     remat: Annotated[str, one_of("none", "dots", "layer")]
     unroll: Annotated[int, at_least(1)]
     head_chunk: Annotated[int, at_least(1)]
+    lengths: Annotated[int, within(1, 3)]
 
 
 @dataclasses.dataclass(frozen=True)

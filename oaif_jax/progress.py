@@ -98,13 +98,13 @@ class Progress:
         """Each number with its name and its short name."""
         values = self._values
         agreement = next(((key, self._agreement[key]) for key in AGREEMENTS if key in self._agreement), None)
-        name, short = AGREEMENTS[agreement[0]] if agreement else ("annotator agreement", "agree")
-        return [
-            ("loss", "loss", _show(values.get("loss"), lambda x: f"{x:.4f}" if abs(x) < 10 else f"{x:.4g}")),
-            ("win rate", "win", _show(values.get("gold.score", values.get("judge.score")), _percent)),
-            (name, short, _show(statistics.fmean(agreement[1]) if agreement else None, _percent)),
-            ("tokens/s", "tok/s", _show(values.get("tokens_per_second"), _thousands)),
-        ]
+        numbers = [("loss", "loss", _show(values.get("loss"), lambda x: f"{x:.4f}" if abs(x) < 10 else f"{x:.4g}"))]
+        score = values.get("gold.score", values.get("judge.score"))
+        if score is not None:
+            numbers.append(("win rate", "win", _show(score, _percent)))
+        if agreement:
+            numbers.append((*AGREEMENTS[agreement[0]], _percent(statistics.fmean(agreement[1]))))
+        return [*numbers, ("tokens/s", "tok/s", _show(values.get("tokens_per_second"), _thousands))]
 
     def _print_line(self) -> None:
         self._unprinted = False

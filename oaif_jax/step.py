@@ -14,6 +14,7 @@ Where the annotator reads other token ids than the policy writes, or pairs are c
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable
 
@@ -78,6 +79,7 @@ class OnlineObjective:
     annotator: ModelConfig
     template: llm.Template
     missing_eos: str  # "loses" or "ignore"
+    lengths: int = 1  # static response widths to annotate and update at, see at_length
 
 
 def named_key(key: Array, name: str) -> Array:
@@ -233,9 +235,31 @@ def pair_contribution(
 def online(params, frozen, batch: Batch, key: Array, *, objective: OnlineObjective) -> Contribution:
     """OAIF (Guo et al. 2024, algorithm 1) on a micro-batch of prompts; frozen: reference or base, annotator."""
     responses = draw(policy_of(params, frozen), batch, key, online=objective)
-    p_orders = ask(frozen["annotator"], batch, responses, online=objective)
-    drawn = {"responses": responses.tokens, "mask": responses.mask, "finished": responses.finished}
-    return annotated(params, frozen, batch | drawn | {"p_orders": p_orders}, key, objective=objective)
+
+    def annotate_and_update(cut: Responses) -> Contribution:
+        p_orders = ask(frozen["annotator"], batch, cut, online=objective)
+        drawn = {"responses": cut.tokens, "mask": cut.mask, "finished": cut.finished, "p_orders": p_orders}
+        part = annotated(params, frozen, batch | drawn, key, objective=objective)
+        return dataclasses.replace(part, outputs={name: part.outputs[name] for name in ("p_orders", "identical")})
+
+    part = at_length(annotate_and_update, responses, objective.lengths)
+    return dataclasses.replace(part, outputs=part.outputs | {"responses": responses.tokens, "mask": responses.mask})
+
+
+def at_length(function: Callable[[Responses], Contribution], responses: Responses, lengths: int) -> Contribution:
+    """`function` of responses without the columns past the longest one, as far as `lengths` static widths allow (R, R/2,
+    R/4): the device chooses among that many branches of one program, and nothing goes over the host."""
+    width = responses.tokens.shape[-1]
+    widths = sorted({-(-width // 2**n) for n in range(lengths)})
+
+    def cut(to: int) -> Contribution:
+        shorter = dataclasses.replace(responses, tokens=responses.tokens[..., :to], mask=responses.mask[..., :to])
+        return function(shorter)
+
+    if len(widths) == 1:
+        return cut(width)
+    branch = jnp.sum(responses.steps > jnp.array(widths[:-1]))
+    return jax.lax.switch(branch, [functools.partial(cut, to) for to in widths])
 
 
 def annotated(params, frozen, batch: Batch, key: Array, *, objective: OnlineObjective) -> Contribution:

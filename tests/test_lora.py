@@ -24,6 +24,8 @@ RANK = 3
 SAMPLER = Sampler(temperature=0.0, top_k=0, top_p=1.0, max_tokens=7, stop_ids=(99,), pad_id=0)
 
 forward = jax.jit(transformer.forward, static_argnames=("cfg", "compute", "keep_prefix"))
+merge = jax.jit(lora.merge, static_argnames="cfg")
+new_lora = jax.jit(lora.init, static_argnames=("cfg", "rank", "targets"))
 sampled = jax.jit(sample, static_argnames=("sampler", "completions", "cfg", "compute"))
 
 
@@ -39,7 +41,7 @@ def hidden_of(params, cfg: ModelConfig = CFG) -> np.ndarray:
 
 def additions(cfg: ModelConfig = CFG, size: float = 0.5, targets: tuple[str, ...] = ()) -> dict:
     """Additions as they are after some training: `b` isn't zero."""
-    made = lora.init(jax.random.key(3), cfg, RANK, targets or lora.targets_of(cfg))
+    made = new_lora(jax.random.key(3), cfg, RANK, targets or lora.targets_of(cfg))
     rng = np.random.default_rng(4)
     return {
         name: {"a": low["a"], "b": jnp.asarray(size * rng.normal(size=low["b"].shape), jnp.float32)}
@@ -57,14 +59,14 @@ def assert_near(got: np.ndarray, want: np.ndarray) -> None:
 
 def test_new_additions_change_nothing():
     params = make_params(CFG)
-    new = lora.init(jax.random.key(0), CFG, RANK, lora.targets_of(CFG))
+    new = new_lora(jax.random.key(0), CFG, RANK, lora.targets_of(CFG))
     assert all(np.any(low["a"]) and not np.any(low["b"]) for low in new.values())
     np.testing.assert_array_equal(hidden_of(params | {"lora": new}), hidden_of(params))
 
 
 def test_new_a_has_variance_one_over_its_inputs():
     cfg = dataclasses.replace(CFG, width=64, mlp=96)
-    new = lora.init(jax.random.key(0), cfg, 16, lora.targets_of(cfg))
+    new = new_lora(jax.random.key(0), cfg, 16, lora.targets_of(cfg))
     for name, inputs in {"q": 64, "out": 32, "gate": 64, "down": 96}.items():
         assert np.var(new[name]["a"]) * inputs == pytest.approx(1.0, rel=0.15), name
     assert not np.allclose(new["q"]["a"], new["k"]["a"])
@@ -75,7 +77,7 @@ def test_new_a_has_variance_one_over_its_inputs():
 def test_they_are_the_merged_model(cfg):
     params = make_params(cfg)
     added = params | {"lora": additions(cfg)}
-    merged = lora.merge(added, cfg)
+    merged = merge(added, cfg)
     assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, params)
     found = hidden_of(added, cfg)
     assert_near(found, hidden_of(merged, cfg))
@@ -88,7 +90,7 @@ def test_they_are_the_merged_model_token_by_token():
     prompts, keys = left_padded(1, 6, 5), jax.random.split(jax.random.key(0), 6)
     draw = functools.partial(sampled, sampler=SAMPLER, completions=2, cfg=CFG, compute=COMPUTE)
     tokens = np.asarray(draw(added, *prompts, keys).tokens)
-    np.testing.assert_array_equal(tokens, draw(lora.merge(added, CFG), *prompts, keys).tokens)
+    np.testing.assert_array_equal(tokens, draw(merge(added, CFG), *prompts, keys).tokens)
     assert np.any(tokens != draw(params, *prompts, keys).tokens)
 
 
@@ -97,7 +99,7 @@ def test_each_target_alone(target):
     """It does something, and merging puts it where it belongs and changes nothing else."""
     params = make_params(CFG)
     added = params | {"lora": additions(targets=(target,))}
-    merged = lora.merge(added, CFG)
+    merged = merge(added, CFG)
     found = hidden_of(added)
     assert_near(found, hidden_of(merged))
     assert np.abs(found - hidden_of(params)).max() > 1e-3
@@ -109,8 +111,7 @@ def test_each_target_alone(target):
 
 def test_alpha_is_a_factor_of_what_is_added():
     params = make_params(CFG)
-    tripled = jax.tree.map(lambda x: x, additions())
-    tripled = {name: {"a": low["a"], "b": 3 * low["b"]} for name, low in tripled.items()}
+    tripled = {name: {"a": low["a"], "b": 3 * low["b"]} for name, low in additions().items()}
     want = hidden_of(params | {"lora": tripled})
     assert_near(hidden_of(params | {"lora": additions()}, dataclasses.replace(CFG, lora_scale=1.5)), want)
     off = dataclasses.replace(CFG, lora_scale=0.0)
@@ -120,9 +121,9 @@ def test_alpha_is_a_factor_of_what_is_added():
 def test_merging_keeps_types_and_refuses_codes():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_params(CFG))
     added = params | {"lora": additions()}
-    assert {leaf.dtype for leaf in jax.tree.leaves(lora.merge(added, CFG))} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(merge(added, CFG))} == {jnp.dtype("bfloat16")}
     with pytest.raises(UserError, match="quantised base"):
-        lora.merge(added | {"scales": {}}, CFG)
+        merge(added | {"scales": {}}, CFG)
 
 
 # --- training
@@ -140,7 +141,7 @@ def gradient(low, base):
 def test_gradients_at_the_start():
     """b is 0, so that a's gradient is 0 and b's isn't: b moves first."""
     base = make_params(CFG)
-    new = gradient(lora.init(jax.random.key(0), CFG, RANK, lora.targets_of(CFG)), base)
+    new = gradient(new_lora(jax.random.key(0), CFG, RANK, lora.targets_of(CFG)), base)
     later = gradient(additions(), base)
     for name in lora.TARGETS:
         assert not np.any(new[name]["a"]), name
@@ -159,7 +160,7 @@ def mesh(devices: int) -> Mesh:
 
 @pytest.mark.parametrize("cfg", [CFG, PLAIN_MLP], ids=["gated", "plain mlp"])
 def test_each_leaf_has_exactly_one_rule(cfg):
-    abstract = jax.eval_shape(lambda: {"lora": lora.init(jax.random.key(0), cfg, RANK, lora.targets_of(cfg))})
+    abstract = jax.eval_shape(lambda: {"lora": new_lora(jax.random.key(0), cfg, RANK, lora.targets_of(cfg))})
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     assert len(leaves) == 2 * len(lora.targets_of(cfg))
     for path, leaf in leaves:

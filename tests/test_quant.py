@@ -22,13 +22,16 @@ from oaif_jax.models.rows import Rows, branch
 from oaif_jax.sample import Sampler, sample
 from oaif_jax.tiny.data import TinyData, asset
 
-CFG = ModelConfig(vocab_size=43, width=128, layers=3, heads=4, kv_heads=2, head_dim=32, mlp=192, lora_scale=0.5)
+CFG = ModelConfig(vocab_size=43, width=128, layers=2, heads=4, kv_heads=2, head_dim=32, mlp=192, lora_scale=0.5)
 LEAVES = tuple(quant.INPUT_AXES)
 # The largest relative error of a leaf's weights, and bits a weight with scales (of a wide model: see the test).
 ERROR = {"int8": 0.01, "nf4": 0.12}
 
 forward = jax.jit(transformer.forward, static_argnames=("cfg", "compute", "keep_prefix"))
 quantise = jax.jit(quant.quantise, static_argnames="kind")
+quantise_leaf = jax.jit(quant.quantise_leaf, static_argnames=("name", "kind"))
+dequantise = jax.jit(quant.dequantise)
+new_lora = jax.jit(lora.init, static_argnames=("cfg", "rank", "targets"))
 
 
 @functools.cache
@@ -37,6 +40,7 @@ def model(kind: str = "none", cfg: ModelConfig = CFG) -> dict:
     return params if kind == "none" else quantise(params, kind=kind)
 
 
+@jax.jit
 def restored(params: dict) -> dict:
     """The same model in floating-point numbers, all of it."""
     layers = {name: jax.vmap(quant.dequantise)(params["layers"][name], params["scales"][name]) for name in LEAVES}
@@ -88,24 +92,24 @@ def test_weights_are_near(kind):
 def test_dequantise_is_qwix(kind):
     """Ours keeps the codes' shape and sharding; the numbers are the same."""
     qwix = quant.import_qwix()
-    made = model(kind)
+    made, theirs_of = model(kind), jax.jit(qwix.dequantize)
     for name in LEAVES:
         codes, scale = made["layers"][name][1], made["scales"][name][1].astype(jnp.float32)
-        theirs = qwix.dequantize(qwix.QArray(codes, scale, None, "nf4" if kind == "nf4" else None))
-        np.testing.assert_allclose(quant.dequantise(codes, scale), theirs, rtol=1e-6)
+        theirs = theirs_of(qwix.QArray(codes, scale, None, "nf4" if kind == "nf4" else None))
+        np.testing.assert_allclose(dequantise(codes, scale), theirs, rtol=1e-6)
 
 
 def test_scales_belong_to_output_channels_and_blocks():
     """A channel that is a thousand times larger spoils no other; in nf4 nor does a block spoil the next."""
     weight = jax.random.normal(jax.random.key(0), (1, 128, 6)).at[:, :, 2].multiply(1000.0)
     for kind in quant.KINDS:
-        codes, scale = quant.quantise_leaf(weight, "down", kind)
+        codes, scale = quantise_leaf(weight, "down", kind)
         assert scale.shape == (1, {"int8": 1, "nf4": 2}[kind], 6)
-        found = quant.dequantise(codes[0], scale[0])
+        found = dequantise(codes[0], scale[0])
         assert max(relative(found[:, i], weight[0, :, i]) for i in range(6)) < ERROR[kind]
     blocks = jax.random.normal(jax.random.key(0), (1, 128, 6)).at[:, :64].multiply(1000.0)
-    codes, scale = quant.quantise_leaf(blocks, "down", "nf4")
-    assert relative(quant.dequantise(codes[0], scale[0])[64:], blocks[0, 64:]) < ERROR["nf4"]
+    codes, scale = quantise_leaf(blocks, "down", "nf4")
+    assert relative(dequantise(codes[0], scale[0])[64:], blocks[0, 64:]) < ERROR["nf4"]
 
 
 def test_blocks_divide_the_input():
@@ -196,7 +200,7 @@ def test_a_whole_model_would_be_seen(monkeypatch):
 
 @pytest.mark.parametrize("kind", quant.KINDS)
 def test_lora_trains_on_a_quantised_base(kind):
-    low = lora.init(jax.random.key(1), CFG, 4, lora.targets_of(CFG))
+    low = new_lora(jax.random.key(1), CFG, 4, lora.targets_of(CFG))
     step = jax.jit(jax.value_and_grad(functools.partial(loss_of, cfg=CFG)))
     base, losses, first = model(kind), [], None
     for _ in range(8):

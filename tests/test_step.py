@@ -118,6 +118,19 @@ def test_parts_on_eight_devices():
     assert_same_step(online("2x2x2", 4), online())
 
 
+@pytest.mark.parametrize("stop", [STOP, tuple(range(3, MODEL.vocab_size))], ids=["long", "of one token"])
+def test_columns_past_the_longest_response_change_nothing(stop):
+    """At the widths 2, 3 and 6 as at 6 alone; and the responses that come back are as wide as ever."""
+    params, frozen = models()
+    objective = dataclasses.replace(ONLINE, sampler=dataclasses.replace(ONLINE.sampler, stop_ids=stop))
+
+    def take(lengths: int) -> step.Contribution:
+        contribute = functools.partial(step.online, objective=dataclasses.replace(objective, lengths=lengths))
+        return jax.device_get(jax.jit(contribute)(params, frozen, prompts(), KEY))
+
+    assert_same_step(take(3), take(1))
+
+
 def test_tokens_belong_to_rows_not_to_places_in_the_batch():
     params, _ = models()
     order = np.random.default_rng(0).permutation(ROWS)

@@ -176,14 +176,13 @@ def _annotator_table(run: Run) -> Table:
     for name in instructions:
         entries += [(f"{name}, {moment}", found.get(moment, {}).get(name, {})) for moment in ("start", "end")]
     entries += [(name, at) for name, at in found.items() if isinstance(at, Mapping)]
-    rows = tuple(
-        (readable(name), _cell(at.get("gold_agreement"), percent), _cell(at.get("order_agreement"), percent))
-        for name, at in entries
-        if "gold_agreement" in at or "order_agreement" in at
-    )
+    measured = [(name, at) for name, at in entries if "gold_agreement" in at or "order_agreement" in at]
+    kinds = {"gold_agreement": "Agrees with gold", "order_agreement": "Its two orders agree"}
+    kinds = {kind: title for kind, title in kinds.items() if any(kind in at for _, at in measured)}
+    rows = tuple((readable(name), *(_cell(at.get(kind), percent) for kind in kinds)) for name, at in measured)
     title = "Annotator, on held-out pairs" if run.method == "annotator" else "Annotator, on the policy's own pairs"
-    columns = ("Pairs", "Agrees with gold", "Its two orders agree")
-    return Table(title, columns, rows, "Agreement with gold leaves ties out.")
+    note = "Agreement with gold leaves ties out." if "gold_agreement" in kinds else ""
+    return Table(title, ("Pairs", *kinds.values()), rows, note)
 
 
 def _run_table(run: Run) -> Table:

@@ -155,6 +155,7 @@ def _online(cfg: Config, mesh: Mesh, prepared: Prepared, pair: step.PairObjectiv
         annotator=annotator.model.cfg,
         template=asked.template,
         missing_eos=cfg.annotator.missing_eos,
+        lengths=cfg.compute.lengths,
     )
 
     def examples(at: int):

@@ -1,0 +1,48 @@
+"""A long run stays as it begins: no program is made anew, nothing is kept from step to step."""
+
+import gc
+import io
+import json
+import pathlib
+import resource
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from oaif_jax import cli, train
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+STEPS = 300
+SMALL = {
+    "policy.init": "scratch", "policy.shape.width": "16", "policy.shape.layers": "1", "policy.shape.heads": "2",
+    "policy.shape.kv_heads": "2", "policy.shape.head_dim": "8", "policy.shape.mlp": "16", "steps": str(STEPS),
+    "data.batch": "8", "data.response_tokens": "24", "eval.every": "100", "eval.prompts": "8", "eval.final_prompts": "8",
+    "checkpoint.every": "50",
+}  # fmt: skip
+
+
+def test_memory_and_programs_stay(tmp_path, monkeypatch):
+    """Of 300 steps of fine-tuning; 2,000 of online training were measured by hand (CONTRIBUTING.md)."""
+    values = cli.load_config(str(ROOT / "experiments" / "tiny_tldr_sft.py"))
+    cli.override(values, SMALL)
+    seen: dict[int, tuple[int, int]] = {}
+    original = train.MetricsLog.write
+
+    def write(self, step, kind, metrics):
+        if kind == "train" and step % 50 == 7:
+            gc.collect()
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            seen[step] = (len(jax.live_arrays()), peak)
+        return original(self, step, kind, metrics)
+
+    monkeypatch.setattr(train.MetricsLog, "write", write)
+    train.run(values, tmp_path / "run", console=Console(file=io.StringIO()))
+    steps = sorted(seen)
+    assert steps == [7, 57, 107, 157, 207, 257]
+    arrays = [seen[step][0] for step in steps]
+    assert max(arrays[1:]) <= arrays[1] + 4, arrays
+    assert seen[257][1] - seen[107][1] < 40_000, "kilobytes that the process grew by in 150 steps"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    seconds = np.array([line["seconds"] for line in lines if line["kind"] == "train"])
+    assert np.median(seconds[200:]) < 3 * np.median(seconds[20:120])
