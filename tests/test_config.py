@@ -208,7 +208,7 @@ def test_text_of_a_wrong_type_is_refused(key):
         ("optimiser.lr", "did you mean 'optimizer.lr'?"),
         ("loss", "is a section, wanted one of its keys: loss.beta, loss.name"),
         ("loss.beta.x", "did you mean 'loss.beta'?"),
-        ("zzz", "there are annotator, checkpoint, compute"),
+        ("zzz", "there are annotator, async_steps, checkpoint"),
         ("", "there's no key ''"),
     ],
 )
