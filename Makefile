@@ -5,6 +5,7 @@ WORKDIR ?= runs/quickstart
 FRESH ?=
 ARGS ?=
 PIPFLAGS ?= -qq
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,8 +23,9 @@ help:  ## this list
 quickstart: $(VENV)/installed fresh-workdir  ## the main job in WORKDIR (runs/quickstart); again: its results; FRESH=1: from the start
 	$(BIN)/python -m oaif_jax.train --config=$(CONFIG) --workdir="$(WORKDIR)" $(ARGS)
 
-test: $(VENV)/installed-test  ## all tests, or ARGS="tests/test_losses.py -k dpo"
-	$(BIN)/python -m pytest $(ARGS)
+# A process for each core, up to 4 GB each; the tests of a file stay together, since they share what is slow to make.
+test: $(VENV)/installed-test  ## all tests, in WORKERS=2 processes, or ARGS="tests/test_losses.py -k dpo"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: lint format-check types  ## lint, format check and types
 

@@ -226,7 +226,8 @@ def _flag_values(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
     return found
 
 
-LIBRARIES = ("absl", "array_record", "grain", "jax", "orbax", "tensorflow_datasets")  # that define flags of their own when they are imported
+# Libraries that define flags of their own when they are imported.
+LIBRARIES = ("absl", "array_record", "grain", "jax", "orbax", "tensorflow_datasets")
 
 
 def _own_flags() -> list[str]:

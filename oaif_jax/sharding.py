@@ -56,7 +56,8 @@ def use_cpu_devices(count: int) -> None:
     in a step that it doesn't split among threads.
     """
     is_said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if count and not is_said and jax.config.jax_num_cpu_devices != count:
+    devices = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # made at run time
+    if count and not is_said and devices != count:
         with contextlib.suppress(RuntimeError):  # JAX has started, and its devices are what they are
             jax.config.update("jax_num_cpu_devices", count)
 

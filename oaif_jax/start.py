@@ -1,6 +1,7 @@
 """Where models come from: an asset, a Hugging Face directory, another run's checkpoint, or nothing."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -8,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from oaif_jax import checkpoint, config, state
+from oaif_jax import checkpoint, config, sharding, state
 from oaif_jax.data.tokenizer import Tokenizer, open_tokenizer
 from oaif_jax.errors import UserError
 from oaif_jax.models import files, hf, lora, quant, transformer
@@ -113,9 +114,16 @@ def with_lora(start: Start, section: config.Policy, mesh: Mesh, dtype: str, seed
     targets = lora.check_targets(section.lora.targets, start.cfg)
     cfg = dataclasses.replace(start.cfg, lora_scale=section.lora.alpha / section.lora.rank)
     base = state.place(start.params, mesh, dtype)
-    base = quant.quantise(base, section.quant) if section.quant != "none" else base
+    base = quantised(base, section.quant, mesh) if section.quant != "none" else base
     params = {"lora": lora.init(jax.random.key(seed), cfg, section.lora.rank, targets)}
     return Start(params, cfg, base, start.source)
+
+
+def quantised(params: PyTree, kind: str, mesh: Mesh) -> PyTree:
+    """Frozen parameters that lie on the mesh, in fewer bits."""
+    make = functools.partial(quant.quantise, kind=kind)
+    on = sharding.param_shardings(jax.eval_shape(make, params), mesh)
+    return jax.jit(make, out_shardings=on)(params)
 
 
 def merged(start: Start, params: PyTree) -> PyTree:

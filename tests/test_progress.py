@@ -50,9 +50,7 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(clock):
             progress.update(step, TRAINING)
     lines = console.file.getvalue().splitlines()
     assert [re.match(r"online dpo (\d+)/30", line).group(1) for line in lines] == ["1", "11", "21", "30"]
-    assert lines[1] == (
-        "online dpo 11/30, loss 0.4321, annotator's orders agree 90 %, tokens/s 12.3k, 0:19 left"
-    )
+    assert lines[1] == ("online dpo 11/30, loss 0.4321, annotator's orders agree 90 %, tokens/s 12.3k, 0:19 left")
     assert lines[-1].endswith("took 0:30")
 
 

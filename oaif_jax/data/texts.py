@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -41,8 +42,12 @@ class Voice:
 
     def same_ids(self, other: "Voice") -> bool:
         """Whether both write a text as the same ids: their tokenizers are the same file, byte for byte."""
-        ours, theirs = self.tokenizer.path, other.tokenizer.path
-        return ours == theirs or (ours.name == theirs.name and ours.read_bytes() == theirs.read_bytes())
+        return _same_file(self.tokenizer.path, other.tokenizer.path)
+
+
+@functools.lru_cache
+def _same_file(ours: pathlib.Path, theirs: pathlib.Path) -> bool:
+    return ours == theirs or (ours.name == theirs.name and ours.read_bytes() == theirs.read_bytes())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +131,7 @@ class TextQuestions:
     instruction: prompts.Instruction
     question_tokens: int
 
-    @functools.cached_property
+    @property
     def same_tokens(self) -> bool:
         """Whether the annotator reads the policy's token ids."""
         return self.voice.same_ids(self.policy.voice)
@@ -145,7 +150,7 @@ class TextQuestions:
         ids = [tokenizer.bos_id, *ids] if adds_bos else ids
         return ids[1:] if tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2 else ids
 
-    @functools.cached_property
+    @property
     def template(self) -> Template:
         """Token ids of the fixed texts; an answer that names the worse response stands for the other one."""
         tokenizer, instruction = self.voice.tokenizer, self.instruction

@@ -114,7 +114,7 @@ def evaluate(evaluator: Evaluator, params: PyTree, key: Array) -> tuple[dict, li
         raise ValueError(f"count={evaluator.count} is not a multiple of chunk={evaluator.chunk}")
     parts = [_chunk(evaluator, params, key, start) for start in range(0, evaluator.count, evaluator.chunk)]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "records"}
-    metrics = {
+    metrics: dict = {
         "mean_length": float(joined["length"].mean()),
         "reference_length": float(joined["reference_length"].mean()),
         "words": float(joined["words"].mean()),
@@ -177,10 +177,10 @@ def _chunk(evaluator: Evaluator, params, key, start: int) -> dict:
         "same": np.array([a == b for a, b in zip(texts, reference_texts, strict=True)]),
         "identical": np.array([a == b for a, b in policy.texts]),
     }
-    if data.gold:
-        score = lambda texts: np.array([data.gold.score(*pair) for pair in zip(examples, texts, strict=True)])  # noqa: E731
+    if gold := data.gold:
+        score = lambda texts: np.array([gold.score(*pair) for pair in zip(examples, texts, strict=True)])  # noqa: E731
         part |= {"gold_policy": score(texts), "gold_reference": score(reference_texts)}
-        part["gold_most"] = np.array([data.gold.most(example) for example in examples])
+        part["gold_most"] = np.array([gold.most(example) for example in examples])
     if evaluator.judge:
         tokens = np.stack([policy.tokens[:, 0], reference.tokens[:, 0]], axis=1)
         mask = np.stack([policy.mask[:, 0], reference.mask[:, 0]], axis=1)

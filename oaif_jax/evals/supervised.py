@@ -63,7 +63,7 @@ def sft(
         lengths.append(mask.sum(-1))
         for post, reference, t, m in zip(posts, data.references(split, indices), drawn, mask, strict=True):
             text = data.text(t, m)
-            record = {"prompt": data.shown(post), "reference": reference, "policy": text}
+            record: dict = {"prompt": data.shown(post), "reference": reference, "policy": text}
             if data.gold:
                 record["gold_reference"] = data.gold.score(post, reference)
                 record["gold_policy"] = data.gold.score(post, text)

@@ -14,7 +14,6 @@ from oaif_jax.config import Config
 from oaif_jax.data.source import Arrays
 from oaif_jax.data.tokenizer import Tokenizer
 from oaif_jax.evals.preference import LanguageModel
-from oaif_jax.models import quant
 from oaif_jax.models.config import ComputeConfig
 from oaif_jax.sample import Sampler
 from oaif_jax.state import place as place_params
@@ -98,5 +97,5 @@ def frozen_model(
     loaded = start.load(origin, tokenizer, mesh, cfg.compute.frozen)
     # What comes from a directory lies on the mesh already, in its type, and is nobody else's.
     params = loaded.params if origin.init == "hf" else place_params(loaded.params, mesh, cfg.compute.frozen)
-    params = quant.quantise(params, kind) if kind != "none" else params
+    params = start.quantised(params, kind, mesh) if kind != "none" else params
     return LanguageModel(params, loaded.cfg)

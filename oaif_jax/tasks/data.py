@@ -12,7 +12,7 @@ from oaif_jax.config import Config
 from oaif_jax.data import readers, records
 from oaif_jax.data.chat import open_template
 from oaif_jax.data.records import Counts, Example
-from oaif_jax.data.source import Questions
+from oaif_jax.data.source import Questions, Source
 from oaif_jax.data.texts import TextData, TextQuestions, Voice
 from oaif_jax.errors import UserError
 from oaif_jax.models import hf
@@ -25,7 +25,7 @@ USES = {"online": "prompts", "offline": "pairs", "sft": "references"}
 class Prepared:
     """A policy's data, the ids that end its responses, and what there is to say about what was read."""
 
-    source: TinyData | TextData
+    source: Source
     stop_ids: tuple[int, ...]
     train_size: int
     notes: tuple[str, ...] = ()
@@ -122,10 +122,11 @@ def _hold_out(cfg: Config, splits: dict[str, list[Example]]) -> dict[str, list[E
     return found | {"train": [train[i] for i in sorted(order[wanted:])]}
 
 
-def questions(cfg: Config, data: TinyData | TextData, origin: start.Origin, chat: str, instruction: str) -> Questions:
+def questions(cfg: Config, data: Source, origin: start.Origin, chat: str, instruction: str) -> Questions:
     """How the model of `origin` is asked about the data, under an instruction by name or path."""
     if isinstance(data, TinyData):
         return data.questions(instruction_text(instruction))
+    assert isinstance(data, TextData), data
     return text_questions(cfg, data, origin, chat, instruction)
 
 

@@ -15,6 +15,7 @@ from oaif_jax.config import Config
 from oaif_jax.data import jsonl
 from oaif_jax.data.order import batch_indices
 from oaif_jax.data.source import Arrays
+from oaif_jax.data.texts import TextData
 from oaif_jax.errors import UserError
 from oaif_jax.evals import preference, verdicts
 from oaif_jax.evals.preference import Asked, LanguageModel
@@ -201,6 +202,7 @@ def _offline(cfg: Config, prepared: Prepared) -> Callable[[int], Arrays]:
         pairs = jsonl.read_pairs(asset(spec.removeprefix("tiny:")) if spec.startswith("tiny:") else pathlib.Path(spec))
         source.pair_batch(pairs)  # all of them fit the limits, or an error now
     else:
+        assert isinstance(source, TextData), source
         pairs = source.splits["train"]
 
     def batch(at: int) -> Arrays:

@@ -85,9 +85,9 @@ class TinyData:
         talk = sorted(world.SMALL_TALK, key=length)[-world.MAX_SMALL_TALK :]
         return len(self.tokenizer.encode(templates.prompt(" ".join([fact] * world.MAX_TOPICS + talk))))
 
-    def prompts(self, posts: Sequence[world.Post]) -> Arrays:
+    def prompts(self, examples: Sequence[world.Post]) -> Arrays:
         """What the policy continues: prompts, prompt_valid, [B, S]."""
-        rows = [self.tokenizer.encode(templates.prompt(post.text)) for post in posts]
+        rows = [self.tokenizer.encode(templates.prompt(post.text)) for post in examples]
         tokens, valid = left_pad(rows, self.prompt_tokens, self.tokenizer.pad_id, "prompt")
         return {"prompts": tokens, "prompt_valid": valid}
 

@@ -1,0 +1,145 @@
+"""What each phase of an online step has to do, counted from shapes: operations, bytes and tokens.
+
+Operations are those of matrix products, two for a multiplication and its addition: attention over visible pairs only,
+the backward pass twice the forward pass, nothing computed again, every column of a row through every layer. Bytes are
+what no implementation can avoid: parameters once for each pass over them, keys and values, optimizer moments. Activations
+count nothing, since they may stay in caches.
+"""
+
+import dataclasses
+
+from oaif_jax.config import Config
+from oaif_jax.models.config import ModelConfig
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a phase has to do. `tokens` are those it reads or writes, for tokens per second."""
+
+    operations: int = 0
+    bytes: int = 0
+    tokens: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.operations + other.operations, self.bytes + other.bytes, self.tokens + other.tokens)
+
+    def floor(self, operations_per_second: float, bytes_per_second: float) -> float:
+        """Seconds below which this can't be done: the slower of the two, as if the other were hidden behind it."""
+        return max(self.operations / operations_per_second, self.bytes / bytes_per_second)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Rows and columns of a step: P prompts of S tokens, responses of R, questions of Q, presentation orders of W."""
+
+    prompts: int
+    prompt: int
+    response: int
+    question: int
+    order: int
+
+
+def matrices(cfg: ModelConfig) -> int:
+    """Parameters of all layers' products."""
+    qkv = cfg.width * cfg.kv_heads * (cfg.groups + 2) * cfg.head_dim
+    out = cfg.heads * cfg.head_dim * cfg.width
+    mlp = (3 if cfg.gated else 2) * cfg.width * cfg.mlp
+    return cfg.layers * (qkv + out + mlp)
+
+
+def head(cfg: ModelConfig) -> int:
+    """Parameters of the language-model head."""
+    return cfg.vocab_size * cfg.width
+
+
+def parameters(cfg: ModelConfig) -> int:
+    """Parameters of layers, embedding and head, without norms and biases."""
+    return matrices(cfg) + head(cfg) * (1 if cfg.tied else 2)
+
+
+def visible(first: int, count: int, window: int = 0) -> int:
+    """Pairs of query and key of `count` tokens from position `first` on: each sees all positions up to its own, or the
+    last `window` of them.
+
+    In: first=2, count=3 -> Out: 3 + 4 + 5 = 12.
+    """
+    return sum(min(position + 1, window or position + 1) for position in range(first, first + count))
+
+
+def attention(cfg: ModelConfig, first: int, count: int) -> int:
+    """Operations of attention in all layers for `count` tokens from position `first` on: q k and weights v."""
+    local = sum(cfg.local_layers)
+    pairs = local * visible(first, count, cfg.window) + (cfg.layers - local) * visible(first, count)
+    return 4 * cfg.heads * cfg.head_dim * pairs
+
+
+def rows(cfg: ModelConfig, trunk: int, branches: int, branch: int) -> int:
+    """Operations of a row with branches, in all layers; each branch's positions go on from the trunk's."""
+    products = 2 * (trunk + branches * branch) * matrices(cfg)
+    return products + attention(cfg, 0, trunk) + branches * attention(cfg, trunk, branch)
+
+
+def key_values(cfg: ModelConfig) -> int:
+    """Elements of one token's keys and values, in all layers."""
+    return 2 * cfg.layers * cfg.kv_heads * cfg.head_dim
+
+
+def prefill(cfg: ModelConfig, sizes: Sizes, dtype: str) -> Work:
+    """Prompts through the layers, and the logits of each first token."""
+    operations = sizes.prompts * (rows(cfg, sizes.prompt, 0, 0) + 2 * head(cfg))
+    elements = matrices(cfg) + head(cfg) + sizes.prompts * sizes.prompt * key_values(cfg)
+    return Work(operations, BYTES[dtype] * elements, sizes.prompts * sizes.prompt)
+
+
+def decode(cfg: ModelConfig, sizes: Sizes, dtype: str) -> Work:
+    """The other tokens of both responses. The two share the prompt's keys and values, which are read once for both."""
+    passes = sizes.response - 1
+    tokens = 2 * sizes.prompts * passes
+    operations = 2 * tokens * (matrices(cfg) + head(cfg))
+    operations += 2 * sizes.prompts * attention(cfg, sizes.prompt, passes)
+    suffix = 2 * visible(0, passes)
+    cached = sizes.prompts * (passes * sizes.prompt + suffix) * key_values(cfg)
+    return Work(operations, BYTES[dtype] * (passes * (matrices(cfg) + head(cfg)) + cached), tokens)
+
+
+def annotate(cfg: ModelConfig, sizes: Sizes, dtype: str) -> Work:
+    """Questions and both presentation orders; the logits of two answers in each order."""
+    answers = 2 * 2 * 2 * cfg.width
+    operations = sizes.prompts * (rows(cfg, sizes.question, 2, sizes.order) + answers)
+    return Work(operations, BYTES[dtype] * matrices(cfg), sizes.prompts * (sizes.question + 2 * sizes.order))
+
+
+def score(cfg: ModelConfig, sizes: Sizes, dtype: str) -> Work:
+    """Log-probabilities of both responses: pair rows, and the head at each response token."""
+    operations = rows(cfg, sizes.prompt, 2, sizes.response) + 2 * 2 * sizes.response * head(cfg)
+    tokens = sizes.prompts * (sizes.prompt + 2 * sizes.response)
+    return Work(sizes.prompts * operations, BYTES[dtype] * (matrices(cfg) + head(cfg)), tokens)
+
+
+def update(cfg: ModelConfig, sizes: Sizes, dtype: str, trained: str) -> Work:
+    """Loss and gradients: parameters are read forward and backward, gradients are written."""
+    forward = score(cfg, sizes, dtype)
+    gradients = BYTES[trained] * parameters(cfg)
+    return Work(3 * forward.operations, 2 * forward.bytes + gradients, forward.tokens)
+
+
+def optimizer(cfg: ModelConfig, name: str, trained: str, moments: str) -> Work:
+    """Parameters and AdamW's two moments are read and written, gradients read. Adafactor's moments are next to nothing."""
+    one = parameters(cfg)
+    state = 2 * one * (BYTES[moments] + BYTES["float32"]) if name == "adamw" else 0
+    return Work(0, 3 * one * BYTES[trained] + state, 0)
+
+
+def phases(cfg: Config, sizes: Sizes, policy: ModelConfig, annotator: ModelConfig) -> dict[str, Work]:
+    """The phases of one step, in their order; the sum is the step's."""
+    dtype, trained = cfg.compute.dtype, cfg.compute.trained
+    return {
+        "prefill": prefill(policy, sizes, dtype),
+        "decode": decode(policy, sizes, dtype),
+        "annotate": annotate(annotator, sizes, dtype),
+        "reference": score(policy, sizes, dtype),
+        "update": update(policy, sizes, dtype, trained),
+        "optimizer": optimizer(policy, cfg.optimizer.name, trained, cfg.optimizer.moments),
+    }

@@ -1,0 +1,154 @@
+"""What a benchmark runs on: random models of given shapes, random prompts of a given length, and an annotator's form."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from launch import bench_count
+from oaif_jax import config, optim, sharding, state, step, train
+from oaif_jax.annotators.llm import Template
+from oaif_jax.config import Config, ConfigError, Shape, at_least
+from oaif_jax.models import transformer
+from oaif_jax.models.config import ModelConfig
+from oaif_jax.sample import Sampler
+from oaif_jax.tasks.base import compute_of, place
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """config.bench: what a run takes from its tokenizer and its instruction, and models made from nothing don't have."""
+
+    vocab_size: Annotated[int, at_least(3)]
+    tied: bool
+    annotator: Shape
+    label_tokens: Annotated[int, at_least(3)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """A benchmark, checked. Models of policy and annotator differ in shape only."""
+
+    cfg: Config
+    section: Section
+
+    @functools.cached_property
+    def policy(self) -> ModelConfig:
+        """The policy's and the reference's shape."""
+        return self._model(self.cfg.policy.shape)
+
+    @functools.cached_property
+    def annotator(self) -> ModelConfig:
+        """The annotator's shape."""
+        return self._model(self.section.annotator)
+
+    def _model(self, shape: Shape) -> ModelConfig:
+        values = dataclasses.asdict(shape)
+        return ModelConfig(vocab_size=self.section.vocab_size, tied=self.section.tied, **values)
+
+    @functools.cached_property
+    def template(self) -> Template:
+        """Fixed tokens around two responses, as many as an instruction has; which ones doesn't matter here."""
+        third = self.section.label_tokens // 3
+        closing = self.section.label_tokens - 2 * third
+        return Template(first=(0,) * third, second=(1,) * third, closing=(2,) * closing, answers=(0, 1))
+
+    @functools.cached_property
+    def sizes(self) -> bench_count.Sizes:
+        """Rows and columns."""
+        data = self.cfg.data
+        order = self.template.width(data.response_tokens)
+        return bench_count.Sizes(
+            data.batch, data.prompt_tokens, data.response_tokens, self.cfg.annotator.question_tokens, order
+        )
+
+    def sampler(self, tokens: int) -> Sampler:
+        """The sampler of a number of tokens; its stop token is no word of the vocabulary, so that none is ever drawn."""
+        how = self.cfg.sample
+        return Sampler(how.temperature, how.top_k, how.top_p, tokens, stop_ids=(self.section.vocab_size,), pad_id=0)
+
+    def objective(self, tokens: int) -> step.OnlineObjective:
+        """The online objective with responses of a number of tokens."""
+        loss, compute = self.cfg.loss, compute_of(self.cfg)
+        pair = step.PairObjective(loss.name, loss.beta, self.policy, self.policy, compute)
+        return step.OnlineObjective(pair, self.sampler(tokens), self.annotator, self.template, missing_eos="ignore")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arena:
+    """All arrays of a benchmark, on the mesh."""
+
+    mesh: Mesh
+    tx: optax.GradientTransformation
+    training: state.TrainState
+    frozen: dict[str, PyTree]  # reference, annotator
+    batch: step.Batch
+    key: jax.Array
+
+
+def parse(values: Mapping[str, Any]) -> Bench:
+    """A config file's values with the section `bench`; ConfigError for what can't be run."""
+    if "bench" not in values:
+        raise ConfigError("config.bench is missing, wanted an experiment such as experiments/bench_tiny.py")
+    cfg = config.parse({name: value for name, value in values.items() if name != "bench"})
+    section = config._section(Section, values["bench"], "bench.")
+    shape = section.annotator
+    if shape.heads % shape.kv_heads or shape.head_dim % 2:
+        raise ConfigError(
+            f"config.bench.annotator has heads={shape.heads}, kv_heads={shape.kv_heads}, head_dim={shape.head_dim}; "
+            "wanted heads a multiple of kv_heads, and head_dim even"
+        )
+    wanted = {
+        "method": "online", "policy.init": "scratch", "policy.lora.rank": 0, "reference.init": "policy",
+        "annotator.init": "scratch", "annotator.quant": "none", "optimizer.accumulate": 1,
+    }  # fmt: skip
+    flat = config.flatten(cfg)
+    for name, value in wanted.items():
+        if flat[name] != value:
+            raise ConfigError(f"config.{name}={flat[name]!r}: a benchmark has no such thing, wanted {value!r}")
+    for name, least in (("annotator.question_tokens", 1), ("data.response_tokens", 2)):
+        if flat[name] < least:
+            raise ConfigError(f"config.{name}={flat[name]}: every row is this long, wanted at least {least}")
+    return Bench(cfg, section)
+
+
+def arena(bench: Bench) -> Arena:
+    """Random models, a new training state and a batch of prompts without padding."""
+    cfg = bench.cfg
+    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
+    sharding.check_batch(cfg.data.batch, 1, mesh)
+    tx = optim.optimizer(train.optimizer_config(cfg))
+    key = jax.random.key(cfg.seed)
+
+    def random(name: str, shape: ModelConfig) -> PyTree:
+        init = functools.partial(transformer.init, cfg=shape)
+        key_of = step.named_key(key, name)
+        return jax.jit(init, out_shardings=sharding.param_shardings(jax.eval_shape(init, key_of), mesh))(key_of)
+
+    policy = random("policy", bench.policy)
+    frozen = {
+        "reference": state.place(policy, mesh, cfg.compute.frozen),
+        "annotator": state.place(random("annotator", bench.annotator), mesh, cfg.compute.frozen),
+    }
+    training = state.create(policy, tx, mesh, cfg.compute.trained)
+    return Arena(mesh, tx, training, frozen, place(batch(bench), mesh), step.named_key(key, "train"))
+
+
+def batch(bench: Bench) -> dict[str, np.ndarray]:
+    """Random prompts and questions, all of the full length."""
+    rng, sizes = np.random.default_rng(bench.cfg.seed), bench.sizes
+    tokens = lambda width: rng.integers(0, bench.section.vocab_size, (sizes.prompts, width)).astype(np.int32)  # noqa: E731
+    prompts, questions = tokens(sizes.prompt), tokens(sizes.question)
+    return {
+        "prompts": prompts,
+        "prompt_valid": np.ones(prompts.shape, bool),
+        "questions": questions,
+        "question_valid": np.ones(questions.shape, bool),
+        "rows": np.arange(sizes.prompts, dtype=np.int32),
+    }

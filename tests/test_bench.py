@@ -1,0 +1,330 @@
+"""The benchmark: its counts against closed forms and against the programs' own products, and one run at tiny size."""
+
+import copy
+import dataclasses
+import functools
+import gzip
+import io
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend import core
+from rich.console import Console
+
+from launch import bench, bench_count, bench_setup
+from launch.bench_count import Sizes, Work
+from oaif_jax import cli, pairs
+from oaif_jax.annotators import llm
+from oaif_jax.config import ConfigError
+from oaif_jax.errors import UserError
+from oaif_jax.models import transformer
+from oaif_jax.models.config import ComputeConfig, ModelConfig
+from oaif_jax.models.layers import dense
+from oaif_jax.sample import Responses, Sampler, sample
+from oaif_jax.state import TrainState
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FILES = sorted((ROOT / "experiments").glob("bench_*.py"))
+
+# A vocabulary that is not padded, and no two sizes that are alike.
+MODEL = ModelConfig(
+    vocab_size=64, width=16, layers=3, heads=4, kv_heads=2, head_dim=10, mlp=24, tied=False, embedding_scaled=False
+)
+SIZES = Sizes(prompts=5, prompt=7, response=6, question=9, order=15)
+HEAD, WIDTHS = 64 * 16, 4 * 10  # V D, N H
+MATRICES = 3 * (16 * 2 * (2 + 2) * 10 + 4 * 10 * 16 + 16 * 2 * 24 + 24 * 16)
+
+
+def tiny(**overrides: str) -> dict:
+    values = copy.deepcopy(cli.load_config(str(ROOT / "experiments" / "bench_tiny.py")))
+    cli.override(values, {name.replace("__", "."): text for name, text in overrides.items()})
+    return values.to_dict()
+
+
+# --- counts by hand
+
+
+def test_parameters_by_hand():
+    assert bench_count.matrices(MODEL) == MATRICES
+    assert bench_count.parameters(MODEL) == MATRICES + 2 * HEAD
+    assert bench_count.parameters(dataclasses.replace(MODEL, tied=True)) == MATRICES + HEAD
+    shapes = jax.eval_shape(functools.partial(transformer.init, cfg=MODEL), jax.random.key(0))
+    norms = (2 * 3 + 1) * 16
+    assert bench_count.parameters(MODEL) + norms == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize(("first", "count", "window"), [(0, 9, 0), (4, 5, 0), (0, 9, 3), (2, 6, 4), (8, 3, 1)])
+def test_visible_pairs(first, count, window):
+    """As a mask would show them."""
+    seen = sum(
+        key <= query and (not window or query - key < window)
+        for query in range(first, first + count)
+        for key in range(query + 1)
+    )
+    assert bench_count.visible(first, count, window) == seen
+
+
+def test_phases_by_hand():
+    """Pairs that are visible: a trunk of S has S (S + 1) / 2, a branch of R after it R S + R (R + 1) / 2."""
+    one_row = 2 * (7 + 12) * MATRICES + 3 * 4 * WIDTHS * (28 + 2 * (6 * 7 + 21))
+    scored = 5 * (one_row + 2 * 12 * HEAD)
+    assert bench_count.score(MODEL, SIZES, "bfloat16") == Work(scored, 2 * (MATRICES + HEAD), 5 * 19)
+    trained = 2 * 4 * (MATRICES + HEAD) + 4 * (MATRICES + 2 * HEAD)
+    assert bench_count.update(MODEL, SIZES, "float32", "float32") == Work(3 * scored, trained, 5 * 19)
+    cache = 2 * 3 * 2 * 10  # of a token
+    prompts = 5 * (2 * 7 * MATRICES + 3 * 4 * WIDTHS * 28 + 2 * HEAD)
+    assert bench_count.prefill(MODEL, SIZES, "float32") == Work(prompts, 4 * (MATRICES + HEAD + 35 * cache), 35)
+    drawn = 50 * 2 * (MATRICES + HEAD) + 10 * 3 * 4 * WIDTHS * (5 * 7 + 15)
+    read = 4 * (5 * (MATRICES + HEAD) + 5 * (5 * 7 + 2 * 15) * cache)
+    assert bench_count.decode(MODEL, SIZES, "float32") == Work(drawn, read, 50)
+    asked = 5 * (2 * (9 + 30) * MATRICES + 3 * 4 * WIDTHS * (45 + 2 * (15 * 9 + 120)) + 8 * 16)
+    assert bench_count.annotate(MODEL, SIZES, "float32") == Work(asked, 4 * MATRICES, 5 * 39)
+    of_all = MATRICES + 2 * HEAD
+    assert bench_count.optimizer(MODEL, "adamw", "float32", "bfloat16") == Work(0, of_all * (12 + 4 + 8), 0)
+    assert bench_count.optimizer(MODEL, "adafactor", "float32", "float32") == Work(0, of_all * 12, 0)
+
+
+def test_windows_see_less():
+    local = dataclasses.replace(MODEL, window=4, local_layers=(True, False, True))
+    assert bench_count.attention(local, 2, 5) == 4 * WIDTHS * (2 * (3 + 4 * 4) + 25)
+
+
+def test_floor_is_the_slower_of_the_two():
+    assert Work(operations=12, bytes=5).floor(4.0, 5.0) == 3.0
+    assert Work(operations=12, bytes=50).floor(4.0, 5.0) == 10.0
+
+
+# --- counts against the programs' own products
+
+
+def products(jaxpr: core.Jaxpr, trips: int = 0) -> int:
+    """Operations of all matrix products of a program, loops included; a while loop's body is run `trips` times."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+        times = {"scan": equation.params.get("length", 1), "while": trips}.get(equation.primitive.name, 1)
+        total += times * sum(products(inner, trips) for inner in core.jaxprs_in_params(equation.params))
+    return total
+
+
+def traced(function, *arguments, trips: int = 0) -> int:
+    return products(jax.make_jaxpr(function)(*arguments).jaxpr, trips)
+
+
+def masked(trunk: int, branches: int, branch: int) -> int:
+    """Operations of a row's attention that are computed and then masked away: what utilisation doesn't count."""
+    computed = 3 * 4 * WIDTHS * (trunk * trunk + branches * branch * (trunk + branch))
+    seen = bench_count.attention(MODEL, 0, trunk) + branches * bench_count.attention(MODEL, trunk, branch)
+    assert computed > seen
+    return computed - seen
+
+
+COMPUTE = ComputeConfig(head_chunk=60)  # the 60 scored tokens at once: no padding
+PARAMS = jax.eval_shape(functools.partial(transformer.init, cfg=MODEL), jax.random.key(0))
+ints, bools = (
+    (lambda *shape: jax.ShapeDtypeStruct(shape, "int32")),
+    (lambda *shape: jax.ShapeDtypeStruct(shape, "bool")),
+)
+PAIRS = (ints(5, 7), bools(5, 7), ints(5, 2, 6), bools(5, 2, 6))
+
+
+def score(params, *rows):
+    return pairs.response_logprobs(params, *rows, cfg=MODEL, compute=COMPUTE).sum()
+
+
+def test_scoring_is_what_is_counted():
+    assert traced(score, PARAMS, *PAIRS) == bench_count.score(MODEL, SIZES, "float32").operations + 5 * masked(7, 2, 6)
+
+
+def test_backward_is_twice_forward():
+    """But for the head, which is computed again, chunk by chunk: that isn't counted."""
+    counted = bench_count.update(MODEL, SIZES, "float32", "float32").operations
+    again = 60 * 2 * HEAD
+    assert traced(jax.grad(score), PARAMS, *PAIRS) == counted + 3 * 5 * masked(7, 2, 6) + again
+
+
+def test_annotating_is_what_is_counted():
+    template = bench_setup.Template((1,), (2,), (3,), (0, 1))
+    ask = functools.partial(llm.annotate, template=template, cfg=MODEL, compute=COMPUTE)
+    counted = bench_count.annotate(MODEL, dataclasses.replace(SIZES, order=template.width(6)), "float32").operations
+    arguments = (ints(5, 9), bools(5, 9), ints(5, 2, 6), bools(5, 2, 6))
+    assert traced(ask, PARAMS, *arguments) == counted + 5 * masked(9, 2, template.width(6))
+
+
+def test_sampling_is_what_is_counted():
+    sampler = Sampler(0.9, 0, 1.0, max_tokens=6, stop_ids=(64,), pad_id=0)
+    draw = functools.partial(sample, sampler=sampler, completions=2, cfg=MODEL, compute=COMPUTE)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 5))
+    counted = sum(phase(MODEL, SIZES, "float32").operations for phase in (bench_count.prefill, bench_count.decode))
+    twice = 5 * 2 * HEAD  # the first token's logits are computed for each response, where the prompt's would do
+    ahead = 10 * 5 * 3 * 4 * WIDTHS * (7 + 6) - 10 * bench_count.attention(MODEL, 7, 5)  # slots that aren't drawn yet
+    assert traced(draw, PARAMS, ints(5, 7), bools(5, 7), keys, trips=5) == counted + masked(7, 0, 0) * 5 + twice + ahead
+
+
+@pytest.mark.parametrize(("rows", "tokens", "out"), [(2, 64, (48,)), (3, 40, (2, 6, 10))])
+def test_product_is_what_xla_counts(rows, tokens, out):
+    """The part of a phase that XLA can be asked about: what it says of loops counts their bodies once."""
+    weight = jnp.zeros((32, *out))
+    analysis = jax.jit(dense).lower(jnp.zeros((rows, tokens, 32)), weight).compile().cost_analysis()
+    assert analysis["flops"] == pytest.approx(2 * rows * tokens * weight.size, rel=0.02)
+
+
+# --- files and errors
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_files_parse(path):
+    made = bench_setup.parse(cli.load_config(str(path)).to_dict())
+    assert f"--config=experiments/{path.name}" in path.read_text()
+    assert made.template.width(made.sizes.response) == made.sizes.order
+    assert len(made.template.first + made.template.second + made.template.closing) == made.section.label_tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "rows"),
+    [("18m", 17.8, (8, 384, 64)), ("4m", 4.5, (16, 64, 64)), ("llama_0.5b", 507.5, (64, 512, 128))],
+)
+def test_files_are_what_their_names_say(name, millions, rows):
+    made = bench_setup.parse(cli.load_config(str(ROOT / "experiments" / f"bench_{name}.py")).to_dict())
+    assert bench_count.parameters(made.policy) / 1e6 == pytest.approx(millions, rel=0.01)
+    assert (made.sizes.prompts, made.sizes.prompt, made.sizes.response) == rows
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"policy__init": "tiny:sft"}, "config.policy.init='tiny:sft'"),
+        ({"method": "offline"}, "config.method='offline'"),
+        ({"optimizer__accumulate": "2"}, "config.optimizer.accumulate=2"),
+        ({"annotator__question_tokens": "0"}, "config.annotator.question_tokens=0"),
+        ({"data__response_tokens": "1"}, "config.data.response_tokens=1"),
+        ({"bench__label_tokens": "2"}, "config.bench.label_tokens=2"),
+        ({"bench__annotator__kv_heads": "3"}, "config.bench.annotator"),
+        ({"compute__dtype": "float16"}, "config.compute.dtype='float16'"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(overrides, said):
+    with pytest.raises(ConfigError) as caught:
+        bench_setup.parse(tiny(**overrides))
+    assert str(caught.value).startswith(said)
+    assert "wanted" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_section_is_wanted():
+    values = tiny()
+    del values["bench"]["tied"]
+    with pytest.raises(ConfigError, match=r"^config\.bench\.tied is missing$"):
+        bench_setup.parse(values)
+    del values["bench"]
+    with pytest.raises(ConfigError, match=r"^config\.bench is missing"):
+        bench_setup.parse(values)
+
+
+def test_flags_are_checked(tmp_path):
+    bench.check_flags(5, str(tmp_path / "b.json"))
+    with pytest.raises(
+        UserError, match=r"^--out=no/such/b\.json: there's no directory no/such, wanted one that exists$"
+    ):
+        bench.check_flags(5, "no/such/b.json")
+
+
+def test_error_is_one_line():
+    command = [sys.executable, "-m", "launch.bench", "--config=experiments/bench_tiny.py", "--repeats=4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: --repeats=4, wanted at least 5: medians of fewer say little\n"
+
+
+# --- one run
+
+
+@pytest.fixture(scope="module")
+def report() -> dict:
+    """Of a model of one layer, which compiles sooner; two rounds."""
+    made = bench_setup.parse(tiny(policy__shape__layers="1", bench__annotator__layers="1", data__response_tokens="3"))
+    return bench.run(made, repeats=2)
+
+
+def test_report_has_everything(report):
+    assert json.loads(json.dumps(report)) == report
+    assert list(report["phases"]) == [name for name in bench.PHASES if name != "step"]
+    for of in (*report["phases"].values(), report["step"]):
+        assert set(of) == {
+            "seconds", "seconds_all", "operations", "bytes", "tokens", "tokens_per_second", "utilisation", "bandwidth",
+            "floor_seconds", "ratio",
+        }  # fmt: skip
+        assert len(of["seconds_all"]) == 2
+    assert report["attention"] == "products and softmax (XLA)"
+    assert report["config"]["bench.vocab_size"] == 96
+    assert report["config"]["policy.shape.layers"] == 1
+    assert {"prefill", "sample", "annotate", "reference", "both", "optimizer", "step"} == set(report["compile_seconds"])
+    assert report["operations_per_second"] > 1e8
+    assert report["bytes_per_second"] > 1e7
+    assert (
+        0
+        < report["memory"]["step_temporary_bytes"]
+        < report["memory"]["step_bytes"]
+        < report["memory"]["process_bytes"]
+    )
+
+
+def test_parts_make_the_whole(report):
+    phases, whole = report["phases"], report["step"]
+    parts = [phases[name] for name in bench.PHASES["step"]]
+    for name in ("operations", "bytes"):
+        assert whole[name] == sum(part[name] for part in parts) > 0
+    assert whole["floor_seconds"] == pytest.approx(sum(part["floor_seconds"] for part in parts))
+    assert phases["sample"]["floor_seconds"] == pytest.approx(
+        phases["prefill"]["floor_seconds"] + phases["decode"]["floor_seconds"]
+    )
+    assert phases["sample"]["tokens"] == 8 * 2 * 3
+    assert whole["tokens"] == 8 * (16 + 2 * 3)
+
+
+def test_floor_is_below_what_was_measured(report):
+    """Of what is measured by itself; a difference of two may be anything when both take a millisecond."""
+    for of in (report["step"], *(report["phases"][name] for name in ("sample", "annotate", "reference", "optimizer"))):
+        assert 0 < of["floor_seconds"] < min(of["seconds_all"])
+        assert of["ratio"] > 1 > of["utilisation"]
+
+
+def test_table(report):
+    shown = io.StringIO()
+    bench.show(report, Console(file=shown, width=100))
+    assert "…" not in shown.getvalue()
+    for name in (*bench.PHASES, "GFLOP/s", "attention: products and softmax (XLA)", "compiling: step"):
+        assert name in shown.getvalue()
+
+
+def test_trace_names_phases(tmp_path):
+    """A program that does next to nothing, in a trace."""
+    program = bench.apart(lambda x: x + 1, jnp.zeros(3))
+    bench.trace({"annotate": program}, TrainState(jnp.array(0), {}, ()), tmp_path)
+    (found,) = tmp_path.rglob("perfetto_trace.json.gz")
+    names = {event.get("name") for event in json.loads(gzip.decompress(found.read_bytes()))["traceEvents"]}
+    assert "annotate" in names
+
+
+def test_attention_that_ran():
+    call = '%x = (bf16[2]) custom-call(%y), custom_call_target="{}"'
+    assert bench.attention_of(call.format("__cudnn$fmhaSoftmax")) == "cudnn"
+    assert bench.attention_of(call.format("tpu_custom_call")) == "mosaic"
+    assert bench.attention_of("") == bench.attention_of(call.format("Sharding")) == "products and softmax (XLA)"
+
+
+def test_responses_that_end_early_are_noticed():
+    responses = Responses(
+        jnp.zeros((1, 2, 3), int), jnp.array([[[1, 1, 0], [1, 1, 1]]], bool), jnp.zeros((1, 2), bool), jnp.array(3)
+    )
+    with pytest.raises(AssertionError, match="1 tokens of the responses weren't drawn"):
+        bench.check_lengths(responses)
