@@ -29,11 +29,11 @@ def attend_branches(
 ) -> Float[Array, "B K G CT H"]:
     """Attention of each branch to the trunk and to itself: one softmax over two sets of keys, in float32.
 
-    `trunk` holds keys and values [B, K, S, H], `own` those of the branches [B, K, C, R, H]. The branches' queries meet
-    the trunk's keys in one product, and no branch ever meets another.
+    `trunk` holds keys [B, K, H, S] and values [B, K, S, H], `own` keys and values of the branches [B, K, C, R, H]. The
+    branches' queries meet the trunk's keys in one product, and no branch ever meets another.
     """
     (k_trunk, v_trunk), (k_own, v_own) = trunk, own
-    logits = jnp.einsum("BKGCTH,BKSH->BKGCTS", q, k_trunk, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("BKGCTH,BKHS->BKGCTS", q, k_trunk, preferred_element_type=jnp.float32)
     logits = jnp.where(trunk_mask[:, None, None], softcap(logits, cap), MASKED)
     logits_own = jnp.einsum("BKGCTH,BKCRH->BKGCTR", q, k_own, preferred_element_type=jnp.float32)
     logits_own = jnp.where(own_mask[:, None, None], softcap(logits_own, cap), MASKED)
@@ -57,5 +57,6 @@ def attend_rows(
     if not branches:
         return attended
     split = lambda x: x[..., slots:, :].reshape(*x.shape[:-2], branches, -1, x.shape[-1])  # noqa: E731
+    trunk = (trunk[0].swapaxes(-1, -2), trunk[1])
     by_branches = attend_branches(split(q), trunk, (split(k), split(v)), masks.branch_trunk, masks.own, cap)
     return jnp.concatenate([attended, by_branches], axis=3)

@@ -1,0 +1,481 @@
+"""Counting in compiled programs: against closed forms, XLA's own count, and what small programs are known to do."""
+
+import functools
+import itertools
+import json
+import math
+import pathlib
+import types
+
+import hf_fakes
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from rich.console import Console
+
+from launch import bench_count, hlo, hlo_report, plan
+from oaif_jax import cli, optim, sharding, state, train
+from oaif_jax.errors import UserError
+from oaif_jax.tasks import base
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FILE = str(ROOT / "experiments" / "oaif_tldr_online_dpo.py")
+
+# --- reading
+
+
+def program(*computations: str) -> hlo.Program:
+    return hlo.parse("\n\n".join(["HloModule m", *computations]))
+
+
+COUNT_TO_7 = """%until (p: (s32[], f32[4])) -> pred[] {
+  %p = (s32[], f32[4]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %seven = s32[] constant(7)
+  ROOT %more = pred[] compare(%i, %seven), direction=LT
+}"""
+BODY = """%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %p = (s32[], f32[4]{0}) parameter(0)
+  %x = f32[4]{0:T(128)S(1)} get-tuple-element(%p), index=1
+  %sum = f32[4]{0} all-reduce(%x), to_apply=%add, metadata={op_name="jit(f)/annotate/while/body/psum"}
+  ROOT %next = (s32[], f32[4]{0}) tuple(%p, %sum)
+}"""
+LOOP = """ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %first = s32[] constant(2)
+  %start = s32[]{:T(128)} copy(%first)
+  %carry = (s32[], /*index=1*/f32[4]{0}) tuple(%start, %x)
+  %loop = (s32[], f32[4]{0}) while(%carry), condition=%until, body=%body, metadata={op_name="jit(f)/annotate/while"}WHAT
+  ROOT %y = f32[4]{0} get-tuple-element(%loop), index=1
+}"""
+
+
+def times(read: hlo.Program, name: str, dynamic=None) -> int:
+    return sum(run.times for run in hlo.executed(read, dynamic or {}) if run.instruction.name == name)
+
+
+def test_instructions():
+    read = program(COUNT_TO_7, BODY, LOOP.replace("WHAT", ""))
+    body = read.computations["body"]
+    assert read.entry == "main"
+    assert [name for name, each in body.items() if each.is_root] == ["next"]
+    assert body["next"].operands == ("p", "sum")
+    assert body["x"].arrays == (hlo.Array("f32", (4,)),)
+    assert read.computations["main"]["loop"].called == ("body",)
+    assert body["sum"].called == ()  # what is applied to elements isn't followed
+    assert body["sum"].op_name == "jit(f)/annotate/while/body/psum"
+    assert [array.bytes for array in hlo.arrays_in("(bf16[2,3]{1,0}, s32[], pred[5], s4[8], token[])")] == [
+        12,
+        4,
+        5,
+        4,
+        0,
+    ]
+    with pytest.raises(ValueError, match="no program"):
+        hlo.parse("error: nothing")
+
+
+def test_trip_counts():
+    """Counted from the first number to the bound, or as noted, or as the caller says; a loop of unknown length raises."""
+    read = program(COUNT_TO_7, BODY, LOOP.replace("WHAT", ""))
+    assert times(read, "sum") == 7 - 2
+    assert times(read, "loop") == 1
+    noted = LOOP.replace("WHAT", ', backend_config={"known_trip_count":{"n":"11"}}')
+    assert times(program(COUNT_TO_7, BODY, noted), "sum") == 11
+    by_data = COUNT_TO_7.replace("ROOT %more", "%less").replace("}", "  ROOT %also = pred[] and(%less, %less)\n}")
+    endless = program(by_data, BODY, LOOP.replace("WHAT", ""))
+    assert times(endless, "sum", {"annotate/while": 3}) == 3
+    with pytest.raises(ValueError, match="trip count of this loop isn't known"):
+        times(endless, "sum")
+
+
+def test_the_larger_branch_counts():
+    branch = lambda name, count: "\n".join(  # noqa: E731
+        [f"%{name} (p: f32[2]) -> f32[2] {{", "  %p = f32[2]{0} parameter(0)"]
+        + [f"  %{name}_{i} = f32[2]{{0}} negate(%p)" for i in range(count)]
+        + [f"  ROOT %{name}_end = f32[2]{{0}} copy(%p)", "}"]
+    )
+    choose = "\n".join(
+        ["ENTRY %main (p: f32[2], i: s32[]) -> f32[2] {", "  %p = f32[2]{0} parameter(0)", "  %i = s32[] parameter(1)",
+         "  ROOT %c = f32[2]{0} conditional(%i, %p, %p), branch_computations={%few, %many}", "}"]
+    )  # fmt: skip
+    names = {run.instruction.name for run in hlo.executed(program(branch("few", 1), branch("many", 3), choose), {})}
+    assert names & {"many_end", "few_end"} == {"many_end"}
+
+
+def test_loops_multiply():
+    """A scan in a scan, as compiled."""
+
+    @jax.jit
+    def twice(x, w):
+        inner = lambda x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]  # noqa: E731
+        return jax.lax.scan(lambda x, _: (inner(x), None), x, length=3)[0]
+
+    read = hlo.parse(twice.lower(jnp.ones((8, 16)), jnp.ones((5, 16, 16))).compile().as_text())
+    found = hlo_report.operations(read, 1)
+    assert found["other"] == hlo_report.Operations(3 * 5 * 2 * 8 * 16 * 16, 0)
+
+
+# --- products
+
+
+@pytest.mark.parametrize(
+    ("einsum", "shapes"),
+    [
+        ("MD,VD->MV", [(6, 8), (10, 8)]),
+        ("BKTH,BKSH->BKTS", [(2, 3, 4, 5), (2, 3, 6, 5)]),
+        ("ABC,BCD->AD", [(3, 4, 5), (4, 5, 6)]),
+    ],
+)
+def test_products(einsum, shapes):
+    """Twice the product of all dimensions' sizes."""
+    compiled = jax.jit(functools.partial(jnp.einsum, einsum)).lower(*map(jnp.ones, shapes)).compile()
+    sizes = dict(zip("".join(einsum.split("->")[0].split(",")), itertools.chain(*shapes), strict=True))
+    assert hlo_report.operations(hlo.parse(compiled.as_text()), 1)["other"].first == 2 * math.prod(sizes.values())
+
+
+def convolution(left, right, out, window: str, labels: str) -> int:
+    shape = lambda sizes: f"f32[{','.join(map(str, sizes))}]"  # noqa: E731
+    read = program(
+        "\n".join(
+            [f"ENTRY %main (a: {shape(left)}, b: {shape(right)}) -> {shape(out)} {{",
+             f"  %a = {shape(left)} parameter(0)", f"  %b = {shape(right)} parameter(1)",
+             f"  ROOT %c = {shape(out)} convolution(%a, %b), window={{{window}}}, dim_labels={labels}", "}"]
+        )
+    )  # fmt: skip
+    return hlo_report.operations(read, 1)["other"].first
+
+
+# As the TPU compiler writes them, for 8 of 32 rows on a device.
+QKV = (
+    ((32, 512, 576, 1), (4, 256, 576, 1), (32, 512, 4, 256)),
+    "size=1x4 pad=0_0x3_3 rhs_reversal=0x1 0bf1_1oi0->0b1f",
+)
+QK = (((8, 2, 512, 256), (8, 512, 256, 1), (8, 2, 512, 512)), "size=8x1 stride=7x1 lhs_dilate=8x1 01bf_0oi1->01bf")
+HEAD = (((16, 2304), (64000, 2304), (16, 64000)), "bf_oi->bf")
+BRANCHES = (
+    ((8, 2, 64, 256, 1), (8, 2, 2, 64, 256), (8, 2, 64, 2, 64)),
+    "size=8x2x2 stride=7x1x1 pad=0_0x0_0x1_1 lhs_dilate=8x2x1 rhs_reversal=0x0x1 01bf2_021oi->01b2f",
+)
+OF_WEIGHTS = (((32, 640, 576), (32, 640, 2304), (576, 2304, 1)), "size=32 0fb_0io->bf0")
+OF_KEYS = (((8, 2, 512, 512), (8, 2, 512, 256), (8, 512, 256, 1)), "size=8x2 stride=7x1 lhs_dilate=8x1 01fb_01io->0bf1")
+
+
+@pytest.mark.parametrize(
+    ("written", "product"),
+    [
+        (QKV, 32 * 512 * 576 * 4 * 256),
+        (QK, 8 * 2 * 512 * 512 * 256),
+        (HEAD, 16 * 64000 * 2304),
+        (BRANCHES, 8 * 2 * 2 * 64 * 64 * 256),
+        (OF_WEIGHTS, 32 * 640 * 576 * 2304),
+        (OF_KEYS, 8 * 2 * 512 * 512 * 256),
+    ],
+)
+def test_products_as_convolutions(written, product):
+    """Batch and head dimensions are spatial ones, dilated, strided and padded: nothing but the product is counted."""
+    shapes, text = written
+    window, _, labels = text.rpartition(" ")
+    assert convolution(*shapes, window, labels) == 2 * product
+
+
+WINDOWS = list(itertools.product((1, 2), (0, 2), (1, 3), (1, 2)))
+
+
+@pytest.mark.parametrize(("stride", "pad", "dilate", "kernel_dilate"), WINDOWS)
+def test_convolutions(stride, pad, dilate, kernel_dilate):
+    """With ones everywhere, the sum of a convolution is the number of its multiplications."""
+    left, right = np.ones((2, 6, 3), np.float32), np.ones((4, 3, 5), np.float32)
+    out = jax.lax.conv_general_dilated(
+        left, right, (stride,), [(pad, pad)], (dilate,), (kernel_dilate,), dimension_numbers=("NHC", "HIO", "NHC")
+    )
+    window = f"size=4 stride={stride} pad={pad}_{pad} lhs_dilate={dilate} rhs_dilate={kernel_dilate}"
+    assert convolution(left.shape, right.shape, out.shape, window, "b0f_0io->b0f") == 2 * float(out.sum())
+
+
+def test_a_library_product_is_no_zero():
+    call = "ENTRY %main (a: f32[2,2]) -> f32[2,2] {\n  %a = f32[2,2]{1,0} parameter(0)\n  ROOT %c = f32[2,2]{1,0} "
+    call += 'custom-call(%a, %a), custom_call_target="__cublas$gemm"\n}'
+    with pytest.raises(ValueError, match="a product of a library"):
+        hlo_report.operations(program(call), 1)
+
+
+# --- phases
+
+
+@pytest.mark.parametrize(
+    ("op_name", "phase"),
+    [
+        ("jit(train_step)/while/body/closed_call/sample/while/body/Block/Block.project/dot_general", "prefill"),
+        ("jit(train_step)/while/body/sample/decode/while/body/Block.decode/dot_general", "decode"),
+        ("jit(train_step)/annotate/while/body/dot_general", "annotate"),
+        ("jit(train_step)/update/jvp(reference)/while/body/dot_general", "reference"),
+        ("jit(train_step)/update/transpose(jvp(policy))/while/body/dot_general", "update"),
+        ("jit(sampled)/policy_of/dot_general", "other"),
+        ("", "other"),
+    ],
+)
+def test_phases(op_name, phase):
+    assert hlo_report.phase_of(op_name) == phase
+
+
+def test_what_is_computed_again():
+    """A checkpointed layer's first product, and not its derivatives."""
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradient(w, again: bool):
+        layer = lambda x: jnp.tanh(jnp.tanh(x @ w) @ w)  # noqa: E731
+        layer = jax.checkpoint(layer) if again else layer
+        with jax.named_scope("policy"):
+            return jax.grad(lambda x: jnp.sum(layer(x) ** 2))(jnp.ones((8, 8)))
+
+    found = {}
+    for again in (False, True):
+        text = gradient.lower(jnp.ones((8, 8)), again).compile().as_text()
+        found[again] = hlo_report.operations(hlo.parse(text), 1)["update"]
+    one = 2 * 8**3
+    assert found[False] == hlo_report.Operations(4 * one, 0)
+    assert found[True].first <= 4 * one
+    assert found[True].again >= one
+
+
+# --- the token loop
+
+
+def decoding(cache, w, count):
+    """A loop over tokens that gathers weights for each, copies its cache, and sums activations."""
+    axis = "tensor"
+
+    def one(carry):
+        t, x, cache = carry
+        whole = jax.lax.all_gather(w + t, axis, axis=0, tiled=True)  # + t: else the loop needs it once only
+        x = jax.lax.psum(jnp.tanh(x @ whole), axis)
+        cache = jnp.flip(cache, 1) + x[0, 0]
+        return t + 1, x, cache
+
+    with jax.named_scope("decode"):
+        return jax.lax.while_loop(lambda carry: carry[0] < count, one, (0, jnp.ones((4, 16)), cache))
+
+
+@pytest.fixture(scope="module")
+def moving() -> hlo.Program:
+    mesh = sharding.make_mesh(1, 1, 8)
+    rows, whole = PartitionSpec("tensor"), PartitionSpec()
+    mapped = jax.shard_map(
+        decoding, mesh=mesh, in_specs=(whole, rows, whole), out_specs=(whole, whole, whole), check_vma=False
+    )
+    arguments = (jnp.ones((2, 3, 4, 5, 6)), jnp.ones((16, 16)), jnp.array(9))
+    return hlo.parse(jax.jit(mapped).lower(*arguments).compile().as_text())
+
+
+def test_collectives_of_a_token(moving):
+    runs = hlo_report.in_token_loop(moving, 9)
+    assert hlo_report.outer_times(moving, 9) == 9
+    found = {each.kind: each for each in hlo_report.collectives(runs, 9)}
+    assert found["all-gather"].array == "f32[16,16]"
+    assert found["all-gather"].times == 1
+    assert found["all-gather"].bytes == found["all-gather"].array_bytes == 4 * 16 * 16
+    assert found["all-reduce"].bytes == 4 * 4 * 16
+    assert hlo_report.collective_bytes(moving, 9) == {"decode": 9 * 4 * (16 * 16 + 4 * 16)}
+
+
+CACHE_COPIES = """%fused (p: f32[2,8]) -> f32[8,2] {
+  %p = f32[2,8]{1,0} parameter(0)
+  ROOT %turned = f32[8,2]{1,0} transpose(%p), dimensions={1,0}
+}
+
+%in_place (p: f32[2,8], q: f32[1,8]) -> f32[2,8] {
+  %p = f32[2,8]{1,0} parameter(0)
+  %q = f32[1,8]{1,0} parameter(1)
+  %i = s32[] constant(0)
+  ROOT %put = f32[2,8]{1,0} dynamic-update-slice(%p, %q, %i, %i)
+}
+
+%body (p: f32[2,8]) -> f32[2,8] {
+  %p = f32[2,8]{1,0} parameter(0)
+  %one = f32[1,8]{1,0} slice(%p), slice={[0:1], [0:8]}
+  %kept = f32[2,8]{1,0} fusion(%p, %one), kind=kLoop, calls=%in_place
+  %other = f32[8,2]{1,0} fusion(%kept), kind=kLoop, calls=%fused
+  %near = f32[2,8]{1,0:T(8)S(1)} copy(%kept)
+  ROOT %far = f32[2,8]{1,0} copy(%kept)
+}
+
+ENTRY %main (p: f32[2,8]) -> f32[2,8] {
+  %p = f32[2,8]{1,0} parameter(0)
+  ROOT %loop = f32[2,8]{1,0} while(%p), condition=%body, body=%body, metadata={op_name="jit(f)/decode/while"}
+}"""
+
+
+def test_copies_of_caches():
+    """What is updated in place is no copy, and what is copied inside of a fusion is one."""
+    read = program(CACHE_COPIES)
+    found = hlo_report.copies(read, hlo_report.in_token_loop(read, 5), 5, {16: "suffix"})
+    assert {each.kind: each.times for each in found} == {
+        "fused transpose of suffix": 1, "copy of suffix": 1, "copy of suffix, on the chip": 1
+    }  # fmt: skip
+    assert {each.bytes for each in found} == {64}
+
+
+# --- a training step
+
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "sliding_window": 16, "query_pre_attn_scalar": 16,
+}  # fmt: skip
+CHANGES = {
+    "data.batch": "16", "data.prompt_tokens": "24", "data.response_tokens": "8", "optimizer.accumulate": "2",
+    "mesh.data": "1", "mesh.fsdp": "4", "mesh.tensor": "2", "compute.head_chunk": "32", "annotator.question_tokens": "40",
+    "compute.dtype": "float32", "compute.frozen": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    """Key of the config -> a directory with config.json and nothing else."""
+    found = {}
+    for key, layers in (("policy.path", 2), ("annotator.path", 3)):
+        directory = tmp_path_factory.mktemp(key)
+        released = ROOT / "tests" / "hf_configs" / "gemma-2-2b.released.json"
+        (directory / "config.json").write_text(released.read_text())
+        hf_fakes.edit(directory / "config.json", **SMALL | {"num_hidden_layers": layers})
+        found[key] = str(directory)
+    return found
+
+
+def values(models: dict[str, str], **changes: str) -> dict:
+    loaded = cli.load_config(FILE)
+    cli.override(loaded, CHANGES | models | changes)
+    return loaded.to_dict()
+
+
+@pytest.fixture(scope="module")
+def planned(models) -> plan.Planned:
+    return plan.parse(values(models))
+
+
+@pytest.fixture(scope="module")
+def found(planned) -> dict:
+    """The report of a step compiled for the eight devices that are here."""
+    quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # it isn't run
+    compiled = plan.lower(planned, sharding.make_mesh(1, 4, 2)).compile(compiler_options=quickly)
+    return plan.report(planned, compiled, compiled.as_text(), "cpu", 8) | {"compile_seconds": 0.0}
+
+
+def dense(cfg, trunk: int, branches: int, branch: int) -> int:
+    """Operations of a row when nothing is left out of its rectangles of queries and keys."""
+    pairs = trunk**2 + branches * branch * (trunk + branch)
+    products = 2 * (trunk + branches * branch) * bench_count.matrices(cfg)
+    return products + 4 * cfg.layers * cfg.heads * cfg.head_dim * pairs
+
+
+def test_operations_of_a_step(planned, found):
+    """All devices together run what the rows' rectangles need: nothing twice, and nothing is missed."""
+    sizes, cfg = planned.sizes, planned.policy.cfg
+    counted = found["operations"]
+    head = 2 * bench_count.head(cfg)
+    score = sizes.prompts * (dense(cfg, sizes.prompt, 2, sizes.response) + 2 * sizes.response * head)
+    asked = dense(planned.annotator.cfg, sizes.question, 2, sizes.order)
+    assert counted["reference"]["program"] == pytest.approx(score, rel=0.01)
+    assert counted["update"]["program"] == pytest.approx(3 * score, rel=0.03)
+    assert counted["update"]["again"] == pytest.approx(score, rel=0.1)  # remat="layer"
+    assert counted["annotate"]["program"] == pytest.approx(sizes.prompts * asked, rel=0.02)
+    assert counted["prefill"]["program"] == pytest.approx(
+        sizes.prompts * (dense(cfg, sizes.prompt, 0, 0) + head), rel=0.02
+    )
+    for phase, row in counted.items():
+        if phase != "other":
+            assert row["model"] == plan.model_operations(planned)[phase]
+            assert 0.5 < row["ratio"] <= 1.0, phase
+
+
+def test_the_token_loop_of_a_step(found):
+    loop = found["token_loop"]
+    assert loop["passes"] == 2 * 7  # micro-batches, and tokens after the first
+    assert loop["collectives"]
+    assert json.loads(json.dumps(found))["token_loop"]["passes"] == 14
+
+
+def test_parameters_that_are_gathered(planned, found):
+    """A gather as large as a layer's smallest matrix, which is `out` in two parts, is said to be one."""
+    assert plan.smallest_projection(planned) == 64 * 64 * 4 // 2
+    loop = found["token_loop"]
+    assert loop["gathers_parameters"] == (loop["largest_gather_bytes"] >= 64 * 64 * 4 // 2)
+    console = Console(record=True, width=160)
+    plan.show(found | {"token_loop": loop | {"gathers_parameters": True}}, console)
+    assert "parameters are gathered for each token" in console.export_text()
+
+
+def test_report(found):
+    console = Console(record=True, width=160)
+    plan.show(found, console)
+    text = console.export_text()
+    assert {word for word in ("8 x cpu", "annotate", "all-reduce") if word not in text} == set()
+
+
+def test_offline(models):
+    """Without an annotator there is nothing to sample."""
+    planned = plan.parse(values(models, method="offline"))
+    assert set(plan.model_operations(planned)) == {"reference", "update"}
+    assert set(plan.batch_of(planned, sharding.make_mesh(1, 4, 2))) == {
+        "prompts", "prompt_valid", "responses", "mask", "first_is_better"
+    }  # fmt: skip
+    plan.lower(planned, sharding.make_mesh(1, 4, 2))
+
+
+def test_arguments_lie_as_in_training(planned):
+    """State, frozen models and batch: as state.create, state.place and tasks.base.place make them."""
+    mesh, cfg = sharding.make_mesh(1, 4, 2), planned.cfg
+    tx = optim.optimizer(train.optimizer_config(cfg))
+    training, frozen, batch, _ = plan.arguments(planned, tx, mesh)
+    abstract = plan.parameters(planned.policy.cfg, "float32")
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+    made = state.create(params, tx, mesh, cfg.compute.trained)
+    placed = state.place(params, mesh, cfg.compute.frozen)
+    rows = base.place({"prompts": np.zeros((16, 24), np.int32)}, mesh)
+    seen = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), tree)  # noqa: E731
+    assert jax.tree.structure(training) == jax.tree.structure(made)
+    for ours, theirs in ((training, made), (frozen["reference"], placed), (batch["prompts"], rows["prompts"])):
+        assert seen(ours) == seen(theirs)
+
+
+def test_memory():
+    stats = types.SimpleNamespace(
+        argument_size_in_bytes=4 * plan.GIB, output_size_in_bytes=3 * plan.GIB, alias_size_in_bytes=2 * plan.GIB,
+        temp_size_in_bytes=5 * plan.GIB, generated_code_size_in_bytes=0,
+    )  # fmt: skip
+    assert plan.memory(stats, "TPU v5 lite") == {
+        "arguments": 4.0, "results": 1.0, "temporary": 5.0, "code": 0.0, "total": 10.0, "of": 16
+    }  # fmt: skip
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "sft"}, "config.method='sft' can't be planned, wanted online or offline"),
+        ({"policy.init": "tiny:sft"}, "config.policy.init='tiny:sft' can't be planned, wanted 'hf'"),
+        ({"policy.lora.rank": "4"}, "config.policy.lora.rank=4 can't be planned, wanted 0"),
+        ({"annotator.path": "nowhere"}, "no config.json there"),
+        ({"optimizer.accumulate": "16"}, "doesn't divide over data x fsdp"),
+    ],
+)
+def test_refused(models, changes, said):
+    with pytest.raises(UserError, match=said):
+        plan.lower(plan.parse(values(models, **changes)), sharding.make_mesh(1, 4, 2))
+
+
+def test_families(models, tmp_path):
+    released = ROOT / "tests" / "hf_configs" / "llama-3.2-1b.released.json"
+    (tmp_path / "config.json").write_text(released.read_text())
+    with pytest.raises(UserError, match=r"of family llama.*policy's, gemma2.*wanted one family"):
+        plan.parse(values(models, **{"annotator.path": str(tmp_path)}))
+
+
+def test_without_libtpu(monkeypatch):
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--topology=v5e:4x4: libtpu isn't installed, wanted: pip install"):
+        plan.devices_of("v5e:4x4")
