@@ -29,6 +29,7 @@ from oaif_jax.collecting import Batches
 from oaif_jax.config import Config
 from oaif_jax.errors import UserError
 from oaif_jax.files import atomic_write_json, sha256_of_tree
+from oaif_jax.interrupts import Interrupts
 from oaif_jax.metrics import MetricsLog
 from oaif_jax.progress import Progress
 
@@ -128,7 +129,8 @@ def _train(
     abstract = (training, task.frozen, batches.abstract(training.params), key)
     progress = Progress(cfg.steps, begin or 0, cfg.method, console=console)
     compiler = concurrent.futures.ThreadPoolExecutor(1, "compiler")
-    with checkpoints, contextlib.closing(log), contextlib.closing(batches), compiler, progress:
+    interrupts = Interrupts()
+    with interrupts, checkpoints, contextlib.closing(log), contextlib.closing(batches), compiler, progress:
 
         def read(taken: Taken) -> None:
             """Metrics of a step, once the next one is under way; a loss or an update that isn't finite ends the run here."""
@@ -174,6 +176,7 @@ def _train(
             batches.restore(begin, checkpoints.restore(begin, {"pending": abstract[2]})["pending"])
         taken: Taken | None = None
         for number in range((begin or 0) + 1, cfg.steps + 1):
+            interrupts.check()
             assert take is not None
             batch = batches.get(number - 1, training.params)
             dispatched = Taken(number, {}, {}, batch.tokens, time.monotonic())
@@ -207,6 +210,7 @@ def _train(
         checkpoints.wait()
 
         # ----------------------------------------------------------------------------------- final evaluation, summary
+        interrupts.check()
         final_step = checkpoints.best() if cfg.eval.final == "best" else checkpoints.latest()
         params, _ = load_params(workdir / "checkpoints", str(final_step))
         metrics, records = task.finish(state.place(params, mesh, cfg.compute.trained))

@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+from tensorboardX import SummaryWriter
 from test_train import (
     ROOT,
     STEPS,
@@ -31,6 +32,7 @@ from test_train import (
 from oaif_jax import config, resume
 from oaif_jax.checkpoint import Checkpoints, Reader, load_params
 from oaif_jax.errors import UserError
+from oaif_jax.interrupts import Interrupts
 from oaif_jax.metrics import MetricsLog
 
 CLOCK = ("seconds", "command")  # of a summary: what may differ
@@ -226,8 +228,47 @@ def test_interrupted_from_the_keyboard(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=120) == 130
     said = file.with_suffix(".log").read_text()
+    assert "stopping after this step" in said
     assert "interrupted; the same command goes on from here" in said
     assert "Traceback" not in said
+
+
+def test_interrupted_within_a_step(base, tmp_path, monkeypatch):
+    """Ctrl-C while a line is written: the line is whole, nobody waits for tensorboard's lock, and the end is the same."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    write = SummaryWriter.add_scalar
+    with monkeypatch.context() as patched:
+        sent = []
+
+        def interrupted(self, name, value, step):
+            if (name, step) == ("train/loss", 3):
+                sent.append(os.kill(os.getpid(), signal.SIGINT))
+            write(self, name, value, step)
+
+        patched.setattr(SummaryWriter, "add_scalar", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(sft_config(), tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, handler)
+    assert sent
+    assert {(line["step"], line["kind"]) for line in lines(tmp_path / "run")} >= {(3, "train")}
+    run(sft_config(), tmp_path / "run")
+    assert_same_end(tmp_path / "run", sft_run(base))
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                interrupts.check()
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ------------------------------------------------------------------------------------------------ damaged
