@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Modules of oaif_jax and what is inside of them, lowest floor first; of two entries that fit a module the longer
 # counts. A module imports its own floor and lower ones.
 FLOORS = (
-    ("errors", "files", "config", "cli", "progress", "report", "losses", "metrics", "sharding", "optim", "models",
+    ("errors", "interrupts", "files", "config", "cli", "progress", "report", "losses", "metrics", "sharding", "optim", "models",
      "data.special_tokens", "data.vocabularies", "data.tokenizer"),
     ("sample", "pairs", "annotators", "state", "data", "tiny"),
     ("step", "supervised", "checkpoint", "evals", "resume", "start", "runs", "tasks", "collecting", "export"),
