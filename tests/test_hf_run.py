@@ -75,10 +75,11 @@ def logits_of(directory) -> np.ndarray:
         return model(torch.arange(12)[None]).logits[0].numpy()
 
 
-def our_logits(params, cfg) -> np.ndarray:
-    tokens, params = jnp.arange(12)[None], jax.tree.map(jnp.asarray, params)
+@functools.partial(jax.jit, static_argnames="cfg")
+def our_logits(params, cfg):
+    tokens = jnp.arange(12)[None]
     hidden, _ = transformer.forward(params, trunk(tokens, tokens >= 0), cfg=cfg, compute=fakes.COMPUTE)
-    return np.asarray(heads.logits(params, hidden[0], cfg=cfg))
+    return heads.logits(params, hidden[0], cfg=cfg)
 
 
 @pytest.fixture(scope="module")

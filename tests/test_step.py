@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from oaif_jax import losses, sharding, state, step
 from oaif_jax.annotators.llm import Template
 from oaif_jax.models.config import ModelConfig
-from oaif_jax.sample import Sampler
+from oaif_jax.sample import Responses, Sampler
 from oaif_jax.tasks.base import place as place_batch
 
 ANNOTATOR = ModelConfig(vocab_size=47, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, mlp=40)
@@ -118,10 +118,10 @@ def test_parts_on_eight_devices():
     assert_same_step(online("2x2x2", 4), online())
 
 
-@pytest.mark.parametrize("stop", [STOP, tuple(range(3, MODEL.vocab_size))], ids=["long", "of one token"])
-def test_columns_past_the_longest_response_change_nothing(stop):
-    """At the widths 2, 3 and 6 as at 6 alone; and the responses that come back are as wide as ever."""
+def test_columns_past_the_longest_response_change_nothing():
+    """Responses of one token at the widths 2, 3 and 6 as at 6 alone; those that come back are as wide as ever."""
     params, frozen = models()
+    stop = tuple(range(3, MODEL.vocab_size))
     objective = dataclasses.replace(ONLINE, sampler=dataclasses.replace(ONLINE.sampler, stop_ids=stop))
 
     def take(lengths: int) -> step.Contribution:
@@ -129,6 +129,21 @@ def test_columns_past_the_longest_response_change_nothing(stop):
         return jax.device_get(jax.jit(contribute)(params, frozen, prompts(), KEY))
 
     assert_same_step(take(3), take(1))
+
+
+def test_the_narrowest_width_that_holds_all_responses():
+    def width(cut) -> step.Contribution:
+        return step.Contribution({}, jnp.float32(cut.tokens.shape[-1]), jnp.float32(cut.mask.shape[-1]), {}, {})
+
+    @jax.jit
+    def chosen(steps) -> step.Contribution:
+        tokens = jnp.zeros((2, 2, RESPONSE), jnp.int32)
+        responses = Responses(tokens, tokens > 0, tokens[..., 0] > 0, steps)
+        return step.at_length(width, responses, 3)
+
+    found = [chosen(jnp.array(steps)) for steps in range(1, RESPONSE + 1)]
+    assert [int(each.loss) for each in found] == [2, 2, 3, 6, 6, 6]
+    assert all(each.weight == each.loss for each in found)
 
 
 def test_tokens_belong_to_rows_not_to_places_in_the_batch():
