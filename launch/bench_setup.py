@@ -97,7 +97,7 @@ def parse(values: Mapping[str, Any]) -> Bench:
     if "bench" not in values:
         raise ConfigError("config.bench is missing, wanted an experiment such as experiments/bench_tiny.py")
     cfg = config.parse({name: value for name, value in values.items() if name != "bench"})
-    section = config._section(Section, values["bench"], "bench.")
+    section = config.section(Section, values["bench"], "bench.")
     shape = section.annotator
     if shape.heads % shape.kv_heads or shape.head_dim % 2:
         raise ConfigError(

@@ -1,5 +1,7 @@
 """Where the training step's batches come from: as the data has them, or with pairs that were collected before the step.
 
+The host makes them ahead, in a thread of their own, while the device is at work.
+
 Pairs are collected before the step where an annotator is asked on the host, or where `config.async_steps=1` collects them
 one step ahead: the pairs of step t + 1 are sampled and annotated with the parameters that step t begins with, while step t
 is taken ("asynchronous RLHF", Noukhovitch et al. 2024, arXiv 2410.18252). One device takes what is dispatched in turn;
@@ -17,6 +19,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from oaif_jax import sharding, step
+from oaif_jax.data.source import Arrays
+from oaif_jax.data.stream import ahead_of
 from oaif_jax.step import Batch
 from oaif_jax.tasks.base import Task, place
 
@@ -36,6 +40,7 @@ class Batches:
     def __init__(self, task: Task, mesh: Mesh, key: Array, ahead: bool):
         self._task, self._mesh, self._key, self._ahead = task, mesh, key, ahead
         self._pending: dict[int, concurrent.futures.Future[Ready]] = {}
+        self._arrays = ahead_of(task.batch)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "annotator")
         on = sharding.batch_sharding(mesh)
         self._collect = None
@@ -73,11 +78,18 @@ class Batches:
         return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on) for name, x in batch.items()}
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the threads."""
+        self._arrays.close()
         self._thread.shutdown(cancel_futures=True)
 
+    def _made(self, at: int) -> Arrays:
+        """The global batch of a step, on the host; steps are asked for in order, but for the first one of a run."""
+        if self._arrays.get_state() != {"next_index": at}:
+            self._arrays.set_state({"next_index": at})
+        return next(self._arrays)
+
     def _begin(self, at: int, params: PyTree, collected_at: int) -> "concurrent.futures.Future[Ready]":
-        arrays = self._task.batch(at)
+        arrays = self._made(at)
         placed, tokens = place(arrays, self._mesh), prompt_tokens(arrays)
         if self._collect is None:
             return self._thread.submit(lambda: Ready(placed, tokens, collected_at))

@@ -270,7 +270,7 @@ MAY_CHANGE = (
 
 def parse(values: Any) -> Config:
     """Checks every key of a nested mapping (a ConfigDict, or a run's config.json) and returns the run's Config."""
-    config = _section(Config, values, "")
+    config = section(Config, values, "")
     _check_together(config)
     return config
 
@@ -287,7 +287,8 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _section(cls: type, values: Any, prefix: str) -> Any:
+def section(cls: type, values: Any, prefix: str) -> Any:
+    """A section of a config as the dataclass `cls`, its fields checked; `prefix`, such as "loss.", is for errors."""
     if not isinstance(values, Mapping) and not hasattr(values, "items"):
         raise ConfigError(f"config.{prefix.rstrip('.')}={values!r}: wanted a section with keys")
     names = [field.name for field in dataclasses.fields(cls)]
@@ -307,7 +308,7 @@ def _section(cls: type, values: Any, prefix: str) -> Any:
             raise ConfigError(f"config.{name} is missing")
         value = values[field.name]
         if dataclasses.is_dataclass(types[field.name]):
-            parsed[field.name] = _section(types[field.name], value, f"{name}.")
+            parsed[field.name] = section(types[field.name], value, f"{name}.")
         else:
             parsed[field.name] = _value(name, value, types[field.name], checks.get(field.name))
     return cls(**parsed)

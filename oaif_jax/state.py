@@ -60,9 +60,13 @@ def create(params: PyTree, tx: optax.GradientTransformation, mesh: Mesh, dtype: 
 
 
 def place(params: PyTree, mesh: Mesh, dtype: str) -> PyTree:
-    """A frozen model's parameters on the mesh, as copies of their own (a donated state must not share them)."""
-    on = sharding.param_shardings(params, mesh)
-    return jax.jit(lambda tree: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), tree), out_shardings=on)(params)
+    """A frozen model's parameters on the mesh, as copies of their own (a donated state must not share them); floating-point
+    leaves as `dtype`, codes of quantised ones as they are."""
+
+    def own(x: Array) -> Array:
+        return jnp.array(x, dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype, copy=True)
+
+    return jax.jit(lambda tree: jax.tree.map(own, tree), out_shardings=sharding.param_shardings(params, mesh))(params)
 
 
 def apply_gradients(

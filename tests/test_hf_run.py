@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import json
+import re
 
 import fakes
 import hf_dirs
@@ -222,6 +223,18 @@ def test_other_methods(home, tmp_path, method, name, file, best):
     summary = run(home, tmp_path / method, method=method, data__name=name, **changes)
     assert summary["steps"] == 2
     assert (tmp_path / method / "export" / "model.safetensors").is_file()
+
+
+def test_what_is_said_of_the_data(home):
+    """What was read, and how often joined tokens are unusual ones; every response of the pairs counts."""
+    changes = {"data__name": "pairs", "data__path": str(home / "pairs.jsonl"), "data__response_tokens": "12"}
+    notes = data.prepare(config.parse(values(home, method="offline", **changes))).notes
+    assert "kept" in notes[0]
+    joined = re.search(r"joining differs from tokenizing the whole in (\d+) of (\d+)", notes[1])
+    assert joined
+    assert int(joined[1]) <= int(joined[2])
+    assert int(joined[2]) > 0
+    assert len(data.prepare(config.parse(values(home))).notes) == 1
 
 
 # ------------------------------------------------------------------------------------------------ what can't be run

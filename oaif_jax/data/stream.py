@@ -5,7 +5,8 @@
         arrays = next(batches)
     saved = batches.get_state()  # {"next_index": steps}
 
-Reading and tokenizing overlap with the device's work; nothing depends on how far ahead they are.
+Reading and tokenizing overlap with the device's work; nothing depends on how far ahead they are. The training loop takes
+its batches from `ahead_of` a function of the step's number (collecting.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -40,6 +41,22 @@ def examples_at(
     return [examples[int(i)] for i in batch_indices(len(examples), batch, seed, step)[rows]]
 
 
+def ahead_of(
+    make: Callable[[int], Made], *, start: int = 0, threads: int = 1, ahead: int = 2
+) -> grain.DatasetIterator[Made]:
+    """make(start), make(start + 1), ..., without an end.
+
+    `ahead` of them are made before they are asked for, in `threads` threads (ahead=0: when asked for, in the caller's).
+    The state, by get_state and set_state, is the step that comes next, whatever was prefetched: the number to checkpoint.
+    An error of `make` is raised by the `next` of its step.
+    """
+    options = grain.ReadOptions(num_threads=threads if ahead else 0, prefetch_buffer_size=ahead)
+    # None is a batch like any other; by default Grain would pass over it.
+    made = iter(grain.MapDataset.range(ENDLESS).map(make).to_iter_dataset(options, allow_nones=True))
+    made.set_state({"next_index": start})
+    return made
+
+
 def stream(
     examples: Sequence[T],
     make_batch: Callable[[list[T]], Made],
@@ -52,12 +69,7 @@ def stream(
     threads: int = 1,
     ahead: int = 2,
 ) -> grain.DatasetIterator[Made]:
-    """make_batch of a process's examples of steps start, start + 1, ..., without an end.
-
-    `ahead` batches are made before they are asked for, in `threads` threads (ahead=0: when asked for, in the caller's).
-    The state, by get_state and set_state, is the step that comes next, whatever was prefetched: the number to checkpoint.
-    An error of make_batch is raised by the `next` of its step.
-    """
+    """make_batch of a process's examples of steps start, start + 1, ..., prefetched as `ahead_of` does."""
     if not len(examples):
         raise UserError("examples: none, wanted at least one")
     host_rows(batch, process, processes)  # whatever is wrong with them raises here, and not in a thread
@@ -65,8 +77,4 @@ def stream(
     def make(step: int) -> Made:
         return make_batch(examples_at(examples, step, batch=batch, seed=seed, process=process, processes=processes))
 
-    options = grain.ReadOptions(num_threads=threads if ahead else 0, prefetch_buffer_size=ahead)
-    # None is a batch like any other; by default Grain would pass over it.
-    batches = iter(grain.MapDataset.range(ENDLESS).map(make).to_iter_dataset(options, allow_nones=True))
-    batches.set_state({"next_index": start})
-    return batches
+    return ahead_of(make, start=start, threads=threads, ahead=ahead)

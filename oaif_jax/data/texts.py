@@ -10,7 +10,7 @@ import numpy as np
 from oaif_jax.annotators import prompts
 from oaif_jax.annotators.llm import Template
 from oaif_jax.data.chat import MARK, ChatTemplate, plain
-from oaif_jax.data.joining import answer_ids, continuation_ids
+from oaif_jax.data.joining import JoiningReport, answer_ids, continuation_ids, joining_report
 from oaif_jax.data.records import Example
 from oaif_jax.data.source import Arrays
 from oaif_jax.data.tokenizer import Tokenizer, left_pad, right_pad
@@ -35,10 +35,21 @@ class Voice:
         """Whether an answer begins with a space, as one behind a cue of plain text does."""
         return not self.chat.source
 
+    def behind_prompt(self, text: str) -> str:
+        """An answer's text as it continues a prompt."""
+        return f" {text}" if text and self.spaced and not text[0].isspace() else text
+
     def answer(self, text: str, *, stop: bool) -> list[int]:
         """Token ids of an answer, with the stop token or without."""
-        text = f" {text}" if text and self.spaced and not text[0].isspace() else text
-        return [*continuation_ids(self.tokenizer, text), *([self.stop_ids[0]] if stop else [])]
+        ids = continuation_ids(self.tokenizer, self.behind_prompt(text))
+        return [*ids, *([self.stop_ids[0]] if stop else [])]
+
+    def joining(self, examples: Sequence[Example]) -> JoiningReport:
+        """How often prompt and answer are other tokens as one text than as the pieces that are trained on."""
+        both = [(example.prompt, text) for example in examples for text in example.responses]
+        prompts = [self.chat.render([dataclasses.asdict(message) for message in prompt]) for prompt, _ in both]
+        answers = [self.behind_prompt(text) for _, text in both]
+        return joining_report(self.tokenizer, prompts, answers, special=bool(self.chat.source))
 
     def same_ids(self, other: "Voice") -> bool:
         """Whether both write a text as the same ids: their tokenizers are the same file, byte for byte."""

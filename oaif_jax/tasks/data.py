@@ -18,6 +18,7 @@ from oaif_jax.errors import UserError
 from oaif_jax.models import hf
 from oaif_jax.tiny.data import TinyData, instruction_text
 
+JOINED = 200  # examples whose prompts and responses are tokenized as one text, to say how often that differs
 USES = {"online": "prompts", "offline": "pairs", "sft": "references"}
 
 
@@ -97,6 +98,8 @@ def _texts(cfg: Config) -> Prepared:
             raise UserError(f"config.data: {name} has {len(splits[name])} examples, wanted {count} for evaluations")
     if not splits["train"]:
         raise UserError(f"config.data.held_out={cfg.data.held_out}: nothing is left to train on, wanted fewer")
+    if cfg.method != "online":
+        notes.append(f"the first {JOINED} examples: {voice.joining(splits['train'][:JOINED])}")
     return Prepared(dataclasses.replace(data, splits=splits), voice.stop_ids, len(splits["train"]), tuple(notes))
 
 
