@@ -77,8 +77,8 @@ def merge(params: PyTree, cfg: ModelConfig) -> PyTree:
         "k": ("qkv", (every, every, every, cfg.groups)),
         "v": ("qkv", (every, every, every, cfg.groups + 1)),
         "out": ("out", (every,)),
-        "gate": ("gate_up", (every, every, 0)),
-        "up": ("gate_up", (every, every, 1)),
+        "gate": ("gate_up", (every, 0)),
+        "up": ("gate_up", (every, 1)),
         "down": ("down", (every,)),
     }
     for name in params["lora"]:

@@ -24,7 +24,7 @@ BLOCK = 64  # largest block of weights that share a scale
 LEAST_BLOCK = 8  # in smaller ones the scales would be as large as the codes
 
 # Leaf -> axes of its input within a layer; nf4's blocks lie along the last of them.
-INPUT_AXES = {"qkv": (0,), "out": (0, 1, 2), "gate_up": (0,), "down": (0,)}
+INPUT_AXES = {"qkv": (0,), "out": (0, 1, 2), "gate_up": (1,), "down": (0,)}
 
 # The levels of nf4, by code.
 NF4 = (

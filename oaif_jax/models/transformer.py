@@ -68,7 +68,7 @@ class Block(nn.Module):
             (cfg.kv_heads, cfg.groups, cfg.head_dim, cfg.width),
         )
         self.gate_up = self.param(
-            "gate_up", fan_in(1.0, "fan_in", "normal", in_axis=0, out_axis=(1, 2)), (cfg.width, gates, cfg.mlp)
+            "gate_up", fan_in(1.0, "fan_in", "normal", in_axis=1, out_axis=(0, 2)), (gates, cfg.width, cfg.mlp)
         )
         self.down = self.param(
             "down", fan_in(1.0 / (2 * cfg.layers), "fan_in", "normal", in_axis=0, out_axis=1), (cfg.mlp, cfg.width)
@@ -117,11 +117,11 @@ class Block(nn.Module):
         bias = (
             (lambda i: self.gate_up_bias[i].astype(y_BTD.dtype)[None, None]) if cfg.biases == "all" else lambda i: 0.0
         )
-        # A product for each: XLA on CPU is slower with one whose halves are taken apart.
-        gate_BTF = act(self.project("gate_up", y_BTD, lambda w: w[:, 0]) + bias(0) + self.added("gate", y_BTD))
+        # A product for each, whose weights lie together: XLA on CPU is slower with one whose halves are taken apart.
+        gate_BTF = act(self.project("gate_up", y_BTD, lambda w: w[0]) + bias(0) + self.added("gate", y_BTD))
         if cfg.gated:
             gate_BTF = gate_BTF * (
-                self.project("gate_up", y_BTD, lambda w: w[:, 1]) + bias(1) + self.added("up", y_BTD)
+                self.project("gate_up", y_BTD, lambda w: w[1]) + bias(1) + self.added("up", y_BTD)
             )
         y_BTD = self.project("down", gate_BTF) + self.added("down", gate_BTF)
         return y_BTD + self.down_bias.astype(y_BTD.dtype)[None, None] if cfg.biases == "all" else y_BTD

@@ -26,7 +26,7 @@ LEAF_AXES = {
     "qkv_bias": "KJH",
     "out": "KGHD",
     "out_bias": "D",
-    "gate_up": "DJF",
+    "gate_up": "JDF",
     "gate_up_bias": "JF",
     "down": "FD",
     "down_bias": "D",
