@@ -150,7 +150,10 @@ def sweep(runs: Sequence[Run], workdir: pathlib.Path, console: Console, trainer:
     """Runs what hasn't finished, writes sweep.json and sweep.md, prints the table; the number of runs that failed."""
     summaries = [run.summary() for run in runs]  # before the first starts: results of other settings stop the sweep
     failures = [""] * len(runs)
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} can't be made ({error.strerror})") from error
     for i, run in enumerate(runs):
         finished = " (has finished)" if summaries[i] else ""
         _say(console, f"run {i + 1} of {len(runs)}: {run.name}, seed {run.seed}{finished}")

@@ -35,9 +35,10 @@ class Ready:
 
 
 class Batches:
-    """The batch of each step. `ahead`: collect the next step's pairs before this step is taken."""
+    """The batch of each step. `ahead`: collect the next step's pairs before this step is taken; `parts`: in as many
+    micro-batches."""
 
-    def __init__(self, task: Task, mesh: Mesh, key: Array, ahead: bool):
+    def __init__(self, task: Task, mesh: Mesh, key: Array, ahead: bool, parts: int):
         self._task, self._mesh, self._key, self._ahead = task, mesh, key, ahead
         self._pending: dict[int, concurrent.futures.Future[Ready]] = {}
         self._arrays = ahead_of(task.batch)
@@ -46,7 +47,12 @@ class Batches:
         self._collect = None
         if task.apart:
             function = step.collect if task.apart.annotate is None else step.draw_responses
-            self._collect = jax.jit(functools.partial(function, objective=task.apart.objective), out_shardings=on)
+            one = functools.partial(function, objective=task.apart.objective)
+
+            def collect(params: PyTree, frozen: dict[str, PyTree], batch: Batch, key: Array, at: Array) -> Batch:
+                return step.by_parts(lambda micro: one(params, frozen, micro, key, at), batch, parts)
+
+            self._collect = jax.jit(collect, out_shardings=on)
 
     def get(self, at: int, params: PyTree) -> Ready:
         """The batch of the step that `at` steps were taken before; collected now unless it was begun."""

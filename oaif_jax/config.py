@@ -38,6 +38,9 @@ def within(low: float, high: float) -> Callable[[Any], str | None]:
     return lambda value: None if low <= value <= high else f"a number from {low:g} to {high:g}"
 
 
+LARGEST = 2**31 - 1  # of a whole number: arrays count in int32
+SMALLER = 1e31  # than this is a number: products with others still fit float32
+
 METHODS = ("online", "offline", "sft", "annotator")
 LOSSES = ("dpo", "ipo", "ipo_mean", "slic")
 DATA = (
@@ -319,10 +322,14 @@ def _value(name: str, value: Any, wanted: type, check: Callable[[Any], str | Non
         value = float(value)
     if type(value) is not wanted:
         raise ConfigError(f"config.{name}={value!r} is of type {type(value).__name__}, wanted {wanted.__name__}")
+    if wanted is int and abs(value) > LARGEST:
+        raise ConfigError(f"config.{name}={value!r}, wanted at most {LARGEST}")
     problem = check(value) if check else None
     if problem:
         hint = near(value, problem.removeprefix("one of ").split(", ")) if isinstance(value, str) else ""
         raise ConfigError(f"config.{name}={value!r}, wanted {problem}{hint}")
+    if wanted is float and not abs(value) < SMALLER:
+        raise ConfigError(f"config.{name}={value!r}, wanted a number that float32 can hold")
     return value
 
 
@@ -351,6 +358,16 @@ def _check_together(config: Config) -> None:
         )
     if shape.head_dim % 2:
         raise ConfigError(f"config.policy.shape.head_dim={shape.head_dim} is odd; rotary angles come in pairs")
+    if config.policy.quant != "none" and not config.policy.lora.rank:
+        raise ConfigError(
+            f"config.policy.quant={config.policy.quant!r}: a quantised model isn't trained itself, wanted "
+            "config.policy.lora.rank above 0, or 'none'"
+        )
+    if config.policy.quant != "none" and config.export.at_end:
+        raise ConfigError(
+            f"config.policy.quant={config.policy.quant!r}: low-rank additions can't be merged into it for an export, "
+            "wanted config.export.at_end=false"
+        )
     if config.async_steps and config.method != "online":
         raise ConfigError(
             f"config.async_steps={config.async_steps}: method {config.method} collects no pairs, wanted 0"

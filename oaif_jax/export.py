@@ -36,7 +36,8 @@ def run(workdir: str | pathlib.Path, out: str | pathlib.Path, *, dtype: str = "b
     trained = runs.open_run(workdir, which)
     if pathlib.Path(out).exists():
         raise UserError(f"--out={out} is there already, wanted a directory that isn't")
-    save(trained.model, trained.model.params, pathlib.Path(out), dtype)
+    model = trained.load()
+    save(model, model.params, pathlib.Path(out), dtype)
 
 
 def main() -> None:

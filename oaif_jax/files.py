@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from oaif_jax.errors import UserError
+
 
 def fsync(path: Path) -> None:
     """Brings a file or a directory (its entries: names, renames) to the disk."""
@@ -31,6 +33,14 @@ def atomic_write_text(path: Path, text: str) -> None:
 def atomic_write_json(path: Path, obj: Any) -> None:
     """`atomic_write_text` of indented JSON; TypeError where `obj` holds what JSON can't."""
     atomic_write_text(path, json.dumps(obj, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; UserError where it can't be read, isn't JSON, or is nested or long beyond reason."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise UserError(f"{path} can't be read ({str(error).splitlines()[0]}), wanted JSON") from error
 
 
 def _leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:

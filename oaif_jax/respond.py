@@ -3,6 +3,7 @@
 python -m oaif_jax.sample --workdir=runs/online_dpo --prompt="we talked about the river. i worry about the exam."
 """
 
+import math
 import pathlib
 
 import jax
@@ -33,7 +34,7 @@ def run(
     cfg = trained.config
     if cfg.method == "annotator":
         raise UserError(f"--workdir={workdir}: this run trained an annotator, which doesn't write responses")
-    model = trained.model
+    model = trained.load()
     row, tokenizer, stop_ids = _prompt(trained, prompt)
     tokens, valid = left_pad([row], cfg.data.prompt_tokens, tokenizer.pad_id, "--prompt")
     pairs = (samples + 1) // 2  # two responses to a row
@@ -72,12 +73,16 @@ def main() -> None:
     """The command line."""
     workdir = cli.define_workdir()
     prompt = flags.DEFINE_string("prompt", None, "the post to summarise", required=True)
-    samples = flags.DEFINE_integer("samples", 2, "how many responses", lower_bound=1)
-    temperature = flags.DEFINE_float("temperature", 0.9, "0 is greedy", lower_bound=0.0)
-    seed = flags.DEFINE_integer("seed", 0, "of the draw")
+    samples = flags.DEFINE_integer("samples", 2, "how many responses", lower_bound=1, upper_bound=1024)
+    temperature = flags.DEFINE_float("temperature", 0.9, "0 is greedy", lower_bound=0.0, upper_bound=100.0)
+    seed = flags.DEFINE_integer("seed", 0, "of the draw", lower_bound=0, upper_bound=2**31 - 1)
     which = flags.DEFINE_string("checkpoint", "best", "best, last or a step")
 
     def call() -> None:
+        if math.isnan(temperature.value):
+            raise UserError("--temperature=nan, wanted a number")
+        if not prompt.value.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt.value):
+            raise UserError("--prompt isn't UTF-8, wanted a text")
         responses = run(
             workdir.value,
             prompt.value,

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fcntl
 import importlib.metadata
-import json
 import os
 import pathlib
 import sys
@@ -16,7 +15,7 @@ import jax
 from oaif_jax import config
 from oaif_jax.config import Config
 from oaif_jax.errors import UserError
-from oaif_jax.files import atomic_write_json
+from oaif_jax.files import atomic_write_json, read_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -72,7 +71,10 @@ def claim(workdir: pathlib.Path, cfg: Config) -> list[str]:
         if workdir.exists() and any(there.name != ".config.json.partial" for there in workdir.iterdir()):
             raise UserError(f"--workdir={workdir} holds files but no config.json: wanted an empty directory or a run's")
         changes = []
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} can't be made ({error.strerror})") from error
     if changes:
         (workdir / "summary.json").unlink(missing_ok=True)  # of the config before; the run's end writes it anew
     atomic_write_json(path, nested(cfg))
@@ -80,19 +82,31 @@ def claim(workdir: pathlib.Path, cfg: Config) -> list[str]:
 
 
 def check(workdir: pathlib.Path, cfg: Config) -> list[str]:
-    """Returns and raises what `claim` would, and changes nothing."""
+    """Returns and raises what `claim` would, and changes nothing; UserError, too, where nothing can be written."""
+    there = workdir if os.path.lexists(workdir) else _nearest(workdir)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--workdir={workdir}: {there} is no directory that can be written in")
+    if (workdir / "checkpoints").exists() and not (workdir / "checkpoints").is_dir():
+        raise UserError(f"--workdir={workdir}: {workdir / 'checkpoints'} is a file, wanted a run's directory")
     path = workdir / "config.json"
     return _changes(path, cfg) if path.exists() else []
 
 
+def _nearest(path: pathlib.Path) -> pathlib.Path:
+    """The nearest directory above that is there."""
+    return next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+
+
 def _changes(path: pathlib.Path, cfg: Config) -> list[str]:
     try:
-        before = config.flatten(config.parse(json.loads(path.read_text())))
-    except (json.JSONDecodeError, config.ConfigError) as error:
+        before = config.flatten(config.parse(read_json(path)))
+    except config.ConfigError as error:
         raise UserError(f"{path} isn't a config of this version ({error}); take another --workdir") from error
     now = config.flatten(cfg)
     changed = [name for name in now if before[name] != now[name]]
-    may_change = [name for name in config.MAY_CHANGE if name != "steps" or cfg.optimizer.schedule == "constant"]
+    # The last step of a run collects no pairs ahead for one that isn't taken.
+    may_be_longer = cfg.optimizer.schedule == "constant" and not cfg.async_steps
+    may_change = [name for name in config.MAY_CHANGE if name != "steps" or may_be_longer]
     refused = [name for name in changed if name not in may_change]
     if refused:
         listed = ", ".join(f"{name} ({before[name]!r} there, {now[name]!r} now)" for name in refused)

@@ -1,7 +1,6 @@
 """A run that has been trained: its config and its model, for evaluating it again and for talking to it."""
 
 import dataclasses
-import json
 import pathlib
 
 from jaxtyping import PyTree
@@ -9,6 +8,7 @@ from jaxtyping import PyTree
 from oaif_jax import checkpoint, config, sharding, start
 from oaif_jax.config import Config
 from oaif_jax.errors import UserError
+from oaif_jax.files import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +21,7 @@ class TrainedRun:
     trained: PyTree  # what was trained, numpy: under LoRA the additions
     origin: start.Origin
 
-    @property
-    def model(self) -> start.Start:
+    def load(self) -> start.Start:
         """The whole model, additions merged."""
         cfg = self.config
         mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
@@ -38,6 +37,6 @@ def open_run(workdir: str | pathlib.Path, which: str) -> TrainedRun:
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"--workdir={workdir}: this run has no checkpoint yet")
     params, meta = checkpoint.load_params(workdir / "checkpoints", which)
-    cfg = config.parse(json.loads(path.read_text()))
+    cfg = config.parse(read_json(path))
     origin = start.Origin("workdir", f"{workdir}@{meta['step']}", "")
     return TrainedRun(workdir, cfg, meta["step"], params, origin)

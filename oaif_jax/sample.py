@@ -70,6 +70,7 @@ def sample(
     that samples depend neither on the mesh nor on what else is in the batch.
     """
     count, slots = prompts.shape
+    params = transformer.cast_weights(params, compute)
     hidden, prefix = transformer.forward(
         params, trunk(prompts, prompt_valid), cfg=cfg, compute=compute, keep_prefix=True
     )

@@ -69,6 +69,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
         if len(devices) % (fsdp * tensor):
             raise ShardingError(
                 f"config.mesh.fsdp={fsdp} x config.mesh.tensor={tensor} doesn't divide the {len(devices)} devices"
+                + (" (on a CPU: config.mesh.cpu_devices)" if devices[0].platform == "cpu" else "")
             )
         data = len(devices) // (fsdp * tensor)
     if data * fsdp * tensor != len(devices):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 
 import jax
@@ -12,6 +11,7 @@ from jaxtyping import PyTree
 from oaif_jax import checkpoint, config, sharding, state
 from oaif_jax.data.tokenizer import Tokenizer, open_tokenizer
 from oaif_jax.errors import UserError
+from oaif_jax.files import read_json
 from oaif_jax.models import files, hf, lora, quant, transformer
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.tiny.data import asset
@@ -109,13 +109,17 @@ def directory_of(origin: Origin, tokenizer: Tokenizer) -> hf.HFModel:
     return dataclasses.replace(found, cfg=cfg)
 
 
-def with_lora(start: Start, section: config.Policy, mesh: Mesh, dtype: str, seed: int) -> Start:
-    """The same model with low-rank additions to train, and its own parameters frozen in `dtype`, or quantised."""
+def with_lora(start: Start, section: config.Policy, mesh: Mesh, seed: int) -> Start:
+    """The same model with low-rank additions to train, and its own parameters, which lie on the mesh, frozen or quantised."""
     targets = lora.check_targets(section.lora.targets, start.cfg)
     cfg = dataclasses.replace(start.cfg, lora_scale=section.lora.alpha / section.lora.rank)
-    base = state.place(start.params, mesh, dtype)
-    base = quantised(base, section.quant, mesh) if section.quant != "none" else base
-    params = {"lora": lora.init(jax.random.key(seed), cfg, section.lora.rank, targets)}
+    base = start.params
+    if section.quant != "none":
+        base = quantised(start.params, section.quant, mesh)
+        state.free(start.params)
+    # Another key than that of a model from scratch.
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    params = {"lora": lora.init(key, cfg, section.lora.rank, targets)}
     return Start(params, cfg, base, start.source)
 
 
@@ -128,7 +132,13 @@ def quantised(params: PyTree, kind: str, mesh: Mesh) -> PyTree:
 
 def merged(start: Start, params: PyTree) -> PyTree:
     """One model's parameters, whatever was trained."""
-    return params if start.base is None else lora.merge(start.whole(params), start.cfg)
+    return params if start.base is None else merge(start.base, params, start.cfg)
+
+
+def merge(base: PyTree, params: PyTree, cfg: ModelConfig) -> PyTree:
+    """A base that lies on a mesh with its additions merged, sharded as it is."""
+    on = jax.tree.map(lambda leaf: leaf.sharding, base)
+    return jax.jit(lora.merge, static_argnums=1, out_shardings=on)({**base, **params}, cfg)
 
 
 def _run_config(origin: Origin) -> config.Config:
@@ -136,7 +146,7 @@ def _run_config(origin: Origin) -> config.Config:
     path = workdir / "config.json"
     if not (workdir / "checkpoints").is_dir() or not path.is_file():
         raise UserError(f"{origin}: no run there ({workdir / 'checkpoints'} doesn't exist), {WANTED}")
-    return config.parse(json.loads(path.read_text()))
+    return config.parse(read_json(path))
 
 
 def _of_run(origin: Origin, tokenizer: Tokenizer, mesh: Mesh) -> Start:
@@ -151,5 +161,5 @@ def _of_run(origin: Origin, tokenizer: Tokenizer, mesh: Mesh) -> Start:
         if cfg.policy.quant != "none":
             raise UserError(f"{origin}: low-rank additions to a quantised base can't be merged into it")
         base = load(first, tokenizer, mesh, cfg.compute.frozen)
-        params = lora.merge({**state.place(base.params, mesh, cfg.compute.frozen), **params}, model)
+        params = merge(state.place(base.params, mesh, cfg.compute.frozen), params, model)
     return Start(params, model, source=source)

@@ -59,6 +59,22 @@ def create(params: PyTree, tx: optax.GradientTransformation, mesh: Mesh, dtype: 
     return jax.jit(make, out_shardings=state_shardings(abstract, tx, mesh))(params)
 
 
+def abstract(params: PyTree, tx: optax.GradientTransformation, mesh: Mesh, dtype: str = "float32") -> TrainState:
+    """Shapes, types and shardings of what `create` makes."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
+    made = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(tx.init, shapes))  # type: ignore[arg-type]
+    return jax.tree.map(
+        lambda x, on: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), made, state_shardings(shapes, tx, mesh)
+    )
+
+
+def free(params: PyTree) -> None:
+    """Gives the memory of parameters back that nobody uses any more, where they lie on devices."""
+    for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, jax.Array):
+            leaf.delete()
+
+
 def place(params: PyTree, mesh: Mesh, dtype: str) -> PyTree:
     """A frozen model's parameters on the mesh, as copies of their own (a donated state must not share them); floating-point
     leaves as `dtype`, codes of quantised ones as they are."""

@@ -109,14 +109,15 @@ def decide(
 ) -> tuple[Bool[Array, " B"], Float[Array, " B"]]:
     """Hard labels from P(first is better) by each order: (first_is_better, weight).
 
-    Weight is 0 where the responses are identical or the mean is exactly 1/2. With missing_eos="loses", a finished response
-    beats one that was cut off, whatever the annotator says.
+    Weight is 0 where the responses are identical, or the mean is exactly 1/2 or no number. With missing_eos="loses", a
+    finished response beats one that was cut off, whatever the annotator says.
     """
     p_first = jnp.mean(p_orders, axis=-1)
     if missing_eos == "loses":
         p_first = jnp.where(finished[:, 0] & ~finished[:, 1], 1.0, p_first)
         p_first = jnp.where(finished[:, 1] & ~finished[:, 0], 0.0, p_first)
-    weight = jnp.where(identical | (p_first == 0.5), 0.0, 1.0)
+    is_decided = (p_first > 0.5) | (p_first < 0.5)
+    weight = jnp.where(is_decided & ~identical, 1.0, 0.0)
     return p_first > 0.5, weight
 
 
@@ -316,8 +317,7 @@ def add_up(contribute: Callable[[Batch], Contribution], batch: Batch, parts: int
     """The contributions of `parts` micro-batches, one after another, with the same parameters."""
     if parts == 1:
         return contribute(batch)
-    # Row r goes to micro-batch r % parts: each device then splits its own rows, and nothing moves between devices.
-    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    split = split_rows(batch, parts)
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
         jax.eval_shape(contribute, jax.tree.map(lambda x: x[0], split)),
@@ -329,8 +329,23 @@ def add_up(contribute: Callable[[Batch], Contribution], batch: Batch, parts: int
         return jax.tree.map(jnp.add, total, part), outputs
 
     total, outputs = jax.lax.scan(one, dataclasses.replace(zeros, outputs={}), split)
-    join = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])  # noqa: E731
-    return dataclasses.replace(total, outputs=jax.tree.map(join, outputs))
+    return dataclasses.replace(total, outputs=join(outputs))
+
+
+def split_rows(batch: PyTree, parts: int) -> PyTree:
+    """Leaves [B, ...] as [parts, B / parts, ...]: row r goes to part r % parts, so that each device splits its own rows and
+    nothing moves between devices."""
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def join(split: PyTree) -> PyTree:
+    """The inverse of split_rows."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), split)
+
+
+def by_parts(function: Callable[[Batch], PyTree], batch: Batch, parts: int) -> PyTree:
+    """function(batch), of leaves [B, ...], in `parts` micro-batches one after another."""
+    return function(batch) if parts == 1 else join(jax.lax.map(function, split_rows(batch, parts)))
 
 
 def train_step(

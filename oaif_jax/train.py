@@ -12,12 +12,14 @@ import functools
 import math
 import pathlib
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -32,6 +34,8 @@ from oaif_jax.files import atomic_write_json, sha256_of_tree
 from oaif_jax.interrupts import Interrupts
 from oaif_jax.metrics import MetricsLog
 from oaif_jax.progress import Progress
+
+FINITE = ("loss", "grad_norm", "update_rms", "annotator.confidence")  # metrics that must be
 
 
 class NonFiniteError(UserError):
@@ -59,6 +63,10 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
     cfg = config.parse(values)
     workdir = pathlib.Path(workdir)
     sharding.use_cpu_devices(cfg.mesh.cpu_devices)
+    if jax.process_count() > 1:
+        raise UserError(
+            f"there are {jax.process_count()} processes, wanted one: runs on several hosts aren't there yet"
+        )
 
     # ------------------------------------------------------------------------------------------ is it done already?
     changes = resume.check(workdir, cfg)
@@ -80,6 +88,8 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
     taken = Reader(workdir / "checkpoints").latest() or 0
     if taken > cfg.steps:
         raise UserError(f"config.steps={cfg.steps}, but {taken} were taken in {workdir}; wanted at least that")
+    if changes:  # what the run before left is given up now: not for one that can't go on
+        Reader(workdir / "checkpoints").verify(taken)
     for change in resume.claim(workdir, cfg):
         console.print(change)
     for note in task.notes:
@@ -100,19 +110,23 @@ def _train(
     """The run itself, in a workdir that is ours; `began` is the time from which its seconds count."""
 
     # ------------------------------------------------------------------------------------ state, new or from a checkpoint
-    training = state.create(task.begin.params, tx, mesh, cfg.compute.trained)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.checkpoint.keep)
     begin = checkpoints.latest()
     seconds_before, history = 0.0, {}
     environment = resume.environment()
-    if begin is not None:
+    if begin is None:
+        training = state.create(task.begin.params, tx, mesh, cfg.compute.trained)
+    else:
+        wanted = state.abstract(task.begin.params, tx, mesh, cfg.compute.trained)
         meta = checkpoints.meta(begin)
-        restored = checkpoints.restore(begin, {"params": training.params, "optimizer": training.optimizer})
-        training = dataclasses.replace(training, step=training.step + begin, **restored)
+        restored = checkpoints.restore(begin, {"params": wanted.params, "optimizer": wanted.optimizer})
+        number = jax.device_put(np.asarray(begin, np.int32), sharding.replicated(mesh))
+        training = state.TrainState(number, restored["params"], restored["optimizer"])
         seconds_before, history = meta["seconds"], meta["history"]
         console.print(f"going on from step {begin} in {workdir}")
         for difference in resume.differences(meta["environment"], environment):
             console.print(f"not bit for bit what an uninterrupted run gives: {difference}")
+    state.free(task.begin.params)  # the state has them, or a checkpoint's
     log = MetricsLog(workdir, begin)
 
     # ----------------------------------------------------------------------------------------------------- the step
@@ -122,7 +136,7 @@ def _train(
         out_shardings=(state.state_shardings(training.params, tx, mesh), None, None),  # as it came in: one trace
     )
     key = step.named_key(jax.random.key(cfg.seed), "train")
-    batches = Batches(task, mesh, key, ahead=cfg.async_steps > 0)
+    batches = Batches(task, mesh, key, ahead=cfg.async_steps > 0, parts=cfg.optimizer.accumulate)
     learning_rate = optim.schedule(optimizer_config(cfg))
 
     # ----------------------------------------------------------------------------------------------------- the loop
@@ -130,21 +144,25 @@ def _train(
     progress = Progress(cfg.steps, begin or 0, cfg.method, console=console)
     compiler = concurrent.futures.ThreadPoolExecutor(1, "compiler")
     interrupts = Interrupts()
+    read_at = began  # when the last step's metrics came
     with interrupts, checkpoints, contextlib.closing(log), contextlib.closing(batches), compiler, progress:
 
         def read(taken: Taken) -> None:
             """Metrics of a step, once the next one is under way; a loss or an update that isn't finite ends the run here."""
-            metrics = {name: float(value) for name, value in taken.metrics.items()}
-            broken = [name for name in ("loss", "grad_norm", "update_rms") if not math.isfinite(metrics[name])]
+            nonlocal read_at
+            found, outputs = jax.device_get((taken.metrics, taken.outputs))
+            metrics = {name: float(value) for name, value in found.items()}
+            broken = [name for name in FINITE if not math.isfinite(metrics.get(name, 0.0))]
             if broken:
                 checkpoints.wait()
                 last = checkpoints.latest()
                 kept = f"the checkpoint of step {last} is good" if last is not None else "there is no checkpoint yet"
                 found = ", ".join(f"{name}={metrics[name]}" for name in broken)
                 raise NonFiniteError(f"step {taken.number}: {found}, wanted finite; {kept} ({workdir})")
-            outputs = jax.tree.map(np.asarray, taken.outputs)
+            # A step begins when it is dispatched, or when the one before it ends.
+            now = time.monotonic()
+            seconds, read_at = now - max(taken.began, read_at), now
             metrics |= task.observe(taken.number - 1, outputs)
-            seconds = time.monotonic() - taken.began
             tokens = taken.tokens + (int(outputs["mask"].sum()) if "mask" in outputs else 0)
             metrics |= {
                 "lr": float(np.asarray(learning_rate(taken.number - 1))),
@@ -167,8 +185,14 @@ def _train(
             best = flat.get(cfg.eval.best)
             return -best if best is not None and cfg.eval.best == "validation_loss" else best
 
+        def compiled():
+            """The step for these very arguments; jax 0.10 makes four-bit ones in another layout than it then wants, and
+            looks at that only here: with those the step compiles when it is first taken."""
+            has_codes = any(leaf.dtype == jnp.uint4 for leaf in jax.tree.leaves(task.frozen))
+            return train_step if has_codes or begin == cfg.steps else train_step.lower(*abstract).compile()
+
         # Two programs at a time: LLVM uses one core for each, and the first evaluation compiles its own meanwhile.
-        compiling = compiler.submit(lambda: train_step.lower(*abstract).compile() if begin != cfg.steps else None)
+        compiling = compiler.submit(compiled)
         if begin is None:
             evaluate(0)
         take = compiling.result()
@@ -177,7 +201,6 @@ def _train(
         taken: Taken | None = None
         for number in range((begin or 0) + 1, cfg.steps + 1):
             interrupts.check()
-            assert take is not None
             batch = batches.get(number - 1, training.params)
             dispatched = Taken(number, {}, {}, batch.tokens, time.monotonic())
             if number < cfg.steps:
@@ -212,10 +235,16 @@ def _train(
         # ----------------------------------------------------------------------------------- final evaluation, summary
         interrupts.check()
         final_step = checkpoints.best() if cfg.eval.final == "best" else checkpoints.latest()
-        params, _ = load_params(workdir / "checkpoints", str(final_step))
-        metrics, records = task.finish(state.place(params, mesh, cfg.compute.trained))
+        if final_step is None:
+            raise UserError(f"config.eval.best={cfg.eval.best!r}: no evaluation gave a number, wanted eval.final=last")
+        params = training.params
+        if final_step != cfg.steps:
+            stored, _ = load_params(workdir / "checkpoints", str(final_step))
+            params = state.place(stored, mesh, cfg.compute.trained)
+        metrics, records = task.finish(params)
         log.write_samples("final", records)
         if cfg.export.at_end:
+            shutil.rmtree(workdir / "export", ignore_errors=True)  # of fewer steps, or of a run that was killed since
             console.print(f"exported to {export.save(task.begin, params, workdir / 'export', cfg.export.dtype)}")
     summary = summarise(cfg, metrics, history, environment) | {
         "evaluated_step": final_step,

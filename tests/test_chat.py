@@ -180,8 +180,8 @@ def test_dates_are_fixed(made, tmp_path):
     other = open_template(tokenizer, date=datetime.date(2025, 1, 2))
     assert "Today: 02 Jan 2025\n" in other.render([USER])
     assert "26 Jul" in template.render([USER]), "the other date came into this one"
-    written(tmp_path, '{{ strftime_now("%Y-%m-%d %H:%M:%S") }}')
-    assert open_template(open_tokenizer(tmp_path)).render([USER]) == "2024-07-26 00:00:00"
+    written(tmp_path, '{{ strftime_now("%Y-%m-%d %H:%M:%S") }} {{ messages[0].content }}')
+    assert open_template(open_tokenizer(tmp_path)).render([USER]).startswith("2024-07-26 00:00:00 ")
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -237,13 +237,23 @@ def test_templates_without_a_turn_end(tmp_path):
 # --- where templates come from
 
 
+SAYS = "{{ messages[0].content }}"
+
+
+@pytest.mark.parametrize("source", ["hello", "{# nothing #}", "{{ messages[0].content|length }}"])
+def test_a_template_without_the_users_text(tmp_path, source):
+    """It would make every prompt the same."""
+    with pytest.raises(UserError, match="leaves out what the user says"):
+        open_template(written(tmp_path, source))
+
+
 def test_files_of_templates(tmp_path):
     """A list with names; a file beside, which goes first; a path, which goes before both; none."""
-    named = [{"name": "tools", "template": "tools"}, {"name": "default", "template": "default {{ bos_token }}"}]
+    named = [{"name": "tools", "template": "tools"}, {"name": "default", "template": "default {{ bos_token }}" + SAYS}]
     tokenizer = written(tmp_path, named)
-    assert open_template(tokenizer).render([MORE]) == "default <|begin_of_text|>"
-    (tmp_path / "chat_template.jinja").write_text("beside {{ eos_token }}")
-    assert open_template(tokenizer).render([MORE]) == "beside <|eot_id|>"
+    assert open_template(tokenizer).render([MORE]) == "default <|begin_of_text|>" + MORE["content"]
+    (tmp_path / "chat_template.jinja").write_text("beside {{ eos_token }}" + SAYS)
+    assert open_template(tokenizer).render([MORE]) == "beside <|eot_id|>" + MORE["content"]
     (tmp_path / "mine.jinja").write_text("mine {{ messages[0].content }}\n")
     assert open_template(tokenizer, str(tmp_path / "mine.jinja")).render([MORE]) == "mine   why?  "
     assert open_template(tokenizer, "none").render([MORE]) == MORE["content"]

@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import re
+import shutil
 
 import fakes
 import hf_dirs
@@ -108,6 +109,18 @@ def test_the_export_is_the_policy(trained, home):
     theirs = logits_of(workdir / "export")[:, : cfg.vocab_size]
     np.testing.assert_allclose(our_logits(params, cfg)[:, : cfg.vocab_size], theirs, atol=1e-3)
     assert np.abs(logits_of(home / "policy")[:, : cfg.vocab_size] - theirs).max() > 1e-3
+
+
+def test_a_run_that_was_killed_behind_its_export(trained, home, tmp_path):
+    """It ends as it did, with an export in the place of the one that was there."""
+    workdir, summary = trained
+    again = shutil.copytree(workdir, tmp_path / "again")
+    (again / "summary.json").unlink()
+    (again / "export" / "config.json").write_text("of before")
+    ended = run(home, again, annotator__path=str(home / "gemma"))
+    assert ended["params_sha256"] == summary["params_sha256"]
+    for file in (workdir / "export").iterdir():
+        assert (again / "export" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_export_again_is_the_same(trained, tmp_path):
@@ -304,6 +317,9 @@ def test_directories_that_cannot_be_used(tmp_path, damage, said):
         ({"eval__prompts": "16"}, ["validation", "8", "16"]),
         ({"policy__lora__rank": "2", "policy__lora__targets": "q,z"}, ["z"]),
         ({"judge__init": "none"}, ["eval.best"]),
+        ({"policy__quant": "int8"}, ["config.policy.quant='int8'", "config.policy.lora.rank"]),
+        ({"policy__quant": "int8", "policy__lora__rank": "2"}, ["config.policy.quant", "config.export.at_end=false"]),
+        ({"steps": str(2**40)}, ["config.steps", "2147483647"]),
         ({"data__name": "tiny"}, ["tiny"]),
         ({"method": "annotator", "eval__best": "validation_loss"}, ["tiny"]),
     ],

@@ -5,6 +5,7 @@ import io
 import json
 import pathlib
 import resource
+import time
 
 import jax
 import numpy as np
@@ -37,7 +38,9 @@ def test_memory_and_programs_stay(tmp_path, monkeypatch):
         return original(self, step, kind, metrics)
 
     monkeypatch.setattr(train.MetricsLog, "write", write)
+    began = time.monotonic()
     train.run(values, tmp_path / "run", console=Console(file=io.StringIO()))
+    took = time.monotonic() - began
     steps = sorted(seen)
     assert steps == [7, 57, 107, 157, 207, 257]
     arrays = [seen[step][0] for step in steps]
@@ -45,4 +48,5 @@ def test_memory_and_programs_stay(tmp_path, monkeypatch):
     assert seen[257][1] - seen[107][1] < 40_000, "kilobytes that the process grew by in 150 steps"
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     seconds = np.array([line["seconds"] for line in lines if line["kind"] == "train"])
+    assert 0.2 * took < seconds.sum() < took, "steps don't overlap, and are most of the run"
     assert np.median(seconds[200:]) < 3 * np.median(seconds[20:120])

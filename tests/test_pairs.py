@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oaif_jax import step
+from oaif_jax import sharding, step
 from oaif_jax.models import heads, rows, transformer
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.pairs import response_logprobs
@@ -142,3 +142,19 @@ def test_such_an_array_would_be_found():
     )
     found = hlo.everything(hlo.parse(lowered.compile().as_text()))
     assert hlo.largest(found, WIDE.padded_vocab_size) == RESPONSE_TOKENS * WIDE.padded_vocab_size
+
+
+def test_devices_share_the_head():
+    """Each of eight computes the logits of its own rows: an eighth of the operations, and no more."""
+    params = jax.eval_shape(functools.partial(transformer.init, cfg=WIDE), jax.random.key(0))
+    mesh = sharding.make_mesh(8, 1, 1)
+    on, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+
+    def operations(on, everywhere) -> float:
+        shaped = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=on)  # noqa: E731
+        whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), params)
+        args = (whole, shaped((16, 2, 8, WIDE.width), jnp.float32), shaped((16, 2, 8), jnp.int32))
+        score = functools.partial(heads.token_logprobs, cfg=WIDE, compute=ComputeConfig(head_chunk=32))
+        return jax.jit(score).lower(*args).compile().cost_analysis()["flops"]
+
+    assert operations(on, everywhere) < 1.1 / 8 * operations(None, None)

@@ -269,7 +269,7 @@ def test_mistakes(monkeypatch):
     with pytest.raises(UserError, match="quantised already"):
         quant.quantise(model("int8"), "int8")
     monkeypatch.setitem(sys.modules, "qwix", None)  # as if it weren't there
-    with pytest.raises(UserError, match=re.escape("wanted: pip install oaif_jax[lora-quant]")) as raised:
+    with pytest.raises(UserError, match=re.escape("wanted: pip install qwix")) as raised:
         quant.quantise(model(), "int8")
     assert "\n" not in str(raised.value)
     hidden_of(model("int8"))  # what is quantised runs without it

@@ -611,7 +611,7 @@ def test_show_prints_tables_posts_and_paths(online):
 
 
 def test_the_command_rebuilds_each_run_and_names_what_it_cannot_read(workdir, capsys):
-    assert command.main([str(workdir / "nowhere"), str(workdir)]) == 1
+    assert command.main([str(workdir / "nowhere"), str(workdir)]) == 2
     shown = capsys.readouterr()
     assert shown.err == f"error: {workdir / 'nowhere'}: no such directory; wanted the workdir of a run\n"
     assert shown.out.splitlines() == [str(workdir / "curve.png"), str(workdir / "report.html")]

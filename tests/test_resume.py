@@ -314,6 +314,30 @@ def test_damage_is_one_clear_error_and_nothing_is_overwritten(copy, damage):
     assert digest(copy) == before
 
 
+def test_damage_is_found_before_anything_is_given_up(copy):
+    """A finished run of more steps now: its results and its config stay as they were."""
+    flip(array_file(copy, STEPS))
+    before = digest(copy)
+    with pytest.raises(UserError, match="delete"):
+        run(sft_config(steps=STEPS + 2), copy)
+    gc.collect()
+    assert digest(copy) == before
+
+
+def test_workdirs_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below", pathlib.Path("/proc/nowhere/run")):
+        with pytest.raises(UserError, match=r"--workdir=\S+ ?(can't be made|.*no directory that can be written in)"):
+            run(sft_config(), workdir)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for text in (b"\xff\xfe", b"[" * 100_000, b"1" * 5000):
+        (broken / "config.json").write_bytes(text)
+        with pytest.raises(UserError, match=r"config\.json") as error:
+            run(sft_config(), broken)
+        assert "\n" not in str(error.value)
+
+
 def test_what_the_error_says_helps(copy, base):
     """Without the damaged checkpoint the run goes on from the one before, to the same end."""
     flip(array_file(copy, STEPS))

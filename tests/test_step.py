@@ -235,6 +235,14 @@ def test_labels_where_both_or_none_finished(missing_eos):
         assert labels([0.9, 0.9], finished, missing_eos, identical=True)[1] == 0.0
 
 
+def test_no_number_is_no_label():
+    """But a missing end still loses."""
+    for p_orders in ([np.nan, 0.9], [np.nan, np.nan]):
+        assert labels(p_orders, [True, True], "loses")[1] == 0.0
+        assert labels(p_orders, [False, True], "ignore")[1] == 0.0
+        assert labels(p_orders, [False, True], "loses") == (False, 1.0)
+
+
 def test_a_missing_end_loses_whatever_the_annotator_says():
     for p_orders in ([0.99, 0.99], [0.01, 0.01], [0.5, 0.5]):
         assert labels(p_orders, [True, False], "loses") == (True, 1.0)

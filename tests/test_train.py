@@ -410,6 +410,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch, 
     assert summary["steps"] == STEPS
 
 
+def test_an_annotator_that_gives_no_numbers_stops_the_run(base, tmp_path, monkeypatch):
+    """Its pairs have no weight, the loss is fine, and the first step says so."""
+    build = tasks.build
+
+    def built(cfg, mesh):
+        task = build(cfg, mesh)
+        broken = jax.tree.map(lambda x: x * float("nan"), task.frozen["annotator"])
+        return dataclasses.replace(task, frozen=task.frozen | {"annotator": broken})
+
+    monkeypatch.setattr(tasks, "build", built)
+    with pytest.raises(train.NonFiniteError, match=r"step 1: annotator\.confidence=nan, wanted finite"):
+        run(preference_config(base, "online"), tmp_path / "run")
+
+
+def test_a_quantised_annotator(base, tmp_path):
+    """In four bits, which jax lays out in another way than it asks for."""
+    summary, _ = run(preference_config(base, "online", annotator__quant="nf4"), tmp_path / "run")
+    assert summary["steps"] == STEPS
+
+
 def test_an_update_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
     """The loss of the step is fine: it is of the parameters before the update."""
     workdir = tmp_path / "run"

@@ -88,6 +88,8 @@ def _print(console: Console, example: Example) -> None:
 
 def prepare() -> None:
     """Prepares each data set of a format whose files are there; prints where it is, and the counts of its splits."""
+    if flags.FLAGS.on_error not in ("raise", "skip"):
+        raise UserError(f"--on_error={flags.FLAGS.on_error!r}, wanted raise or skip")
     from oaif_jax.data.tfds import builders  # TFDS takes seconds to start
 
     for builder in builders.builders_for(_given("format"), _path("path"), _path("data_dir")):

@@ -97,16 +97,20 @@ class ChatTemplate:
 
     def _text(self, messages: Messages, add_generation_prompt: bool) -> str:
         try:
-            return _compiled(self.source, self.date).render(
+            text = _compiled(self.source, self.date).render(
                 dict(self.named),
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
             )
+            text.encode()  # half a surrogate pair is no text
+            return text
         except Exception as error:  # a template is a program: whatever it raises is to be said in the same way
             where = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise UserError(f"chat template {self.path} fails{where}: {' '.join(str(error).split())}") from error
+            raise UserError(
+                f"chat template {self.path} fails{where}: {' '.join(str(error).split()) or type(error).__name__}"
+            ) from error
 
 
 def open_template(tokenizer: Tokenizer, template: str = "auto", date: datetime.date = DATE) -> ChatTemplate:
@@ -123,7 +127,8 @@ def open_template(tokenizer: Tokenizer, template: str = "auto", date: datetime.d
     if not source.strip():
         raise UserError(f"chat template {path} is empty; template=none is the plain format")
     found = ChatTemplate(path, source, tuple(sorted(tokenizer.named.items())), date)
-    found.render([{"role": "user", "content": "x"}])
+    if MARK not in found.render([{"role": "user", "content": MARK}]):
+        raise UserError(f"chat template {path} leaves out what the user says, wanted it in every prompt")
     return found
 
 

@@ -77,7 +77,7 @@ def read_json(path: pathlib.Path) -> Json:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise UserError(f"{path} can't be read ({error}), wanted JSON") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: a JSON {type(found).__name__}, wanted an object")

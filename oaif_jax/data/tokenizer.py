@@ -113,7 +113,7 @@ class Tokenizer:
         return found
 
     def _checked(self, name: str, token: int) -> int:
-        if self._vocabulary.text_of(token) is None:
+        if not 0 <= token < self.vocab_size or self._vocabulary.text_of(token) is None:
             raise UserError(
                 f"tokenizer {self.path}: {name} {token} is no token of it, wanted ids below {self.vocab_size}"
             )

@@ -31,24 +31,28 @@ def token_logprobs(
     cfg: ModelConfig,
     compute: ComputeConfig,
 ) -> Float[Array, "*batch"]:
-    """log p(target) at each position in float32, in chunks of `compute.head_chunk` tokens that the backward pass
-    computes again."""
-    tokens = targets.size
-    chunk = min(compute.head_chunk, tokens)
-    chunks = -(-tokens // chunk)
-    pad = chunks * chunk - tokens
-    hidden_XMD = jnp.pad(hidden.reshape(tokens, -1), ((0, pad), (0, 0))).reshape(chunks, chunk, -1)
-    targets_XM = jnp.pad(targets.reshape(tokens), (0, pad)).reshape(chunks, chunk)
+    """log p(target) at each position in float32, in chunks of about `compute.head_chunk` tokens that the backward pass
+    computes again. A chunk has some columns of every row: rows are what devices share, and each computes its own."""
+    rows = len(targets)
+    tokens = targets.size // rows
+    columns = min(max(1, compute.head_chunk // rows), tokens)
+    chunks = -(-tokens // columns)
+    pad = chunks * columns - tokens
+    split = lambda x: x.reshape(rows, chunks, columns, *x.shape[2:]).swapaxes(0, 1)  # noqa: E731
+    hidden_XBTD = split(jnp.pad(hidden.reshape(rows, tokens, -1), ((0, 0), (0, pad), (0, 0))))
+    targets_XBT = split(jnp.pad(targets.reshape(rows, tokens), ((0, 0), (0, pad))))
 
     @jax.checkpoint
-    def one_chunk(hidden_MD, targets_M):
-        logits_MV = logits(params, hidden_MD, cfg=cfg)
+    def one_chunk(hidden_BTD, targets_BT):
+        logits_MV = logits(params, hidden_BTD.reshape(rows * columns, -1), cfg=cfg)
+        targets_M = targets_BT.reshape(-1)
         # A comparison instead of a gather: it fuses into the sum, and its gradient is no scatter.
         hit_MV = jnp.arange(logits_MV.shape[-1])[None] == targets_M[:, None]
-        return jnp.sum(jnp.where(hit_MV, logits_MV, 0.0), axis=-1) - jax.nn.logsumexp(logits_MV, axis=-1)
+        found_M = jnp.sum(jnp.where(hit_MV, logits_MV, 0.0), axis=-1) - jax.nn.logsumexp(logits_MV, axis=-1)
+        return found_M.reshape(rows, columns)
 
-    logprobs_XM = jax.lax.map(lambda xs: one_chunk(*xs), (hidden_XMD, targets_XM))
-    return logprobs_XM.reshape(-1)[:tokens].reshape(targets.shape)
+    logprobs_XBT = jax.lax.map(lambda xs: one_chunk(*xs), (hidden_XBTD, targets_XBT))
+    return logprobs_XBT.swapaxes(0, 1).reshape(rows, -1)[:, :tokens].reshape(targets.shape)
 
 
 def answer_logits(

@@ -67,7 +67,8 @@ def merge(params: PyTree, cfg: ModelConfig) -> PyTree:
         low = params["lora"][name]
         rank = low["a"].shape[-1]
         a = low["a"].reshape(cfg.layers, -1, rank)
-        product = jnp.einsum("LIR,LRO->LIO", a, low["b"].reshape(cfg.layers, rank, -1)) * cfg.lora_scale
+        b = low["b"].reshape(cfg.layers, rank, -1)
+        product = jnp.einsum("LIR,LRO->LIO", a, b, precision="highest") * cfg.lora_scale
         part = leaf[at].astype(jnp.float32)
         return leaf.at[at].set((part + product.reshape(part.shape)).astype(leaf.dtype))
 

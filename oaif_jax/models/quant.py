@@ -41,7 +41,7 @@ def import_qwix() -> ModuleType:
     except ImportError as error:
         raise UserError(
             f"quant=int8 and quant=nf4 need the package qwix, which can't be imported ({error}), "
-            "wanted: pip install oaif_jax[lora-quant]"
+            "wanted: pip install qwix"
         ) from error
     return qwix
 

@@ -120,9 +120,7 @@ class Block(nn.Module):
         # A product for each, whose weights lie together: XLA on CPU is slower with one whose halves are taken apart.
         gate_BTF = act(self.project("gate_up", y_BTD, lambda w: w[0]) + bias(0) + self.added("gate", y_BTD))
         if cfg.gated:
-            gate_BTF = gate_BTF * (
-                self.project("gate_up", y_BTD, lambda w: w[1]) + bias(1) + self.added("up", y_BTD)
-            )
+            gate_BTF = gate_BTF * (self.project("gate_up", y_BTD, lambda w: w[1]) + bias(1) + self.added("up", y_BTD))
         y_BTD = self.project("down", gate_BTF) + self.added("down", gate_BTF)
         return y_BTD + self.down_bias.astype(y_BTD.dtype)[None, None] if cfg.biases == "all" else y_BTD
 
@@ -185,6 +183,18 @@ def init(key: Array, cfg: ModelConfig) -> Params:
 def layer_variables(params: Params) -> dict[str, PyTree]:
     """The layers' collections, as the block sees them; all leaves have a leading L."""
     return {"params": params["layers"]} | {name: params[name] for name in ("lora", "scales") if name in params}
+
+
+def cast_weights(params: Params, compute: ComputeConfig) -> Params:
+    """What products read of float parameters, once in the type of the products: a token loop would cast it for each token.
+    Norms stay, they are computed in float32; so do scales of quantised leaves."""
+
+    def cast(path, leaf: Array) -> Array:
+        names = {key.key for key in path}
+        is_weight = not any(name.endswith("norm") for name in names) and "scales" not in names
+        return leaf.astype(compute.jnp_dtype) if is_weight and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def _embed(params: Params, tokens: Array, cfg: ModelConfig, compute: ComputeConfig) -> Array:

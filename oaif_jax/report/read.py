@@ -135,6 +135,8 @@ def _object(text: str, where: str) -> dict[str, Any]:
         value = json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as error:
         raise ReportError(f"{where}: not JSON ({error.msg}, column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise ReportError(f"{where}: not JSON ({str(error).splitlines()[0]})") from error
     if not isinstance(value, dict):
         raise ReportError(f"{where}: wanted a JSON object, found {type(value).__name__}")
     return value

@@ -87,7 +87,15 @@ def load_policy(cfg: Config, tokenizer: Tokenizer, mesh: Mesh) -> start.Start:
     is_lora = cfg.policy.lora.rank > 0
     dtype = cfg.compute.frozen if is_lora else cfg.compute.trained
     loaded = start.load(origin, tokenizer, mesh, dtype, shape=cfg.policy.shape, seed=cfg.seed)
-    return start.with_lora(loaded, cfg.policy, mesh, cfg.compute.frozen, cfg.seed) if is_lora else loaded
+    if not is_lora:
+        return loaded
+    loaded = dataclasses.replace(loaded, params=_own(loaded, origin, mesh, dtype))
+    return start.with_lora(loaded, cfg.policy, mesh, cfg.seed)
+
+
+def _own(loaded: start.Start, origin: start.Origin, mesh: Mesh, dtype: str) -> PyTree:
+    """Parameters on the mesh: what comes from a directory lies there already, in its type, and is nobody else's."""
+    return loaded.params if origin.init == "hf" else place_params(loaded.params, mesh, dtype)
 
 
 def frozen_model(
@@ -95,7 +103,6 @@ def frozen_model(
 ) -> LanguageModel:
     """A model that isn't trained, on the mesh; quantised as `kind` says."""
     loaded = start.load(origin, tokenizer, mesh, cfg.compute.frozen)
-    # What comes from a directory lies on the mesh already, in its type, and is nobody else's.
-    params = loaded.params if origin.init == "hf" else place_params(loaded.params, mesh, cfg.compute.frozen)
+    params = _own(loaded, origin, mesh, cfg.compute.frozen)
     params = start.quantised(params, kind, mesh) if kind != "none" else params
     return LanguageModel(params, loaded.cfg)

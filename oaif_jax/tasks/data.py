@@ -80,6 +80,8 @@ def voice_of(origin: start.Origin, chat: str) -> Voice:
 def _texts(cfg: Config) -> Prepared:
     if cfg.method not in USES:
         raise UserError(f"config.method={cfg.method!r} needs config.data.name='tiny', not {cfg.data.name!r}")
+    if not cfg.data.path:
+        raise UserError(f"config.data.path='': wanted the file or directory of config.data.name={cfg.data.name!r}")
     voice = voice_of(start.origin_of("policy", cfg.policy), cfg.policy.chat)
     data = TextData({}, voice, cfg.data.prompt_tokens, cfg.data.response_tokens)
     wanted = {"train": cfg.data.train, "validation": cfg.data.validation, "test": cfg.data.test}
@@ -89,10 +91,10 @@ def _texts(cfg: Config) -> Prepared:
             splits[name], counts = _read(cfg, data, split)
             notes.append(f"{cfg.data.path}{f' {split}' if split else ''}: {counts}")
     splits |= _hold_out(cfg, splits)
-    splits["train"] = splits["train"][: cfg.data.train_posts or None]
-    if cfg.method == "online":
-        kept = {example.prompt for name in ("validation", "test") for example in splits[name]}
-        splits["train"] = [example for example in splits["train"] if example.prompt not in kept]
+    # Pairs may have several responses to a prompt: none that is evaluated on is trained on.
+    kept = {example.prompt for name in ("validation", "test") for example in splits[name]}
+    train = [example for example in splits["train"] if example.prompt not in kept]
+    splits["train"] = train[: cfg.data.train_posts or None]
     for name, count in (("validation", cfg.eval.prompts), (cfg.eval.final_split, cfg.eval.final_prompts)):
         if len(splits[name]) < count:
             raise UserError(f"config.data: {name} has {len(splits[name])} examples, wanted {count} for evaluations")
@@ -125,23 +127,29 @@ def _hold_out(cfg: Config, splits: dict[str, list[Example]]) -> dict[str, list[E
     return found | {"train": [train[i] for i in sorted(order[wanted:])]}
 
 
-def questions(cfg: Config, data: Source, origin: start.Origin, chat: str, instruction: str) -> Questions:
-    """How the model of `origin` is asked about the data, under an instruction by name or path."""
+SPLITS = ("train", "validation", "test")
+
+
+def questions(
+    cfg: Config, data: Source, origin: start.Origin, chat: str, instruction: str, splits: Sequence[str] = SPLITS
+) -> Questions:
+    """How the model of `origin` is asked about the data of some splits, under an instruction by name or path."""
     if isinstance(data, TinyData):
         return data.questions(instruction_text(instruction))
     assert isinstance(data, TextData), data
-    return text_questions(cfg, data, origin, chat, instruction)
+    return text_questions(cfg, data, origin, chat, instruction, splits)
 
 
-def text_questions(cfg: Config, data: TextData, origin: start.Origin, chat: str, instruction: str) -> TextQuestions:
+def text_questions(
+    cfg: Config, data: TextData, origin: start.Origin, chat: str, instruction: str, splits: Sequence[str] = SPLITS
+) -> TextQuestions:
     """As `questions`, about texts; the limit on a question's tokens is checked, or found."""
     asked = TextQuestions(
         data, voice_of(origin, chat), prompts.read_instruction(instruction), cfg.annotator.question_tokens
     )
     _ = asked.template  # what is wrong with answers and chat is said now
-    every: Sequence[Example] = [example for split in data.splits.values() for example in split]
-    longest = max(every, key=lambda example: len(asked.question(example)))
-    tokens = len(asked.question(longest))
+    every: Sequence[Example] = [example for name in splits for example in data.splits[name]]
+    tokens, longest = max(((len(asked.question(example)), example) for example in every), key=lambda both: both[0])
     if not asked.question_tokens:
         return dataclasses.replace(asked, question_tokens=-(-tokens // 8) * 8)
     if tokens > asked.question_tokens:

@@ -35,6 +35,8 @@ from oaif_jax.tasks.data import Prepared, prepare, questions
 from oaif_jax.tiny import templates
 from oaif_jax.tiny.data import TinyData, asset, instruction_text
 
+APART = "the annotator has another tokenizer than the policy: responses go to it as texts, over the host"
+
 
 def build(cfg: Config, mesh: Mesh) -> Task:
     """The task of method online or offline."""
@@ -90,7 +92,7 @@ def build(cfg: Config, mesh: Mesh) -> Task:
         observe=observe,
         evaluate=evaluate,
         finish=finish,
-        notes=prepared.notes,
+        notes=(*prepared.notes, *([APART] if apart and apart.annotate else [])),
         apart=apart,
     )
 
@@ -128,12 +130,13 @@ def _judge(cfg: Config, mesh: Mesh, prepared: Prepared, annotator: Asked | None)
     section = cfg.judge
     if section.init == "none":
         return None
+    evaluated = ("validation", "test")
     if section.init == "annotator":
         assert annotator is not None
         origin, chat = start.origin_of("annotator", cfg.annotator), cfg.annotator.chat
-        return Asked(annotator.model, questions(cfg, prepared.source, origin, chat, section.instruction))
+        return Asked(annotator.model, questions(cfg, prepared.source, origin, chat, section.instruction, evaluated))
     origin = start.origin_of("judge", section)
-    asked = questions(cfg, prepared.source, origin, section.chat, section.instruction)
+    asked = questions(cfg, prepared.source, origin, section.chat, section.instruction, evaluated)
     return Asked(frozen_model(cfg, mesh, origin, start.tokenizer_of(origin)), asked)
 
 

@@ -39,7 +39,7 @@ def model_config(values: Values, family: Family, labels: int) -> ModelConfig:
             kv_heads=values.size("num_key_value_heads", heads),
             head_dim=head_dim,
             mlp=values.size("intermediate_size"),
-            norm_eps=values.number(family.eps),
+            norm_eps=values.positive(family.eps),
             tied=bool(labels) or values.flag("tie_word_embeddings"),
             biases=biases(values, family),
             activation=activation(values, family),

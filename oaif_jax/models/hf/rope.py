@@ -43,7 +43,7 @@ def read_rope(values: Values, family: Family, head_dim: int) -> Rope:
         raise everywhere.error("partial_rotary_factor", f"1 where rotary positions are scaled ({scaling.kind})")
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise values.error(key, f"a part of head_dim={head_dim} that is even and not empty")
-    theta = everywhere.number("rope_theta", values.number(family.theta, 10_000.0))
+    theta = everywhere.positive("rope_theta", values.positive(family.theta, 10_000.0))
     return Rope(theta, scaling, local_theta, 0 if rotary_dim == head_dim else rotary_dim)
 
 
@@ -60,7 +60,7 @@ def _sections(values: Values, family: Family) -> tuple[Values, float]:
     local = newer.section(LOCAL)
     if _scaling(local, values).kind != "none":
         raise newer.error(LOCAL, "no scaling of local layers")
-    local_theta = local.number("rope_theta", values.number("rope_local_base_freq"))
+    local_theta = local.positive("rope_theta", values.positive("rope_local_base_freq"))
     everywhere = newer.section(GLOBAL)
     return Values(everywhere.where, {**everywhere.entries, **released.entries}), local_theta
 
@@ -76,13 +76,13 @@ def _scaling(section: Values, values: Values) -> RopeScaling:
     if kind == "default":
         return RopeScaling()
     if kind == "linear":
-        return RopeScaling("linear", factor=section.number("factor"))
+        return RopeScaling("linear", factor=section.positive("factor"))
     original = section.entries.get("original_max_position_embeddings") is not None
     return RopeScaling(
         "llama3",
-        factor=section.number("factor"),
-        low_factor=section.number("low_freq_factor"),
-        high_factor=section.number("high_freq_factor"),
+        factor=section.positive("factor"),
+        low_factor=section.positive("low_freq_factor"),
+        high_factor=section.positive("high_freq_factor"),
         original_positions=section.integer("original_max_position_embeddings")
         if original
         else values.integer("max_position_embeddings"),

@@ -35,7 +35,17 @@ class Values:
         return found
 
     def number(self, key: str, default: float | None = None) -> float:
-        return float(self._of_type(key, (int, float), "a number", default))
+        found = self._of_type(key, (int, float), "a number", default)
+        if not abs(found) < LARGEST:
+            raise self.error(key, "a number that float32 can hold")
+        return float(found)
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A number above 0."""
+        found = self.number(key, default)
+        if found <= 0:
+            raise self.error(key, "a number above 0")
+        return found
 
     def flag(self, key: str, default: bool | None = None) -> bool:
         return self._of_type(key, (bool,), "true or false", default)
@@ -70,13 +80,16 @@ class Values:
         return found
 
 
+LARGEST = 1e30
+
+
 def read_json(path: pathlib.Path) -> Values:
     """The object in a file."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read ({error}), wanted a JSON file") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON ({error})") from error
     if not isinstance(entries, dict):
         raise UserError(f"{path} holds {type(entries).__name__}, wanted a JSON object")

@@ -113,7 +113,11 @@ def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> list[list[s
 
 def _to_host(leaves: Mapping[str, Leaf], name: str, layer: int | None) -> np.ndarray:
     """One layer of a leaf, from all devices."""
-    leaf = leaves[name] if layer is None else jax.lax.dynamic_index_in_dim(leaves[name], layer, keepdims=False)
+    leaf = leaves[name]
+    if layer is not None and isinstance(leaf, jax.Array):
+        leaf = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+    elif layer is not None:
+        leaf = leaf[layer]  # type: ignore[index]  # on the host, where it shall stay
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
     return np.asarray(leaf)
