@@ -121,6 +121,7 @@ def parse(values: Mapping[str, Any]) -> Bench:
 def arena(bench: Bench) -> Arena:
     """Random models, a new training state and a batch of prompts without padding."""
     cfg = bench.cfg
+    sharding.use_cpu_devices(cfg.mesh.cpu_devices)
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
     sharding.check_batch(cfg.data.batch, 1, mesh)
     tx = optim.optimizer(train.optimizer_config(cfg))

@@ -3,7 +3,7 @@
     python -m launch.plan --config=experiments/oaif_tldr_online_dpo.py --topology=v5e:4x4 \
         --config.policy.path=DIR --config.annotator.path=DIR2 --out=plan.json --hlo=step.hlo
 
-Needs libtpu (pip install oaif_jax[tpu]) and no TPU. No weights are read: of the models' directories config.json is enough.
+Needs libtpu (pip install libtpu) and no TPU. No weights are read: of the models' directories config.json is enough.
 The program is that of oaif_jax.train, from shapes, with the same shardings and donation. What is said about it:
 
     memory       of one device: arguments, results and what lies between, beside the chip's own; an evaluation's judge
@@ -286,7 +286,7 @@ def show(found: dict[str, Any], console: Console) -> None:
 def devices_of(name: str) -> Sequence[jax.Device]:  # type: ignore[reportInvalidTypeForm]  # jax has a variable there
     """The devices of a named TPU topology, such as v5e:4x4; UserError without libtpu and for a name that it doesn't know."""
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--topology={name}: libtpu isn't installed, wanted: pip install oaif_jax[tpu]")
+        raise UserError(f"--topology={name}: libtpu isn't installed, wanted: pip install libtpu")
     jax.config.update("jax_platforms", "cpu")  # with libtpu there, JAX would look for a TPU
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)

@@ -62,7 +62,7 @@ def _header(run: Run) -> str:
     facts = [show(found[key]) for key, show in shown.items() if key in found] if run.finished else ["not finished"]
     state = " · ".join([tables.method(run), *facts])
     command = found.get("command")
-    again = f'<p class="again">Run it again:</p><pre>{escape(str(command))}</pre>' if command else ""
+    again = f'<p class="again">The command:</p><pre>{escape(str(command))}</pre>' if command else ""
     return f"<header><h1>{escape(_name(run))}</h1><p>{escape(state)}</p>{again}</header>"
 
 

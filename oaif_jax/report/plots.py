@@ -88,8 +88,8 @@ def _draw_win_rate(ax, run: Run) -> None:
         ends.append((score[-1], f"{name} {score[-1]:.1f}", colour))
     ax.axhline(50, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     ax.set_ylim(max(0, min(40, lowest - 5)), 101)
-    _name_ends(ax, [*ends, (50, "as good as SFT", MUTED)])
-    _title(ax, "Win rate against SFT", "win + tie/2 in %, band: 95 % interval")
+    _name_ends(ax, [*ends, (50, f"as good as {run.opponent}", MUTED)])
+    _title(ax, f"Win rate against {run.opponent}", "win + tie/2 in %, band: 95 % interval")
 
 
 def _draw_loss(ax, run: Run) -> None:

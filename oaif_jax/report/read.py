@@ -61,7 +61,20 @@ class Run:
     @property
     def sides(self) -> tuple[str, str]:
         """What a sample's reference and policy are called: fine-tuning is compared with the written references."""
-        return ("Reference", "SFT") if self.method == "sft" else ("SFT", "Policy")
+        if self.method == "sft":
+            return ("Reference", "SFT")
+        return ("SFT" if self.is_tiny else "Reference", "Policy")
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether the run is one of the tiny world, where policies begin as the SFT model."""
+        data = self.config.get("data")
+        return not isinstance(data, Mapping) or data.get("name", "tiny") == "tiny"
+
+    @property
+    def opponent(self) -> str:
+        """What policies are compared with: the model that they began as."""
+        return "SFT" if self.is_tiny else "the reference"
 
     @property
     def last_samples(self) -> tuple[Sample, ...]:

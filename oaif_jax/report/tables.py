@@ -125,7 +125,9 @@ def sampled(run: Run) -> str:
 def posts(run: Run) -> str:
     """What was evaluated: "256 test posts"."""
     found = run.standing
-    return " ".join(str(found[key]) for key in ("prompts", "split") if key in found) + " posts"
+    return " ".join(str(found[key]) for key in ("prompts", "split") if key in found) + (
+        " posts" if run.is_tiny else " prompts"
+    )
 
 
 def _win_table(run: Run) -> Table:
@@ -134,7 +136,8 @@ def _win_table(run: Run) -> Table:
         for judge, name in JUDGES.items():
             if judge in found:
                 rows.append((name, decoding, *_verdict(found[judge], judge)))
-    title = f"Against SFT, {posts(run)}" if run.finished else f"Against SFT, step {run.standing.get('evaluated_step')}"
+    of = posts(run) if run.finished else f"step {run.standing.get('evaluated_step')}"
+    title = f"Against {run.opponent}, {of}"
     return Table(title, ("Judge", "Decoding", "Win", "Tie", "Loss", "Win + tie/2", "95 % interval"), tuple(rows))
 
 
@@ -248,7 +251,7 @@ def side_by_side(run: Run, count: int = 3) -> Group:
                 texts.append(Text(one_line(text) or "(empty)"))
         shown.add_row(*texts)
         parts += [
-            Text(f"Post {i + 1} of {len(run.last_samples)}", style="bold"),
+            Text(f"{'Post' if run.is_tiny else 'Prompt'} {i + 1} of {len(run.last_samples)}", style="bold"),
             Padding(Text(one_line(sample.prompt)), (0, 0, 1, 0)),
             Padding(shown, (0, 0, 1, 0)),
         ]

@@ -76,7 +76,8 @@ def split_files(path: pathlib.Path, split: str, endings: tuple[str, ...]) -> lis
     if split not in splits:
         if not splits:
             raise UserError(f"data {path}: no files in it that end in {' or '.join(endings)}")
-        raise UserError(f"split={split!r}: not in {path}{near(split, sorted(splits))}")
+        said = "(config.data.train, validation and test, or --split, name splits)"
+        raise UserError(f"split={split!r}: not in {path}{near(split, sorted(splits))} {said}")
     _check_shards(path, split, splits[split])
     return splits[split]
 
