@@ -66,7 +66,7 @@ def build_model(name: str, workdir: pathlib.Path) -> None:
     train.run(cli.load_config(file), workdir / name)
     best = runs.open_run(workdir / name, "best")
     recipe = f"python -m oaif_jax.train --config={file} (step {best.step})"
-    files.save(ASSETS / f"{name}.safetensors", best.trained, best.model.cfg, recipe)
+    files.save(ASSETS / f"{name}.safetensors", best.trained, best.load().cfg, recipe)
 
 
 def build_pairs(workdir: pathlib.Path) -> None:
@@ -102,7 +102,7 @@ def write_summaries(writer: Writer, workdir: pathlib.Path) -> list[str]:
     trained = runs.open_run(workdir, "last")
     data = tiny_data(trained.config)
     sampler = sampler_of(trained.config, data.tokenizer.stop_ids, data.tokenizer.pad_id, writer.temperature)
-    model = trained.model
+    model = trained.load()
     texts: list[str] = []
     for start in range(0, PAIRS, 128):
         indices = np.arange(start, start + 128)
