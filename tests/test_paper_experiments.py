@@ -75,7 +75,7 @@ def grid() -> dict[str, dict]:
 NUMBERS = grid()
 PYTHIA = {"data.prompt_tokens": 512, "data.response_tokens": 53}
 NUMBERS |= {
-    "oaif_tldr_online_dpo_27b": NUMBERS["oaif_tldr_online_dpo"],
+    **{f"oaif_{task}_online_dpo_27b": NUMBERS[f"oaif_{task}_online_dpo"] for task in ASKED},
     "oaif_tldr_sft": SFT,
     "pythia_tldr_sft": SFT | PYTHIA,
     "pythia_tldr_online_dpo": NUMBERS["oaif_tldr_online_dpo"] | PYTHIA,
