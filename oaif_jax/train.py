@@ -85,11 +85,12 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
         export.check(task.begin)
     sharding.param_shardings(task.begin.params, mesh)
     tx = optim.optimizer(optimizer_config(cfg))
-    taken = Reader(workdir / "checkpoints").latest() or 0
-    if taken > cfg.steps:
+    reader = Reader(workdir / "checkpoints")
+    taken = reader.latest()
+    if taken is not None and taken > cfg.steps:
         raise UserError(f"config.steps={cfg.steps}, but {taken} were taken in {workdir}; wanted at least that")
-    if changes:  # what the run before left is given up now: not for one that can't go on
-        Reader(workdir / "checkpoints").verify(taken)
+    if changes and taken is not None:  # what the run before left is given up now: not for one that can't go on
+        reader.verify(taken)
     for change in resume.claim(workdir, cfg):
         console.print(change)
     for note in task.notes:

@@ -324,6 +324,19 @@ def test_damage_is_found_before_anything_is_given_up(copy):
     assert digest(copy) == before
 
 
+def test_changes_before_the_first_checkpoint(base, tmp_path, monkeypatch):
+    """There is nothing to go on from yet, and nothing to check."""
+    with monkeypatch.context() as patched:
+        stop_at(patched, MetricsLog, "write", lambda step, kind, _: (step, kind) == (2, "train"))
+        with pytest.raises(StopError):
+            run(sft_config(log__every=2), tmp_path / "run")
+    gc.collect()
+    assert Reader(tmp_path / "run" / "checkpoints").latest() is None
+    _, shown = run(sft_config(), tmp_path / "run")
+    assert "config.log.every: 2 before" in shown
+    assert_same_end(tmp_path / "run", sft_run(base))
+
+
 def test_workdirs_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for workdir in (tmp_path / "file", tmp_path / "file" / "below", pathlib.Path("/proc/nowhere/run")):
