@@ -4,8 +4,8 @@
     python -m launch.bench --config=experiments/bench_llama_0.5b.py --out=bench.json
 
 Sets beside common.base(): policy.init, policy.shape.*, annotator.init, annotator.question_tokens, data.batch,
-data.prompt_tokens, data.response_tokens, compute.dtype, compute.frozen, compute.remat, and the section bench, which
-launch/bench_setup.py reads.
+data.prompt_tokens, data.response_tokens, compute.dtype, compute.frozen, compute.decode, compute.remat, and the section
+bench, which launch/bench_setup.py reads.
 """
 
 from ml_collections import ConfigDict
@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     config.data.response_tokens = 128  # every response is this long
     config.compute.dtype = "bfloat16"
     config.compute.frozen = "bfloat16"
+    config.compute.decode = "scanned"
     config.compute.remat = "dots"  # 50,000 columns through 24 layers: attention's weights alone would fill the memory
     config.bench = {
         "vocab_size": 32768,

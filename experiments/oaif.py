@@ -112,6 +112,7 @@ def _on_devices() -> ConfigDict:
     config.optimizer.accumulate = 4
     config.compute.dtype = "bfloat16"
     config.compute.frozen = "bfloat16"
+    config.compute.decode = "scanned"
     config.compute.remat = "layer"
     config.eval.prompts = 320
     config.eval.final_prompts = 1024  # both in chunks of 64

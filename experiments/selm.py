@@ -50,6 +50,7 @@ def first_stage(portions: int, batch: int) -> ConfigDict:
     config.optimizer.accumulate = batch // 32
     config.compute.dtype = "bfloat16"
     config.compute.frozen = "bfloat16"
+    config.compute.decode = "scanned"
     config.compute.remat = "layer"
     config.eval.every = 20
     config.eval.prompts = 64

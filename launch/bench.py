@@ -10,7 +10,8 @@ over the rounds are what is reported:
     tokens/s       prefill: prompt tokens; decode, sample: response tokens; else columns of rows
     matrix         utilisation: operations counted from shapes (bench_count.py) a second, of the measured matrix rate
     memory         bytes counted from shapes a second, of the measured bandwidth
-    floor ms       max(operations / rate, bytes / bandwidth); sample's and step's are sums over their phases
+    floor ms       max(operations / rate, bytes / bandwidth); sample's and step's are sums over their phases, of which
+                   prefill is none of step's: there the prompts are encoded once, in the update, and sampled from that
     ratio          ms / floor ms
 
 decode is sample less prefill, and update (loss and gradients) is both passes less reference: differences within a round.
@@ -52,7 +53,7 @@ PHASES = {
     "reference": ("reference",),
     "update": ("update",),
     "optimizer": ("optimizer",),
-    "step": ("prefill", "decode", "annotate", "reference", "update", "optimizer"),
+    "step": ("decode", "annotate", "reference", "update", "optimizer"),
 }
 LEAST_REPEATS = 5
 
@@ -109,7 +110,7 @@ def programs(bench: Bench, arena: Arena) -> dict[str, Program]:
     found = {"prefill": draw(1), "sample": draw(bench.sizes.response)}
     responses: Responses = found["sample"].run(training)[1]
     check_lengths(responses)
-    found["annotate"] = apart(functools.partial(step.ask, online=online), frozen["annotator"], batch, responses)
+    found["annotate"] = apart(functools.partial(step.ask, online=online), frozen, batch, responses)
     p_orders = found["annotate"].run(training)[1]
     label = jax.jit(functools.partial(step.label, missing_eos=online.missing_eos))
     pair, _, _ = label(responses.tokens, responses.mask, responses.finished, p_orders)

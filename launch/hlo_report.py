@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from launch.hlo import Array, Executed, Instruction, Program, executed
-from oaif_jax.models.config import ModelConfig
 
 # Scopes of step.py and sample.py -> phase; of several in an op_name the first here counts.
 SCOPES = {
@@ -180,19 +179,19 @@ def _received(instruction: Instruction) -> tuple[Array, ...]:
     return arrays
 
 
-def caches(program: Program, cfg: ModelConfig, prompt: int, response: int) -> dict[int, str]:
+def caches(program: Program, layers: int, width: int, prompt: int, response: int) -> dict[int, str]:
     """Elements of a device's part of keys or values -> what they are: the prefix [L, P, K, S, H] and the suffix
-    [L, P, K, C, R, H] that the token loop carries, and one layer of each."""
+    [L, P, K, C, R, H] that the token loop carries, and one layer of each; `layers` is 0 where there is no L (unrolled)."""
     loops = [each for each in program.everything() if each.opcode == "while" and each.op_name.endswith(TOKEN_LOOP)]
     found = {}
-    for name, ndim, columns in (("prefix", 5, prompt), ("suffix", 6, response)):
-        like = (cfg.layers, columns, cfg.head_dim)
-        shapes = {array.shape for loop in loops for array in loop.arrays if len(array.shape) == ndim}
-        sizes = {math.prod(shape) for shape in shapes if (shape[0], *shape[-2:]) == like}
+    for name, ndim, columns in (("prefix", 4, prompt), ("suffix", 5, response)):
+        like = ((layers,) if layers else (), (columns, width))
+        shapes = {array.shape for loop in loops for array in loop.arrays if len(array.shape) == ndim + bool(layers)}
+        sizes = {math.prod(shape) for shape in shapes if (shape[: bool(layers)], shape[-2:]) == like}
         if len(sizes) != 1:
             raise ValueError(f"the token loop carries {sorted(shapes)}, wanted one {name} of {like}")
         size = sizes.pop()
-        found |= {size: name, size // cfg.layers: f"a layer's {name}"}
+        found |= {size // layers: f"a layer's {name}", size: name} if layers else {size: f"a layer's {name}"}
     return found
 
 

@@ -194,6 +194,8 @@ def model_operations(planned: Planned) -> dict[str, int]:
     }
     if planned.annotator is not None:
         counted |= bench_count.phases(cfg, sizes, policy, planned.annotator.cfg)
+        # Prompts are encoded once, for sampling and for the update, whose they are here; what is left is the first token.
+        counted["prefill"] = bench_count.Work(2 * sizes.prompts * bench_count.head(policy))
     return {phase: work.operations for phase, work in counted.items() if phase in hlo_report.PHASES}
 
 
@@ -224,7 +226,7 @@ def memory(stats: Any, kind: str) -> dict[str, float]:
 def smallest_projection(planned: Planned) -> int:
     """Bytes of a layer's smallest matrix that lie along `tensor` on a device: what a gather of parameters makes at least."""
     layers, cfg = abstract_params(planned.policy.cfg, 0)["layers"], planned.cfg
-    elements = min(math.prod(layers[name].shape[1:]) for name in ("qkv", "out", "gate_up", "down"))
+    elements = min(math.prod(layers[name].shape[1:]) for name in ("qkv", "out", "gate", "down"))
     return elements * jnp.dtype(cfg.compute.dtype).itemsize // cfg.mesh.tensor
 
 
@@ -233,7 +235,14 @@ def token_loop(planned: Planned, program: hlo.Program) -> dict[str, Any]:
     passes = planned.sizes.response - 1
     runs = hlo_report.in_token_loop(program, passes)
     times = hlo_report.outer_times(program, passes)
-    caches = hlo_report.caches(program, planned.policy.cfg, planned.sizes.prompt, planned.sizes.response)
+    policy, is_scanned = planned.policy.cfg, planned.cfg.compute.decode == "scanned"
+    caches = hlo_report.caches(
+        program,
+        policy.layers if is_scanned else 0,
+        policy.head_dim,
+        planned.sizes.prompt,
+        planned.sizes.response,
+    )
     gathered = hlo_report.collectives(runs, times)
     largest = max((each.array_bytes for each in gathered if each.kind == "all-gather"), default=0)
     return {

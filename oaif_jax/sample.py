@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from oaif_jax.models import heads, transformer
 from oaif_jax.models.attention import MASKED
 from oaif_jax.models.config import ComputeConfig, ModelConfig
-from oaif_jax.models.rows import trunk
+from oaif_jax.models.prefill import Prefill, prefill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,9 @@ class SamplingState:
     mask: Bool[Array, "P C R"]
     finished: Bool[Array, "P C"]
     last: Int[Array, "P C"]  # the token sampled last, whose keys and values aren't in the suffix yet
-    suffix: transformer.KeyValues  # keys and values of the sampled tokens before it, [L, P, K, C, R, H]
+    suffix: tuple[
+        transformer.KeyValues, ...
+    ]  # of the sampled tokens before it, [L, P, K, C, R, H] of each group of layers
 
 
 def sample(
@@ -63,18 +65,18 @@ def sample(
     completions: int,
     cfg: ModelConfig,
     compute: ComputeConfig,
+    prefilled: Prefill | None = None,
 ) -> Responses:
     """Draws `completions` responses to each prompt (padded on the left).
 
     `keys` holds a random key for each prompt, [P]; completion c draws its token t with fold_in(fold_in(key, c), t), so
-    that samples depend neither on the mesh nor on what else is in the batch.
+    that samples depend neither on the mesh nor on what else is in the batch. `prefilled` is what `prefill` of the same
+    parameters made of the prompts, where that has been done.
     """
-    count, slots = prompts.shape
+    count, _ = prompts.shape
     params = transformer.cast_weights(params, compute)
-    hidden, prefix = transformer.forward(
-        params, trunk(prompts, prompt_valid), cfg=cfg, compute=compute, keep_prefix=True
-    )
-    assert prefix is not None
+    prefilled = prefilled or prefill(params, prompts, prompt_valid, cfg=cfg, compute=compute)
+    layers = transformer.decoding_layers(params, prefilled.prefix, cfg=cfg, compute=compute)
     lengths = jnp.sum(prompt_valid, axis=-1)
     keys = jax.vmap(lambda key: jax.vmap(lambda c: jax.random.fold_in(key, c))(jnp.arange(completions)))(keys)
 
@@ -84,14 +86,18 @@ def sample(
     def one_token(state: SamplingState) -> SamplingState:
         positions = jnp.broadcast_to(lengths[:, None] + state.t - 1, state.last.shape)
         hidden, suffix = transformer.decode(
-            params, state.last, positions, prefix, prompt_valid, state.suffix, state.t - 1, cfg=cfg, compute=compute
+            params, layers, state.last, positions, prompt_valid, state.suffix, state.t - 1, cfg=cfg, compute=compute
         )
-        return add(dataclasses.replace(state, suffix=suffix), hidden)
+        return add(dataclasses.replace(state, suffix=suffix), logits_after(hidden))
 
-    def add(state: SamplingState, hidden: Float[Array, "P C D"]) -> SamplingState:
-        """Draws token t of each completion from the hidden states before it."""
+    def logits_after(hidden: Float[Array, "P C D"]) -> Float[Array, "P C V"]:
+        found_MV = heads.logits(params, hidden.reshape(-1, cfg.width), cfg=cfg)
+        return found_MV.reshape(*hidden.shape[:2], -1)
+
+    def add(state: SamplingState, logits: Float[Array, "P #C V"]) -> SamplingState:
+        """Draws token t of each completion from the logits after the tokens before it."""
         t = state.t
-        drawn = draw(params, hidden, keys, t, sampler=sampler, cfg=cfg)
+        drawn = draw(jnp.broadcast_to(logits, (count, completions, logits.shape[-1])), keys, t, sampler=sampler)
         drawn = jnp.where(state.finished, sampler.pad_id, drawn)
         stopped = jnp.any(drawn[..., None] == jnp.array(sampler.stop_ids)[None, None], axis=-1)
         return SamplingState(
@@ -110,25 +116,58 @@ def sample(
         mask=jnp.zeros(shape, bool),
         finished=jnp.zeros(shape[:2], bool),
         last=jnp.zeros(shape[:2], jnp.int32),
-        suffix=transformer.empty_suffix(cfg, compute, count, completions, sampler.max_tokens),
+        suffix=transformer.empty_suffix(layers, completions, sampler.max_tokens),
     )
-    start = add(nothing, jnp.broadcast_to(hidden[:, slots - 1 : slots], (count, completions, hidden.shape[-1])))
+    start = add(nothing, logits_after(prefilled.last))
     with jax.named_scope("decode"):
         end = jax.lax.while_loop(unfinished, one_token, start)
     return jax.lax.stop_gradient(Responses(end.tokens, end.mask, end.finished, end.t))
 
 
-def draw(params, hidden: Float[Array, "P C D"], keys, t, *, sampler: Sampler, cfg: ModelConfig) -> Int[Array, "P C"]:
+def draw(logits: Float[Array, "P C V"], keys, t, *, sampler: Sampler) -> Int[Array, "P C"]:
     """One token of each completion: temperature, then top-k, then top-p, then a draw (or the largest logit)."""
-    prompts, completions, width = hidden.shape
-    logits_MV = heads.logits(params, hidden.reshape(-1, width), cfg=cfg)
+    logits_MV = logits.reshape(-1, logits.shape[-1])
     if sampler.temperature == 0:
         drawn = jnp.argmax(logits_MV, axis=-1)
     else:
         logits_MV = restrict(logits_MV / sampler.temperature, sampler.top_k, sampler.top_p)
         token_keys = jax.vmap(lambda key: jax.random.fold_in(key, t))(keys.reshape(-1))
-        drawn = jax.vmap(jax.random.categorical)(token_keys, logits_MV)
-    return drawn.reshape(prompts, completions).astype(jnp.int32)
+        drawn = categorical(jax.vmap(jax.random.uniform)(token_keys), logits_MV)
+    return drawn.reshape(logits.shape[:2]).astype(jnp.int32)
+
+
+def categorical(uniform: Float[Array, " M"], logits: Float[Array, "M V"]) -> Int[Array, " M"]:
+    """The first token at which the cumulated softmax exceeds `uniform`, of [0, 1).
+
+    One random number for each row, where the Gumbel trick takes V. The sums go over blocks of tokens, then over one block's
+    tokens, so that nothing of V columns is cumulated. A token without probability is never drawn.
+    """
+    weights_MV = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    weights_MXE = weights_MV.reshape(len(logits), -1, block_width(logits.shape[-1]))
+    sums_MX = jnp.sum(weights_MXE, axis=-1)
+    block, before = _first_beyond(sums_MX, uniform * jnp.sum(sums_MX, axis=-1))
+    weights_ME = jnp.take_along_axis(weights_MXE, block[:, None, None], axis=1)[:, 0]
+    within, _ = _first_beyond(weights_ME, uniform * jnp.sum(sums_MX, axis=-1) - before)
+    return block * weights_ME.shape[-1] + within
+
+
+def _first_beyond(weights: Float[Array, "M X"], at: Float[Array, " M"]) -> tuple[Int[Array, " M"], Float[Array, " M"]]:
+    """The first index at which the cumulated weights exceed `at`, and the sum before it; of indices with weight only, the
+    last where rounding leaves none."""
+    index, count = jnp.arange(weights.shape[-1])[None], weights.shape[-1]
+    ends = jnp.cumsum(weights, axis=-1)
+    first = jnp.min(jnp.where((ends > at[:, None]) & (weights > 0), index, count), axis=-1)
+    last = jnp.max(jnp.where(weights > 0, index, 0), axis=-1)
+    found = jnp.minimum(first, last)
+    return found, jnp.take_along_axis(ends - weights, found[:, None], axis=-1)[:, 0]
+
+
+def block_width(vocabulary: int) -> int:
+    """The largest power of 2 that divides the vocabulary and whose square isn't larger."""
+    width = 1
+    while vocabulary % (2 * width) == 0 and (2 * width) ** 2 <= vocabulary:
+        width *= 2
+    return width
 
 
 def restrict(logits: Float[Array, "M V"], top_k: int, top_p: float) -> Float[Array, "M V"]:

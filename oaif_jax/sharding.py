@@ -23,8 +23,8 @@ PARTITION_RULES = (
     (r"layers/qkv$", PartitionSpec(None, "fsdp", "tensor", None, None)),  # L D K G+2 H
     (r"layers/qkv_bias$", PartitionSpec(None, "tensor", None, None)),  # L K G+2 H
     (r"layers/out$", PartitionSpec(None, "tensor", None, None, "fsdp")),  # L K G H D
-    (r"layers/gate_up$", PartitionSpec(None, None, "fsdp", "tensor")),  # L 2 D F
-    (r"layers/gate_up_bias$", PartitionSpec(None, None, "tensor")),  # L 2 F
+    (r"layers/(gate|up)$", PartitionSpec(None, "fsdp", "tensor")),  # L D F
+    (r"layers/(gate|up)_bias$", PartitionSpec(None, "tensor")),  # L F
     (r"layers/down$", PartitionSpec(None, "tensor", "fsdp")),  # L F D
     (r"layers/(out|down)_bias$", PartitionSpec()),  # L D
     (r"norm/(scale|bias)$", PartitionSpec()),
@@ -39,7 +39,7 @@ PARTITION_RULES = (
     # Scales of quantised leaves lie as the weight's output; along its input there are few, or one.
     (r"scales/qkv$", PartitionSpec(None, None, "tensor", None, None)),  # L D/block K G+2 H
     (r"scales/out$", PartitionSpec(None, None, None, None, "fsdp")),  # L K G H/block D
-    (r"scales/gate_up$", PartitionSpec(None, None, None, "tensor")),  # L 2 D/block F
+    (r"scales/(gate|up)$", PartitionSpec(None, None, "tensor")),  # L D/block F
     (r"scales/down$", PartitionSpec(None, None, "fsdp")),  # L F/block D
     (r"^score$", PartitionSpec()),  # 1 D
 )

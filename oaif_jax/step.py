@@ -7,6 +7,8 @@ An objective says what a micro-batch contributes; `train_step` adds the contribu
     online   prompts -> two samples from the policy -> the annotator's preference -> pair loss
     offline  pairs with a label -> pair loss
 
+The fused step encodes the policy's prompts once: responses are sampled from that pass, and the loss goes back through it.
+
 Where the annotator reads other token ids than the policy writes, or pairs are collected ahead, `online` is taken apart:
 `collect` (or `draw_responses` and an annotator on the host) in one jitted function, `annotated` in the training step.
 
@@ -26,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from oaif_jax import losses, pairs
 from oaif_jax.annotators import llm
 from oaif_jax.models.config import ComputeConfig, ModelConfig
+from oaif_jax.models.prefill import Prefill, prefill
 from oaif_jax.sample import Responses, Sampler, sample
 from oaif_jax.state import Metrics, TrainState, apply_gradients
 
@@ -46,6 +49,16 @@ class Contribution:
 
 
 Objective = Callable[[PyTree, dict[str, PyTree], Batch, Array], Contribution]
+# (frozen, batch, responses) -> P(the first response is better) by each presentation order, [B, 2].
+Preference = Callable[[dict[str, PyTree], Batch, Responses], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """A batch's prompts as the policy encodes them, and the way back to its parameters."""
+
+    prefilled: Prefill
+    pull_back: Callable[[Prefill], PyTree]  # the gradient in what was made of the prompts -> that in the parameters
 
 
 @jax.tree_util.register_dataclass
@@ -131,7 +144,22 @@ def reference_of(frozen: dict[str, PyTree]) -> PyTree:
     return frozen["reference"] if "reference" in frozen else frozen["base"]
 
 
-def draw(params: PyTree, batch: Batch, key: Array, *, online: OnlineObjective) -> Responses:
+def encode(params: PyTree, frozen: dict[str, PyTree], batch: Batch, *, objective: PairObjective) -> Prompts:
+    """The policy's pass over the prompts; its activations stay until the gradient is taken."""
+
+    def forward(params: PyTree) -> Prefill:
+        whole, args = policy_of(params, frozen), (batch["prompts"], batch["prompt_valid"])
+        with jax.named_scope("policy"):
+            return prefill(whole, *args, cfg=objective.policy, compute=objective.compute)
+
+    with jax.named_scope("update"):
+        prefilled, pull_back = jax.vjp(forward, params)
+    return Prompts(prefilled, lambda gradients: pull_back(gradients)[0])
+
+
+def draw(
+    params: PyTree, batch: Batch, key: Array, *, online: OnlineObjective, prefilled: Prefill | None = None
+) -> Responses:
     """Two responses to each prompt."""
     with jax.named_scope("sample"):
         return sample(
@@ -143,15 +171,18 @@ def draw(params: PyTree, batch: Batch, key: Array, *, online: OnlineObjective) -
             completions=2,
             cfg=online.pair.policy,
             compute=online.pair.compute,
+            prefilled=prefilled,
         )
 
 
-def ask(annotator: PyTree, batch: Batch, responses: Responses, *, online: OnlineObjective) -> Float[Array, "B 2"]:
+def ask(
+    frozen: dict[str, PyTree], batch: Batch, responses: Responses, *, online: OnlineObjective
+) -> Float[Array, "B 2"]:
     """P(the first response is better) by each presentation order; the annotator doesn't see stop tokens."""
     with jax.named_scope("annotate"):
         is_stop = jnp.any(responses.tokens[..., None] == jnp.array(online.sampler.stop_ids)[None, None, None], axis=-1)
         return llm.annotate(
-            annotator,
+            frozen["annotator"],
             batch["questions"],
             batch["question_valid"],
             responses.tokens,
@@ -188,7 +219,13 @@ def label(
 
 
 def pair_loss(
-    params: PyTree, reference: PyTree, batch: Batch, pair: Pairs, *, objective: PairObjective
+    params: PyTree,
+    reference: PyTree,
+    batch: Batch,
+    pair: Pairs,
+    *,
+    objective: PairObjective,
+    prefilled: Prefill | None = None,
 ) -> tuple[Float[Array, ""], Sums]:
     """The summed loss of pairs: policy and reference each score both responses in one row."""
     args = (batch["prompts"], batch["prompt_valid"], pair.responses, pair.mask)
@@ -197,7 +234,9 @@ def pair_loss(
             reference, *args, cfg=objective.reference, compute=objective.compute
         ).sum(-1)
     with jax.named_scope("policy"):
-        policy_BC = pairs.response_logprobs(params, *args, cfg=objective.policy, compute=objective.compute).sum(-1)
+        policy_BC = pairs.response_logprobs(
+            params, *args, cfg=objective.policy, compute=objective.compute, prefilled=prefilled
+        ).sum(-1)
     log_ratios = policy_BC - jax.lax.stop_gradient(reference_BC)
     lengths = jnp.sum(pair.mask, axis=-1).astype(jnp.float32)
     chosen = jnp.where(pair.first_is_better, 0, 1)
@@ -221,30 +260,57 @@ def pair_loss(
 
 
 def pair_contribution(
-    params: PyTree, frozen: dict[str, PyTree], batch: Batch, pair: Pairs, *, objective: PairObjective
+    params: PyTree,
+    frozen: dict[str, PyTree],
+    batch: Batch,
+    pair: Pairs,
+    *,
+    objective: PairObjective,
+    prompts: Prompts | None = None,
 ) -> Contribution:
-    """Loss, gradients and metrics of given pairs; frozen: reference or base."""
+    """Loss, gradients and metrics of given pairs, whose prompts may have been encoded; frozen: reference or base."""
 
-    def loss_of(params: PyTree) -> tuple[Float[Array, ""], Sums]:
-        return pair_loss(policy_of(params, frozen), reference_of(frozen), batch, pair, objective=objective)
+    def loss_of(params: PyTree, prefilled: Prefill | None) -> tuple[Float[Array, ""], Sums]:
+        args = (policy_of(params, frozen), reference_of(frozen), batch, pair)
+        return pair_loss(*args, objective=objective, prefilled=prefilled)
 
     with jax.named_scope("update"):
-        (loss, sums), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        prefilled = prompts.prefilled if prompts else None
+        (loss, sums), (gradients, of_prompts) = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(params, prefilled)
+        if prompts:
+            gradients = jax.tree.map(jnp.add, gradients, prompts.pull_back(of_prompts))
     return Contribution(gradients, loss, jnp.sum(pair.weight), sums, {})
 
 
-def online(params, frozen, batch: Batch, key: Array, *, objective: OnlineObjective) -> Contribution:
-    """OAIF (Guo et al. 2024, algorithm 1) on a micro-batch of prompts; frozen: reference or base, annotator."""
-    responses = draw(policy_of(params, frozen), batch, key, online=objective)
+def online(
+    params, frozen, batch: Batch, key: Array, *, objective: OnlineObjective, preference: Preference | None = None
+) -> Contribution:
+    """OAIF (Guo et al. 2024, algorithm 1) on a micro-batch of prompts; frozen: reference or base, annotator. `preference` is
+    `ask` unless it is given."""
+    preference = preference or functools.partial(ask, online=objective)
+    prompts = encode(params, frozen, batch, objective=objective.pair)
+    responses = draw(policy_of(params, frozen), batch, key, online=objective, prefilled=prompts.prefilled)
 
     def annotate_and_update(cut: Responses) -> Contribution:
-        p_orders = ask(frozen["annotator"], batch, cut, online=objective)
-        drawn = {"responses": cut.tokens, "mask": cut.mask, "finished": cut.finished, "p_orders": p_orders}
-        part = annotated(params, frozen, batch | drawn, key, objective=objective)
+        drawn = {"responses": cut.tokens, "mask": cut.mask, "finished": cut.finished}
+        part = _learn(params, frozen, batch | drawn | {"p_orders": preference(frozen, batch, cut)}, objective, prompts)
         return dataclasses.replace(part, outputs={name: part.outputs[name] for name in ("p_orders", "identical")})
 
     part = at_length(annotate_and_update, responses, objective.lengths)
     return dataclasses.replace(part, outputs=part.outputs | {"responses": responses.tokens, "mask": responses.mask})
+
+
+def annotated(params, frozen, batch: Batch, key: Array, *, objective: OnlineObjective) -> Contribution:
+    """The second half of `online`: the batch has responses, mask, finished [B, 2] and p_orders [B, 2] as well."""
+    del key
+    return _learn(params, frozen, batch, objective, None)
+
+
+def _learn(params, frozen, batch: Batch, objective: OnlineObjective, prompts: Prompts | None) -> Contribution:
+    drawn = (batch["responses"], batch["mask"], batch["finished"], batch["p_orders"])
+    pair, outputs, sums = label(*drawn, objective.missing_eos)
+    part = pair_contribution(params, frozen, batch, pair, objective=objective.pair, prompts=prompts)
+    return dataclasses.replace(part, sums=part.sums | sums, outputs=outputs)
 
 
 def at_length(function: Callable[[Responses], Contribution], responses: Responses, lengths: int) -> Contribution:
@@ -261,15 +327,6 @@ def at_length(function: Callable[[Responses], Contribution], responses: Response
         return cut(width)
     branch = jnp.sum(responses.steps > jnp.array(widths[:-1]))
     return jax.lax.switch(branch, [functools.partial(cut, to) for to in widths])
-
-
-def annotated(params, frozen, batch: Batch, key: Array, *, objective: OnlineObjective) -> Contribution:
-    """The second half of `online`: the batch has responses, mask, finished [B, 2] and p_orders [B, 2] as well."""
-    del key
-    drawn = (batch["responses"], batch["mask"], batch["finished"], batch["p_orders"])
-    pair, outputs, sums = label(*drawn, objective.missing_eos)
-    part = pair_contribution(params, frozen, batch, pair, objective=objective.pair)
-    return dataclasses.replace(part, sums=part.sums | sums, outputs=outputs)
 
 
 def draw_responses(
@@ -298,7 +355,7 @@ def collect(
     """The first half of `online`: responses, and what the annotator on the mesh says of them, p_orders [B, 2]."""
     drawn = draw_responses(params, frozen, batch, key, at, objective=objective)
     responses = Responses(drawn["responses"], drawn["mask"], drawn["finished"], jnp.array(0))
-    return drawn | {"p_orders": ask(frozen["annotator"], batch, responses, online=objective)}
+    return drawn | {"p_orders": ask(frozen, batch, responses, online=objective)}
 
 
 def offline(params, frozen, batch: Batch, key: Array, *, objective: PairObjective) -> Contribution:

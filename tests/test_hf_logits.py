@@ -121,7 +121,7 @@ def with_zeros(params: dict, leaf: str) -> dict:
     return params | {group: own | {name: jax.tree.map(jnp.zeros_like, own[name])}}
 
 
-BIASES = ("layers/qkv_bias", "layers/out_bias", "layers/gate_up_bias", "layers/down_bias")
+BIASES = ("layers/qkv_bias", "layers/out_bias", "layers/gate_bias", "layers/down_bias")
 
 
 @pytest.mark.parametrize(

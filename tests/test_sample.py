@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 
 from oaif_jax.models import heads, rows, transformer
+from oaif_jax.models.attention import MASKED
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.pairs import predictors
-from oaif_jax.sample import Responses, Sampler, restrict, sample
+from oaif_jax.sample import Responses, Sampler, categorical, restrict, sample
 
 CFG, COMPUTE = fakes.MODEL, fakes.COMPUTE
 PROMPTS, SLOTS, COMPLETIONS, TOKENS = 6, 5, 3, 9  # P, S, C, R
@@ -26,6 +28,7 @@ SAMPLED = Sampler(temperature=0.9, top_k=0, top_p=1.0, max_tokens=TOKENS, stop_i
 ENDLESS = dataclasses.replace(SAMPLED, stop_ids=())
 GREEDY = dataclasses.replace(ENDLESS, temperature=0.0)
 
+choose = jax.jit(categorical)
 compiled = jax.jit(sample, static_argnames=("sampler", "completions", "cfg", "compute"))
 
 
@@ -54,21 +57,28 @@ def draw(params, prompts, keys, sampler: Sampler, completions: int = COMPLETIONS
 def logits_of(params, prompts, valid, tokens, mask):
     """The logits that each response token should be drawn from, [P, C, R, V], by a full forward pass."""
     hidden, _ = transformer.forward(params, rows.branch(prompts, valid, tokens, mask), cfg=CFG, compute=COMPUTE)
-    hidden = predictors(hidden, prompts.shape[1], tokens.shape[1])
+    slots = prompts.shape[1]
+    hidden = predictors(hidden[:, slots - 1 : slots], hidden[:, slots:], tokens.shape[1])
     return heads.logits(params, hidden.reshape(-1, CFG.width), cfg=CFG).reshape(*tokens.shape, -1)
 
 
 @jax.jit
-def categorical(keys, logits):
-    """Draws with the key of prompt p, completion c, token t: fold_in(fold_in(key, c), t)."""
+def uniform(keys, like):
+    """The random number of each token of `like` [P, C, R], from fold_in(fold_in(prompt's key, completion), token)."""
 
-    def one(key, c, t, logits):
-        return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, c), t), logits)
+    def one(key, c, t):
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, c), t))
 
-    over_tokens = jax.vmap(one, (None, None, 0, 0))
-    over_completions = jax.vmap(over_tokens, (None, 0, None, 0))
-    completions, tokens = (jnp.arange(size) for size in logits.shape[1:3])
-    return jax.vmap(over_completions, (0, None, None, 0))(keys, completions, tokens, logits)
+    over_tokens = jax.vmap(one, (None, None, 0))
+    over_completions = jax.vmap(over_tokens, (None, 0, None))
+    completions, tokens = (jnp.arange(size) for size in like.shape[1:3])
+    return jax.vmap(over_completions, (0, None, None))(keys, completions, tokens)
+
+
+def inverse(uniform: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """The first token at which the cumulated softmax exceeds the number, in float64."""
+    probabilities = scipy.special.softmax(logits.astype(np.float64), axis=-1)
+    return (np.cumsum(probabilities, axis=-1) <= uniform[..., None].astype(np.float64)).sum(-1)
 
 
 def test_greedy_is_the_largest_logit_of_the_full_forward(params):
@@ -88,7 +98,7 @@ def test_each_token_has_its_key_and_the_full_forward_distribution(params):
     prompts, keys = prompts_of(), keys_of(1)
     made = draw(params, prompts, keys, ENDLESS)
     logits = logits_of(params, *prompts, made.tokens, made.mask) / ENDLESS.temperature
-    np.testing.assert_array_equal(made.tokens, categorical(keys, logits))
+    np.testing.assert_array_equal(made.tokens, inverse(np.asarray(uniform(keys, made.tokens)), np.asarray(logits)))
     assert (made.tokens != np.asarray(logits).argmax(-1)).any()
 
 
@@ -138,7 +148,7 @@ def test_none_ends(params):
 def test_stop_ids_only_cut(params, temperature):
     """Until it ends, a response is what it would be without stop ids: the others' ends don't reach it."""
     cut, whole = (
-        draw(params, prompts_of(), keys_of(3), dataclasses.replace(SAMPLED, temperature=temperature, stop_ids=stops))
+        draw(params, prompts_of(), keys_of(5), dataclasses.replace(SAMPLED, temperature=temperature, stop_ids=stops))
         for stops in (STOPS, ())
     )
     assert 0 < cut.finished.sum() < cut.finished.size
@@ -238,6 +248,33 @@ def test_distribution(params):
         assert_drawn_from(drawn[:, 0], np.asarray(jax.nn.softmax(logits[0, 0, 0, : CFG.vocab_size] / 0.8)))
 
 
+@pytest.mark.parametrize("vocabulary", [43, 64, 96, 8192])
+def test_categorical_is_the_inverse_of_the_cumulated_softmax(vocabulary):
+    """Where a third of the tokens is masked; numbers nearer to a step than rounding goes are either side's."""
+    rng = np.random.default_rng(vocabulary)
+    logits = rng.normal(size=(500, vocabulary)).astype(np.float32) * 2
+    logits[rng.random(logits.shape) < 0.3] = MASKED
+    at = rng.random(500).astype(np.float32)
+    found = np.asarray(choose(at, logits))
+    steps = np.cumsum(scipy.special.softmax(logits.astype(np.float64), axis=-1), axis=-1)
+    clear = np.abs(steps - at[:, None]).min(-1) > 1e-6
+    assert clear.mean() > 0.9 or vocabulary > 1000
+    np.testing.assert_array_equal(found[clear], inverse(at, logits)[clear])
+    low, high = (steps[np.arange(500), np.maximum(found - back, 0)] for back in (1, 0))
+    assert (np.where(found > 0, low, 0.0) <= at + 1e-6).all()
+    assert (at <= high + 1e-6).all()
+
+
+@pytest.mark.parametrize("where", [[0], [42], [7, 21], list(range(0, 43, 3))])
+@pytest.mark.parametrize("at", [0.0, 0.5, float(np.nextafter(np.float32(1), np.float32(0)))])
+def test_tokens_without_probability_are_never_drawn(where, at):
+    """At both ends of the numbers, wherever the tokens with probability lie."""
+    logits = np.full((3, 43), MASKED, np.float32)
+    logits[:, where] = np.random.default_rng(len(where)).normal(size=(3, len(where))) * 20
+    found = np.asarray(choose(np.full(3, at, np.float32), logits))
+    assert np.isin(found, where).all()
+
+
 def test_nothing_is_differentiated(params):
     """Responses that come out of a differentiated function are constants there."""
 
@@ -296,10 +333,7 @@ def program_of(max_tokens: int):
 
 def cache_bytes(max_tokens: int) -> int:
     """Keys and values of the suffixes."""
-    return sum(
-        leaf.size * leaf.dtype.itemsize
-        for leaf in jax.eval_shape(lambda: transformer.empty_suffix(DEEP, COMPUTE, ROWS, 2, max_tokens))
-    )
+    return 2 * 4 * DEEP.layers * ROWS * 2 * DEEP.kv_heads * max_tokens * DEEP.head_dim
 
 
 @pytest.fixture(scope="module")

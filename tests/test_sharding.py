@@ -82,7 +82,6 @@ def test_what_is_never_split():
         if name.startswith("layers/"):
             assert (*spec_of(name), None)[0] is None
     assert spec_of("layers/qkv")[3] is None
-    assert spec_of("layers/gate_up")[1] is None
 
 
 def test_path_names():

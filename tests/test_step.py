@@ -105,6 +105,27 @@ def test_the_pairs_are_worth_testing_with():
 # ------------------------------------------------------------------------------------------------ meshes and parts
 
 
+@pytest.mark.parametrize("remat", ["none", "layer"])
+def test_prompts_encoded_once_give_what_encoding_them_twice_gives(remat):
+    """The fused step samples from the policy's pass over the prompts and takes the gradient back through it; taken apart,
+    prompts are encoded to sample, and again to score."""
+    params, frozen = models()
+    compute = dataclasses.replace(COMPUTE, remat=remat)
+    objective = dataclasses.replace(ONLINE, pair=dataclasses.replace(PAIR, compute=compute))
+
+    @jax.jit
+    def apart(params, frozen, batch):
+        drawn = step.draw(params, batch, KEY, online=objective)
+        made = {"responses": drawn.tokens, "mask": drawn.mask, "finished": drawn.finished}
+        made["p_orders"] = step.ask(frozen, batch, drawn, online=objective)
+        return step.annotated(params, frozen, batch | made, KEY, objective=objective)
+
+    fused = jax.jit(functools.partial(step.online, objective=objective))
+    assert_same_step(
+        jax.device_get(fused(params, frozen, prompts(), KEY)), jax.device_get(apart(params, frozen, prompts()))
+    )
+
+
 def test_eight_devices_give_what_one_gives():
     assert_same_step(online("2x2x2"), online())
 
@@ -260,10 +281,10 @@ def test_a_missing_end_in_the_fused_step(missing_eos):
     @jax.jit
     def collect(batch):
         drawn = step.draw(params, batch, KEY, online=objective)
-        p_orders = step.ask(frozen["annotator"], batch, drawn, online=objective)
+        p_orders = step.ask(frozen, batch, drawn, online=objective)
         return step.label(drawn.tokens, drawn.mask, drawn.finished, p_orders, missing_eos)
 
-    made, outputs, sums = jax.device_get(collect(prompts()))
+    made, outputs, sums = jax.device_get(collect(prompts(seed=2)))
     finished = np.any(np.isin(made.responses, STOP) & made.mask, axis=-1)
     differs, says_first = finished[:, 0] != finished[:, 1], outputs["p_orders"].mean(-1) > 0.5
     assert np.any(differs & (finished[:, 0] != says_first)), "no pair where the rule decides"
@@ -338,7 +359,7 @@ def test_nothing_moves_where_every_pair_abstains(why):
     params, frozen = models()
     objective = dataclasses.replace(ONLINE, missing_eos="ignore")
     take = train_step(functools.partial(step.online, objective=objective), mesh, parts=2)
-    batch = place_batch(prompts(), mesh)
+    batch = place_batch(prompts(seed=3), mesh)
     if why == "identical":
         params = params | {"embedding": 1e4 * params["embedding"]}  # one token takes all of the probability
     first, _, _ = take(begin(mesh, params), frozen, batch, KEY)

@@ -21,7 +21,7 @@ def test_models_and_pairs_in_miniature(tmp_path, monkeypatch):
     build.STAGES["sft"](tmp_path / "runs")
     params, cfg = files.load(tmp_path / "sft.safetensors")
     assert cfg.width == values["policy"]["shape"]["width"]
-    assert params["layers"]["gate_up"].shape == (cfg.layers, 2, cfg.width, cfg.mlp)
+    assert params["layers"]["gate"].shape == (cfg.layers, cfg.width, cfg.mlp)
     build.STAGES["pairs"](tmp_path / "runs")
     pairs = read_pairs(tmp_path / "pairs.jsonl.gz")
     assert 0 < len(pairs) <= 128

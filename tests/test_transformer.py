@@ -180,25 +180,37 @@ def test_rows_are_relative(params):
 
 def decoded(params, tokens, valid, responses, compute: ComputeConfig = COMPUTE) -> np.ndarray:
     """Hidden states of the responses' tokens [P, C, R, D], fed one at a time."""
-    count, completions, length = responses.shape
+    _, completions, length = responses.shape
     _, prefix = forward(params, rows.trunk(tokens, valid), cfg=CFG, compute=compute, keep_prefix=True)
-    suffix = transformer.empty_suffix(CFG, compute, count, completions, length)
+    layers = transformer.decoding_layers(params, prefix, cfg=CFG, compute=compute)
+    suffix = transformer.empty_suffix(layers, completions, length)
     found = []
     for t in range(length):
         positions = jnp.broadcast_to(valid.sum(-1)[:, None] + t, responses.shape[:2])
         hidden, suffix = decode(
-            params, responses[..., t], positions, prefix, valid, suffix, jnp.array(t), cfg=CFG, compute=compute
+            params, layers, responses[..., t], positions, valid, suffix, jnp.array(t), cfg=CFG, compute=compute
         )
         found.append(np.asarray(hidden))
     return np.stack(found, axis=2)
 
 
-def test_cached_decoding_is_the_full_forward(params):
+@pytest.mark.parametrize("way", ["scanned", "unrolled"])
+def test_cached_decoding_is_the_full_forward(params, way):
     tokens, valid, responses, _ = batch()
     everything = jnp.ones(responses.shape, bool)
     full = hidden_of(params, rows.branch(tokens, valid, responses, everything))
     own = full[:, SLOTS:].reshape(3, BRANCHES, TOKENS, -1)
-    np.testing.assert_allclose(decoded(params, tokens, valid, responses), own, **CLOSE)
+    found = decoded(params, tokens, valid, responses, dataclasses.replace(COMPUTE, decode=way))
+    np.testing.assert_allclose(found, own, **CLOSE)
+
+
+def test_branches_after_their_trunk_are_the_full_forward(params):
+    tokens, valid, responses, mask = batch()
+    laid_out = rows.branch(tokens, valid, responses, mask)
+    _, prefix = forward(params, rows.trunk(tokens, valid), cfg=CFG, compute=COMPUTE, keep_prefix=True)
+    after = jax.jit(transformer.forward_branches, static_argnames=("cfg", "compute"))
+    found = after(params, laid_out, prefix, cfg=CFG, compute=COMPUTE)
+    np.testing.assert_allclose(found, hidden_of(params, laid_out)[:, SLOTS:], **CLOSE)
 
 
 def test_decoding_after_a_row_has_ended(params):
@@ -322,7 +334,7 @@ def test_answer_logits_are_rows_of_the_logits(params):
 def test_predictors():
     """In: trunk a b, branches c d | e f -> Out: what predicts them, b c | b e."""
     columns = jnp.arange(6.0).reshape(1, 6, 1)
-    np.testing.assert_array_equal(predictors(columns, 2, 2)[..., 0], [[[1, 2], [1, 4]]])
+    np.testing.assert_array_equal(predictors(columns[:, 1:2], columns[:, 2:], 2)[..., 0], [[[1, 2], [1, 4]]])
 
 
 def test_parameters():

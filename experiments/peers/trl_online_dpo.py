@@ -6,9 +6,10 @@
 
 Both sides have the same random Llama, written by transformers and read from its directory here (log-probabilities are
 compared before anything is timed), prompts of the same length without padding, the same float type, AdamW, DPO, clipping,
-temperature, a reference, and the same number of threads. The preference is of no cost: the response whose first token has
-the larger id. The stop token is none that can be drawn, so that every response has all its tokens: both sides' are counted.
-Environment variables are the process's, and so both sides'.
+temperature, a reference, and the same number of threads (ours as CPU devices of one thread each, which share the batch).
+The preference is of no cost: the response whose first token has the larger id. The stop token is none that can be drawn,
+so that every response has all its tokens: both sides' are counted. Environment variables are the process's, and so both
+sides'.
 
 TRL generates with its KV cache: gradient checkpointing, which is on by default there and switches the cache off, is off.
 A turn of TRL's lasts from on_step_begin to on_step_end, without its data loader; a turn of ours begins with the batch on
@@ -42,11 +43,12 @@ from oaif_jax.annotators.llm import Template
 from oaif_jax.files import atomic_write_json
 from oaif_jax.models import hf
 from oaif_jax.models.config import ComputeConfig
-from oaif_jax.sample import Sampler
+from oaif_jax.sample import Responses, Sampler
 from oaif_jax.tasks.base import place
 
 WARM_UP = 1  # turns of each side that don't count
 LR, BETA, TEMPERATURE, CLIP, B1, B2, EPS = 1e-6, 0.1, 0.9, 1.0, 0.9, 0.999, 1e-8
+TOUCHED_BYTES = 4 * 2**30  # more than a step of either side takes at these shapes
 CLOSE = 1e-3  # log-probabilities of the two sides in float32, which differ by rounding
 
 
@@ -98,15 +100,11 @@ def prompts(shape: PeerShape, seed: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ ours
 
 
-def first_token(
-    params, frozen: dict, batch: step.Batch, key: jax.Array, *, objective: step.OnlineObjective
-) -> step.Contribution:
-    """`step.online` with a preference of no cost instead of an annotator's."""
-    drawn = step.draw(params, batch, key, online=objective)
-    first = (drawn.tokens[:, 0, 0] >= drawn.tokens[:, 1, 0]).astype(jnp.float32)
-    made = {"responses": drawn.tokens, "mask": drawn.mask, "finished": drawn.finished}
-    p_orders = jnp.broadcast_to(first[:, None], drawn.finished.shape)
-    return step.annotated(params, frozen, batch | made | {"p_orders": p_orders}, key, objective=objective)
+def first_token(frozen: dict, batch: step.Batch, responses: Responses) -> jax.Array:
+    """A preference of no cost instead of an annotator's."""
+    del frozen, batch
+    first = (responses.tokens[:, 0, 0] >= responses.tokens[:, 1, 0]).astype(jnp.float32)
+    return jnp.broadcast_to(first[:, None], responses.finished.shape)
 
 
 def our_side(directory: pathlib.Path, shape: PeerShape) -> Callable[[], Turn]:
@@ -124,7 +122,7 @@ def our_side(directory: pathlib.Path, shape: PeerShape) -> Callable[[], Turn]:
     pair = step.PairObjective("dpo", BETA, model.cfg, model.cfg, compute)
     unused = Template((), (), (), (0, 1))
     online = step.OnlineObjective(pair, sampler, model.cfg, unused, missing_eos="ignore")
-    objective = functools.partial(first_token, objective=online)
+    objective = functools.partial(step.online, objective=online, preference=first_token)
     take = jax.jit(
         functools.partial(step.train_step, objective=objective, tx=tx, parts=1),
         donate_argnums=0,
@@ -212,12 +210,21 @@ class Turns(transformers.TrainerCallback):
     def on_step_begin(self, args, state, control, **unused: object) -> None:
         """Starts the clock."""
         self.drawn = 0
+        touch_memory()
         self.began = _now()
 
     def on_step_end(self, args, state, control, **unused: object) -> None:
         """Stops it; then it is our turn."""
         self.theirs.append(Turn(_now() - self.began, self.drawn))
+        touch_memory()
         self.ours.append(self.take_ours())
+
+
+def touch_memory() -> None:
+    """Before each turn, of either side: on a virtual machine, pages that were free while the other side had its turn may have
+    gone back to the host, and come anew at a cost (2 of 6 seconds) that isn't a step's."""
+    if not torch.cuda.is_available():
+        np.zeros(TOUCHED_BYTES, np.uint8).fill(1)
 
 
 def _now() -> float:
@@ -330,6 +337,7 @@ def main(arguments: Sequence[str]) -> None:
     # XLA has as many threads as there are cores that it may use; it asks when the first array is made.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: flags.threads])
     torch.set_num_threads(flags.threads)
+    sharding.use_cpu_devices(flags.threads)  # of one thread each, as runs have it
     result = compare(flags.shape, SHAPES[flags.shape], flags.pairs, Console())
     if flags.out:
         atomic_write_json(flags.out, result)

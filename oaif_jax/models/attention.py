@@ -1,4 +1,13 @@
-"""Attention over rows with branches, by parts: nothing is computed to be masked away."""
+"""Attention over rows with branches, by parts: nothing is computed to be masked away, and nothing as large as the attention
+weights is kept for the backward pass.
+
+One softmax goes over one or two sets of keys, those of a trunk and a branch's own. The backward pass computes the weights
+again from queries, keys and the softmax' normalisers, and takes the sum of weights times their gradients, which the
+softmax' derivative needs, as that of outputs times theirs (Dao et al. 2022, arXiv 2205.14135, appendix B.4).
+"""
+
+import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,55 +17,110 @@ from oaif_jax.models.layers import softcap
 from oaif_jax.models.rows import Masks
 
 MASKED = -1e30  # finite: a row of masked logits must not become nan
+TILE = 128  # a trunk's queries are taken in blocks of a multiple of this,
+MOST_BLOCKS = 4  # in at most so many: each is a product more in the program
 
 KeyValues = tuple[Array, Array]
 
+# A set of keys and its values by their number of dimensions: a trunk's, or the branches' own.
+KEYS = {4: "BKHS", 5: "BKCSH"}
+VALUES = {4: "BKSH", 5: "BKCSH"}
+QUERIES, WEIGHTS = "BKGCTH", "BKGCTS"
 
-def attend_trunk(q_BKGSH: Array, k_BKSH: Array, v_BKSH: Array, mask_BSS: Bool[Array, "B S S"], cap: float) -> Array:
-    """Attention of a trunk to itself, softmax in float32."""
-    logits = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGSH, k_BKSH, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(mask_BSS[:, None, None], softcap(logits, cap), MASKED), axis=-1)
-    return jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v_BKSH.dtype), v_BKSH)
+
+def _masked_logits(q: Array, k: Array, mask: Bool[Array, "#B #C #T S"], cap: float) -> Float[Array, "B K G C T S"]:
+    logits = jnp.einsum(f"{QUERIES},{KEYS[k.ndim]}->{WEIGHTS}", q, k, preferred_element_type=jnp.float32)
+    return jnp.where(mask[:, None, None], softcap(logits, cap), MASKED)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attend(
+    q: Float[Array, "B K G C T H"], keys: Sequence[KeyValues], masks: Sequence[Bool[Array, "#B #C #T _"]], cap: float
+) -> Float[Array, "B K G C T H"]:
+    """One softmax over sets of keys: a trunk's, which all C branches share, and the branches' own; in float32.
+
+    A trunk's keys are [B, K, H, S] and its values [B, K, S, H]; those of the branches [B, K, C, R, H], both. The branches'
+    queries meet the trunk's keys in one product, and no branch ever meets another.
+    """
+    return _forward(q, keys, masks, cap)[0]
+
+
+def _forward(q: Array, keys: Sequence[KeyValues], masks: Sequence[Array], cap: float) -> tuple[Array, Array]:
+    """Outputs, and the logarithm of each softmax' sum, [B, K, G, C, T, 1]; sums in float32."""
+    logits = [_masked_logits(q, k, mask, cap) for (k, _), mask in zip(keys, masks, strict=True)]
+    peak = functools.reduce(jnp.maximum, (jnp.max(each, -1, keepdims=True) for each in logits))
+    weights = [jnp.exp(each - peak) for each in logits]
+    total = functools.reduce(jnp.add, (jnp.sum(each, -1, keepdims=True) for each in weights))
+    parts = (
+        jnp.einsum(f"{WEIGHTS},{VALUES[v.ndim]}->{QUERIES}", each.astype(v.dtype), v)
+        for each, (_, v) in zip(weights, keys, strict=True)
+    )
+    return functools.reduce(jnp.add, parts) / total.astype(q.dtype), peak + jnp.log(total)
+
+
+def _keep(q: Array, keys: Sequence[KeyValues], masks: Sequence[Array], cap: float):
+    attended, normaliser = _forward(q, keys, masks, cap)
+    return attended, (q, keys, masks, attended, normaliser)
+
+
+def _backward(cap: float, kept, d_attended: Array):
+    q, keys, masks, attended, normaliser = kept
+    mean = jnp.sum(d_attended.astype(jnp.float32) * attended.astype(jnp.float32), -1, keepdims=True)
+    d_q, d_keys = [], []
+    for (k, v), mask in zip(keys, masks, strict=True):
+        with jax.named_scope("computed_again"):
+            logits = _masked_logits(q, k, mask, cap)
+            weights = jnp.exp(logits - normaliser)
+        d_weights = jnp.einsum(
+            f"{QUERIES},{VALUES[v.ndim]}->{WEIGHTS}", d_attended, v, preferred_element_type=jnp.float32
+        )
+        d_logits = weights * (d_weights - mean)
+        if cap:
+            d_logits = d_logits * (1.0 - jnp.square(jnp.where(mask[:, None, None], logits / cap, 0.0)))
+        d_logits = d_logits.astype(q.dtype)
+        d_q.append(jnp.einsum(f"{WEIGHTS},{KEYS[k.ndim]}->{QUERIES}", d_logits, k))
+        d_k = jnp.einsum(f"{WEIGHTS},{QUERIES}->{KEYS[k.ndim]}", d_logits, q)
+        d_v = jnp.einsum(f"{WEIGHTS},{QUERIES}->{VALUES[v.ndim]}", weights.astype(v.dtype), d_attended)
+        d_keys.append((d_k, d_v))
+    return functools.reduce(jnp.add, d_q), d_keys, [None] * len(masks)
+
+
+attend.defvjp(_keep, _backward)
+
+
+def blocks(slots: int) -> list[tuple[int, int]]:
+    """The blocks of a trunk's queries, each of which meets the keys up to its own end.
+
+    In: 300 -> Out: (0, 128), (128, 256), (256, 300).
+    """
+    width = -(-slots // (TILE * MOST_BLOCKS)) * TILE
+    return [(first, min(first + width, slots)) for first in range(0, slots, width)]
+
+
+def attend_trunk(
+    q: Float[Array, "B K G S H"],
+    k: Float[Array, "B K H S"],
+    v: Float[Array, "B K S H"],
+    mask: Bool[Array, "B S S"],
+    cap: float,
+) -> Float[Array, "B K G S H"]:
+    """Attention of a trunk to itself: causal, so that no block of queries meets keys behind it."""
+    parts = [
+        attend(q[:, :, :, None, first:end], [(k[..., :end], v[:, :, :end])], [mask[:, None, first:end, :end]], cap)
+        for first, end in blocks(q.shape[3])
+    ]
+    return jnp.concatenate(parts, axis=4)[:, :, :, 0]
 
 
 def attend_branches(
-    q: Float[Array, "B K G C T H"],
+    q: Float[Array, "B K G CR H"],
+    k: Float[Array, "B K CR H"],
+    v: Float[Array, "B K CR H"],
     trunk: KeyValues,
-    own: KeyValues,
-    trunk_mask: Bool[Array, "#B #C #T S"],
-    own_mask: Bool[Array, "#B #C #T R"],
+    masks: Masks,
+    branches: int,
     cap: float,
-) -> Float[Array, "B K G CT H"]:
-    """Attention of each branch to the trunk and to itself: one softmax over two sets of keys, in float32.
-
-    `trunk` holds keys [B, K, H, S] and values [B, K, S, H], `own` keys and values of the branches [B, K, C, R, H]. The
-    branches' queries meet the trunk's keys in one product, and no branch ever meets another.
-    """
-    (k_trunk, v_trunk), (k_own, v_own) = trunk, own
-    logits = jnp.einsum("BKGCTH,BKHS->BKGCTS", q, k_trunk, preferred_element_type=jnp.float32)
-    logits = jnp.where(trunk_mask[:, None, None], softcap(logits, cap), MASKED)
-    logits_own = jnp.einsum("BKGCTH,BKCRH->BKGCTR", q, k_own, preferred_element_type=jnp.float32)
-    logits_own = jnp.where(own_mask[:, None, None], softcap(logits_own, cap), MASKED)
-    peak = jnp.maximum(jnp.max(logits, -1, keepdims=True), jnp.max(logits_own, -1, keepdims=True))
-    peak = jax.lax.stop_gradient(peak)
-    weights, weights_own = jnp.exp(logits - peak), jnp.exp(logits_own - peak)
-    total = jnp.sum(weights, -1, keepdims=True) + jnp.sum(weights_own, -1, keepdims=True)
-    dtype = v_trunk.dtype
-    attended = jnp.einsum("BKGCTS,BKSH->BKGCTH", weights.astype(dtype), v_trunk)
-    attended += jnp.einsum("BKGCTR,BKCRH->BKGCTH", weights_own.astype(dtype), v_own)
-    attended = attended / total.astype(dtype)
-    return attended.reshape(*attended.shape[:3], -1, attended.shape[-1])
-
-
-def attend_rows(
-    q: Array, k: Array, v: Array, masks: Masks, slots: int, branches: int, cap: float
-) -> Float[Array, "B K G T H"]:
-    """Attention over rows with branches: the trunk to itself, then each branch to the trunk and to itself."""
-    trunk = (k[:, :, :slots], v[:, :, :slots])
-    attended = attend_trunk(q[:, :, :, :slots], *trunk, masks.trunk, cap)
-    if not branches:
-        return attended
-    split = lambda x: x[..., slots:, :].reshape(*x.shape[:-2], branches, -1, x.shape[-1])  # noqa: E731
-    trunk = (trunk[0].swapaxes(-1, -2), trunk[1])
-    by_branches = attend_branches(split(q), trunk, (split(k), split(v)), masks.branch_trunk, masks.own, cap)
-    return jnp.concatenate([attended, by_branches], axis=3)
+) -> Float[Array, "B K G CR H"]:
+    """Attention of each of C branches to the trunk and to itself."""
+    split = lambda x: x.reshape(*x.shape[:-2], branches, -1, x.shape[-1])  # noqa: E731
+    return attend(split(q), [trunk, (split(k), split(v))], [masks.branch_trunk, masks.own], cap).reshape(q.shape)

@@ -13,6 +13,7 @@ NORMS = ("rms", "layer")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 REMATS = ("none", "dots", "layer")
+DECODES = ("scanned", "unrolled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class ModelConfig:
     local_rope_theta: float = 0.0  # of local layers, which are then not scaled; 0: as all
     # --- block
     biases: str = "none"  # none; qkv; all (qkv, out, mlp)
-    gated: bool = True  # MLP: act(gate) * up; else act(up)
+    gated: bool = True  # MLP: act(gate) * up; else act(gate)
     activation: str = "silu"
     parallel: bool = False  # attention and MLP both read the block's input
     # --- collections beside the parameters
@@ -117,11 +118,14 @@ class ComputeConfig:
     dtype: str = "float32"  # of activations; softmax, norms and log-probabilities are float32 whatever it is
     remat: str = "none"  # activations computed again in the backward pass: none, dots (all but products), layer (all)
     unroll: int = 1  # layers unrolled in the scan over layers
+    decode: str = "scanned"  # layers in the token loop: scanned, or unrolled (a copy of the weights, layer by layer)
     head_chunk: int = 1024  # tokens whose logits exist at once
 
     def __post_init__(self):
         if self.remat not in REMATS:
             raise ValueError(f"remat={self.remat!r}, wanted one of {', '.join(REMATS)}")
+        if self.decode not in DECODES:
+            raise ValueError(f"decode={self.decode!r}, wanted one of {', '.join(DECODES)}")
 
     @property
     def jnp_dtype(self):

@@ -1,6 +1,7 @@
 """The parts of a layer that know nothing of rows: products, norms, activations, rotary angles."""
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -22,6 +23,9 @@ def dense(x: Float[Array, "B T D"], weight: Float[Array, "D *out"]) -> Float[Arr
     rows, tokens, width = x.shape
     product = x.reshape(rows * tokens, width) @ weight.reshape(width, -1).astype(x.dtype)
     return product.reshape(rows, tokens, *weight.shape[1:])
+
+
+Product = Callable[[Array, Array], Array]  # activations [B, T, D] and a weight -> activations
 
 
 class Norm(nn.Module):

@@ -78,8 +78,8 @@ def merge(params: PyTree, cfg: ModelConfig) -> PyTree:
         "k": ("qkv", (every, every, every, cfg.groups)),
         "v": ("qkv", (every, every, every, cfg.groups + 1)),
         "out": ("out", (every,)),
-        "gate": ("gate_up", (every, 0)),
-        "up": ("gate_up", (every, 1)),
+        "gate": ("gate", (every,)),
+        "up": ("up", (every,)),
         "down": ("down", (every,)),
     }
     for name in params["lora"]:

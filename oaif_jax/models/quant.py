@@ -9,7 +9,6 @@ with 1 (int8) or the number of blocks (nf4) along the input. Only the four proje
 """
 
 import functools
-from collections.abc import Callable
 from types import ModuleType
 
 import jax
@@ -17,14 +16,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PyTree
 
 from oaif_jax.errors import UserError
-from oaif_jax.models.layers import dense
+from oaif_jax.models.layers import Product
 
 KINDS = ("int8", "nf4")
 BLOCK = 64  # largest block of weights that share a scale
 LEAST_BLOCK = 8  # in smaller ones the scales would be as large as the codes
 
 # Leaf -> axes of its input within a layer; nf4's blocks lie along the last of them.
-INPUT_AXES = {"qkv": (0,), "out": (0, 1, 2), "gate_up": (1,), "down": (0,)}
+INPUT_AXES = {"qkv": (0,), "out": (0, 1, 2), "gate": (0,), "up": (0,), "down": (0,)}
 
 # The levels of nf4, by code.
 NF4 = (
@@ -87,7 +86,7 @@ def quantise(params: PyTree, kind: str) -> PyTree:
     if "scales" in params:
         raise UserError(f"quant={kind!r}: the model is quantised already")
     layers, scales = dict(params["layers"]), {}
-    for name in INPUT_AXES:
+    for name in INPUT_AXES.keys() & layers.keys():
         layers[name], scales[name] = quantise_leaf(layers[name], name, kind)
     return {**params, "layers": layers, "scales": scales}
 
@@ -115,9 +114,9 @@ def dequantise(codes: Integer[Array, "..."], scale: Float[Array, "..."]) -> Floa
 
 
 @functools.partial(jax.checkpoint, static_argnums=3)
-def quantised_dense(
-    x: Float[Array, "B T D"], codes: Integer[Array, "..."], scale: Float[Array, "..."], take: Callable[[Array], Array]
-) -> Float[Array, "B T *out"]:
-    """x @ take(weight) of a quantised weight. The backward pass takes and dequantises it again: what it would keep of each
-    layer is stacked by the scan over layers, and would be the whole model in floating-point numbers."""
-    return dense(x, dequantise(take(codes), take(scale)))
+def quantised(
+    x: Float[Array, "B T D"], codes: Integer[Array, "..."], scale: Float[Array, "..."], product: Product
+) -> Float[Array, "*outputs"]:
+    """A product with a quantised weight. The backward pass dequantises it again: what it would keep of each layer is stacked
+    by the scan over layers, and would be the whole model in floating-point numbers."""
+    return product(x, dequantise(codes, scale))

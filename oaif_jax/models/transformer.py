@@ -5,27 +5,30 @@ D model width, N heads, K key/value heads, G = N/K, H head width, F mlp width, V
 
 Parameters are nested dicts: {"embedding": [V, D], "head": [V, D] where it isn't tied, "layers": leaves with a leading L,
 "final_norm": ...}. Layers are scanned. Two more collections may stand beside them, as the block sees them: "lora"
-(low-rank additions, models.lora) and "scales" (of quantised leaves, models.quant). There are two ways through the stack:
+(low-rank additions, models.lora) and "scales" (of quantised leaves, models.quant). There are three ways through the stack:
 
-    forward   rows of a trunk and its branches    -> hidden states (and the trunk's keys and values, if asked for)
-    decode    one token more for each completion  -> hidden states, and the suffix, updated in place
+    forward            rows of a trunk and its branches    -> hidden states (and the trunk's keys and values, if asked for)
+    forward_branches   the branches, after their trunk     -> hidden states
+    decode             one token more for each completion  -> hidden states, and the suffix, updated in place
 
 The C completions of a prompt share its prefix, the trunk's keys and values; each has its own short suffix. Training
 rows and decoding attend through the same function.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from oaif_jax.models.attention import KeyValues, attend_branches, attend_rows
+from oaif_jax.models.attention import KeyValues, attend, attend_branches, attend_trunk
 from oaif_jax.models.config import ComputeConfig, ModelConfig
-from oaif_jax.models.layers import ACTIVATIONS, Norm, dense, layer_frequencies, rotate
-from oaif_jax.models.quant import quantised_dense
+from oaif_jax.models.layers import ACTIVATIONS, Norm, Product, dense, layer_frequencies, rotate
+from oaif_jax.models.quant import quantised
 from oaif_jax.models.rows import Masks, Rows, masks, near, positions_of
 
 Params = PyTree
@@ -59,17 +62,17 @@ class Block(nn.Module):
             self.attention_post_norm, self.mlp_post_norm = norm(), norm()
         if cfg.qk_norm:
             self.query_norm, self.key_norm = norm(), norm()
-        # Fused projections keep the split (G+2, 2) off the axis that is sharded (K, F): no permutes between devices.
-        gates = 2 if cfg.gated else 1
+        # The fused projection keeps the split (G+2) off the axis that is sharded (K): no permutes between devices. The MLP's
+        # two lie apart: a product for each was faster on CPU than one whose halves are taken apart.
         self.qkv = self.param("qkv", init_qkv, (cfg.width, cfg.kv_heads, cfg.groups + 2, cfg.head_dim))
         self.out = self.param(
             "out",
             fan_in(1.0 / (2 * cfg.layers), "fan_in", "normal", in_axis=(0, 1, 2), out_axis=3),
             (cfg.kv_heads, cfg.groups, cfg.head_dim, cfg.width),
         )
-        self.gate_up = self.param(
-            "gate_up", fan_in(1.0, "fan_in", "normal", in_axis=1, out_axis=(0, 2)), (gates, cfg.width, cfg.mlp)
-        )
+        self.gate = self.param("gate", fan_in(1.0, "fan_in", "normal"), (cfg.width, cfg.mlp))
+        if cfg.gated:
+            self.up = self.param("up", fan_in(1.0, "fan_in", "normal"), (cfg.width, cfg.mlp))
         self.down = self.param(
             "down", fan_in(1.0 / (2 * cfg.layers), "fan_in", "normal", in_axis=0, out_axis=1), (cfg.mlp, cfg.width)
         )
@@ -77,15 +80,17 @@ class Block(nn.Module):
             self.qkv_bias = self.param("qkv_bias", zeros, (cfg.kv_heads, cfg.groups + 2, cfg.head_dim))
         if cfg.biases == "all":
             self.out_bias = self.param("out_bias", zeros, (cfg.width,))
-            self.gate_up_bias = self.param("gate_up_bias", zeros, (gates, cfg.mlp))
+            self.gate_bias = self.param("gate_bias", zeros, (cfg.mlp,))
+            if cfg.gated:
+                self.up_bias = self.param("up_bias", zeros, (cfg.mlp,))
             self.down_bias = self.param("down_bias", zeros, (cfg.width,))
 
-    def project(self, name: str, x_BTD: Array, take: Callable[[Array], Array] = lambda weight: weight) -> Array:
-        """x W of a projection, or of what `take` takes of W (and of its scales, where W is quantised)."""
+    def project(self, name: str, x_BTD: Array, product: Product = dense) -> Array:
+        """The product of activations with a projection's weight, which may be quantised."""
         weight = getattr(self, name)
         if not self.has_variable("scales", name):
-            return dense(x_BTD, take(weight))
-        return quantised_dense(x_BTD, weight, self.get_variable("scales", name), take)
+            return product(x_BTD, weight)
+        return quantised(x_BTD, weight, self.get_variable("scales", name), product)
 
     def added(self, name: str, x_BTD: Array) -> Array | float:
         """The low-rank addition to a projection's output, (x a) b times alpha / rank; 0 where it has none."""
@@ -102,7 +107,8 @@ class Block(nn.Module):
         qkv = self.project("qkv", y_BTD)
         if cfg.biases != "none":
             qkv = qkv + self.qkv_bias.astype(qkv.dtype)[None, None]
-        q, k, v = qkv[:, :, :, : cfg.groups], qkv[:, :, :, cfg.groups], qkv[:, :, :, cfg.groups + 1]
+        q, k, v = jnp.split(qkv, (cfg.groups, cfg.groups + 1), axis=3)
+        k, v = k[:, :, :, 0], v[:, :, :, 0]
         q, k, v = (x + self.added(name, y_BTD) for name, x in (("q", q), ("k", k), ("v", v)))
         q, k, v = q.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         if cfg.qk_norm:
@@ -113,23 +119,26 @@ class Block(nn.Module):
 
     def mlp(self, y_BTD: Array) -> Array:
         """The MLP of normed activations."""
-        cfg, act = self.cfg, ACTIVATIONS[self.cfg.activation]
-        bias = (
-            (lambda i: self.gate_up_bias[i].astype(y_BTD.dtype)[None, None]) if cfg.biases == "all" else lambda i: 0.0
+        gate_BTF = ACTIVATIONS[self.cfg.activation](self.biased("gate", y_BTD))
+        if self.cfg.gated:
+            gate_BTF = gate_BTF * self.biased("up", y_BTD)
+        return self.biased("down", gate_BTF)
+
+    def biased(self, name: str, x_BTD: Array) -> Array:
+        """A projection of the MLP, with its low-rank addition and its bias where it has them."""
+        y_BTD = self.project(name, x_BTD) + self.added(name, x_BTD)
+        return (
+            y_BTD + getattr(self, f"{name}_bias").astype(y_BTD.dtype)[None, None] if self.cfg.biases == "all" else y_BTD
         )
-        # A product for each, whose weights lie together: XLA on CPU is slower with one whose halves are taken apart.
-        gate_BTF = act(self.project("gate_up", y_BTD, lambda w: w[0]) + bias(0) + self.added("gate", y_BTD))
-        if cfg.gated:
-            gate_BTF = gate_BTF * (self.project("gate_up", y_BTD, lambda w: w[1]) + bias(1) + self.added("up", y_BTD))
-        y_BTD = self.project("down", gate_BTF) + self.added("down", gate_BTF)
-        return y_BTD + self.down_bias.astype(y_BTD.dtype)[None, None] if cfg.biases == "all" else y_BTD
 
     def finish(self, x_BTD: Array, attended_BKGTH: Array) -> Array:
         """The residual stream after attention's output projection and the MLP."""
         cfg = self.cfg
         rows, tokens, width = x_BTD.shape
         attended = attended_BKGTH.astype(x_BTD.dtype).transpose(0, 3, 1, 2, 4).reshape(rows, tokens, -1)
-        attended = self.project("out", attended, lambda w: w.reshape(-1, width)) + self.added("out", attended)
+        attended = self.project("out", attended, lambda x, w: dense(x, w.reshape(-1, width))) + self.added(
+            "out", attended
+        )
         if cfg.biases == "all":
             attended = attended + self.out_bias.astype(attended.dtype)[None, None]
         if cfg.parallel:
@@ -142,26 +151,38 @@ class Block(nn.Module):
         """A layer over whole rows; also the trunk's keys [B, K, H, S] and values [B, K, S, H], as decoding takes them: with
         its keys in rows of H, the product of one query with all of them took more than twice as long on CPU."""
         q, k, v = self.heads(x_BTD, rows.positions, is_local)
-        prefix = (k[:, :, : rows.slots].swapaxes(-1, -2), v[:, :, : rows.slots])
-        attended = attend_rows(q, k, v, sees, rows.slots, rows.branches, self.cfg.attention_softcap)
+        slots, cap = rows.slots, self.cfg.attention_softcap
+        prefix = (k[:, :, :slots].swapaxes(-1, -2), v[:, :, :slots])
+        attended = attend_trunk(q[:, :, :, :slots], *prefix, sees.trunk, cap)
+        if rows.branches:
+            own = tuple(x[..., slots:, :] for x in (q, k, v))
+            attended = jnp.concatenate([attended, attend_branches(*own, prefix, sees, rows.branches, cap)], axis=3)
         return self.finish(x_BTD, attended), prefix
+
+    def after_trunk(
+        self, x_BTD: Array, positions: Array, prefix: KeyValues, sees: Masks, branches: int, is_local
+    ) -> Array:
+        """A layer over the branches' columns of rows whose trunk has been through it."""
+        q, k, v = self.heads(x_BTD, positions, is_local)
+        return self.finish(x_BTD, attend_branches(q, k, v, prefix, sees, branches, self.cfg.attention_softcap))
 
     def decode(
         self, x_PCD: Array, positions: Array, prefix: KeyValues, sees: Masks, suffix: KeyValues, layer, t, is_local
     ):
-        """A layer over one token of each completion. `suffix` holds all layers, [L, P, K, C, R, H], and comes back with
-        this layer's keys and values written at slot `t`: carried and updated in place, since XLA would copy all of it
-        for each token if it went through the scan's inputs and outputs."""
+        """A layer over one token of each completion. `suffix` is this layer's, [P, K, C, R, H] (and `layer` None), or that of
+        all layers, [L, P, K, C, R, H]; it comes back with this layer's keys and values written at slot `t`: carried and
+        updated in place, since XLA would copy all of it for each token if it went through a scan's inputs and outputs."""
         q, k, v = self.heads(x_PCD, positions, is_local)
-        k_suffix, v_suffix = (
-            jax.lax.dynamic_update_slice(cache, new[None, :, :, :, None].astype(cache.dtype), (layer, 0, 0, 0, t, 0))
+        at = (0, 0, 0, t, 0) if layer is None else (layer, 0, 0, 0, t, 0)
+        k, v = (jnp.expand_dims(new, (3,) if layer is None else (0, 4)) for new in (k, v))
+        suffix = own = tuple(
+            jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), at)
             for cache, new in zip(suffix, (k, v), strict=True)
         )
-        suffix = (k_suffix, v_suffix)
-        k_own, v_own = (jax.lax.dynamic_index_in_dim(cache, layer, 0, keepdims=False) for cache in suffix)
-        cap = self.cfg.attention_softcap
-        attended = attend_branches(q[:, :, :, :, None], prefix, (k_own, v_own), sees.branch_trunk, sees.own, cap)
-        return self.finish(x_PCD, attended), suffix
+        if layer is not None:
+            own = tuple(jax.lax.dynamic_index_in_dim(cache, layer, 0, keepdims=False) for cache in suffix)
+        attended = attend(q[:, :, :, :, None], [prefix, own], [sees.branch_trunk, sees.own], self.cfg.attention_softcap)
+        return self.finish(x_PCD, attended[:, :, :, :, 0]), suffix
 
 
 def init(key: Array, cfg: ModelConfig) -> Params:
@@ -223,25 +244,70 @@ def forward(
 ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
     """Hidden states after the final norm, and with `keep_prefix` the trunk's keys [L, B, K, H, S] and values
     [L, B, K, S, H]."""
+
+    def layer(block: Block, x_BTD, sees, is_local, _):
+        x_BTD, prefix = block(x_BTD, rows, sees, is_local)
+        return x_BTD, prefix if keep_prefix else None
+
+    return _through_layers(layer, params, rows, rows.tokens, None, cfg, compute)
+
+
+def forward_branches(
+    params: Params, rows: Rows, prefix: KeyValues, *, cfg: ModelConfig, compute: ComputeConfig
+) -> Float[Array, "B T D"]:
+    """Hidden states of the branches' C R columns, from the keys and values of their trunk that `forward` gave."""
+
+    def layer(block: Block, x_BTD, sees, is_local, prefix):
+        return block.after_trunk(x_BTD, rows.positions[:, rows.slots :], prefix, sees, rows.branches, is_local), None
+
+    return _through_layers(layer, params, rows, rows.tokens[:, rows.slots :], prefix, cfg, compute)[0]
+
+
+def _through_layers(
+    layer: Callable, params: Params, rows: Rows, tokens: Int[Array, "B T"], xs: PyTree, cfg: ModelConfig, compute
+) -> tuple[Float[Array, "B T D"], PyTree]:
+    """A scan over the layers: layer(block, x, masks, is_local, of xs) -> (x, y) for each."""
     everywhere, local = masks(rows), masks(rows, cfg.window) if cfg.has_windows else None
 
     def body(x_BTD, xs):
-        variables, is_local = xs
+        variables, is_local, own = xs
         sees = _choose(is_local, local, everywhere)
-        x_BTD, prefix = Block(cfg).apply(variables, x_BTD, rows, sees, is_local)
-        return x_BTD, prefix if keep_prefix else None
+        return Block(cfg).apply(variables, x_BTD, sees, is_local, own, method=layer)
 
-    body = REMAT[compute.remat](body)
-    x_BTD = _embed(params, rows.tokens, cfg, compute)
-    xs = (layer_variables(params), _is_local(cfg))
-    x_BTD, prefix = jax.lax.scan(body, x_BTD, xs, unroll=compute.unroll)  # type: ignore[misc]
-    return _final_norm(params, x_BTD, cfg), prefix  # type: ignore[return-value]  # what apply returns has no type
+    xs = (layer_variables(params), _is_local(cfg), xs)
+    x_BTD = _embed(params, tokens, cfg, compute)
+    x_BTD, ys = jax.lax.scan(REMAT[compute.remat](body), x_BTD, xs, unroll=compute.unroll)  # type: ignore[misc]
+    return _final_norm(params, x_BTD, cfg), ys
 
 
-def empty_suffix(cfg: ModelConfig, compute: ComputeConfig, prompts: int, completions: int, slots: int) -> KeyValues:
-    """Keys and values of tokens yet to be sampled, [L, P, K, C, R, H]."""
-    shape = (cfg.layers, prompts, cfg.kv_heads, completions, slots, cfg.head_dim)
-    return jnp.zeros(shape, compute.jnp_dtype), jnp.zeros(shape, compute.jnp_dtype)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodingLayers:
+    """One layer as `decode` takes it, or all of them with a leading L."""
+
+    variables: dict[str, PyTree]
+    is_local: Bool[Array, "*L"] | None
+    prefix: KeyValues  # [P, K, H, S], [P, K, S, H]
+
+
+def decoding_layers(
+    params: Params, prefix: KeyValues, *, cfg: ModelConfig, compute: ComputeConfig
+) -> tuple[DecodingLayers, ...]:
+    """All layers together, or (`compute.decode="unrolled"`) each alone: apart from the others before the token loop, its
+    weights and keys are read where they lie, and not taken out of the stack for each token."""
+    stack = DecodingLayers(layer_variables(params), _is_local(cfg), prefix)
+    if compute.decode == "scanned":
+        return (stack,)
+    return tuple(jax.tree.map(operator.itemgetter(at), stack) for at in range(cfg.layers))
+
+
+def empty_suffix(layers: Sequence[DecodingLayers], completions: int, slots: int) -> tuple[KeyValues, ...]:
+    """Keys and values of tokens yet to be sampled, [P, K, C, R, H], with a leading L where layers are together."""
+
+    def empty(values: Array) -> Array:
+        return jnp.zeros((*values.shape[:-2], completions, slots, values.shape[-1]), values.dtype)
+
+    return tuple((empty(each.prefix[1]), empty(each.prefix[1])) for each in layers)
 
 
 def decode_masks(
@@ -260,29 +326,35 @@ def decode_masks(
 
 def decode(
     params: Params,
+    layers: Sequence[DecodingLayers],
     tokens: Int[Array, "P C"],
     positions: Int[Array, "P C"],
-    prefix: KeyValues,
     prefix_valid: Bool[Array, "P S"],
-    suffix: KeyValues,
+    suffix: Sequence[KeyValues],
     t: Int[Array, ""],
     *,
     cfg: ModelConfig,
     compute: ComputeConfig,
-) -> tuple[Float[Array, "P C D"], KeyValues]:
+) -> tuple[Float[Array, "P C D"], tuple[KeyValues, ...]]:
     """One more token of each completion, at slot `t` of its suffix."""
-    slots = suffix[0].shape[-2]
+    slots = suffix[0][0].shape[-2]
     everywhere = decode_masks(prefix_valid, positions, slots, t)
     local = decode_masks(prefix_valid, positions, slots, t, cfg.window) if cfg.has_windows else None
 
     def body(carry, xs):
         x_PCD, suffix = carry
-        variables, is_local, layer_prefix, layer = xs
-        block, sees = Block(cfg), _choose(is_local, local, everywhere)
-        args = (x_PCD, positions, layer_prefix, sees, suffix, layer, t, is_local)
-        return block.apply(variables, *args, method=block.decode), None
+        this, layer = xs
+        block, sees = Block(cfg), _choose(this.is_local, local, everywhere)
+        args = (x_PCD, positions, this.prefix, sees, suffix, layer, t, this.is_local)
+        return block.apply(this.variables, *args, method=block.decode), None
 
-    xs = (layer_variables(params), _is_local(cfg), prefix, jnp.arange(cfg.layers))
     x_PCD = _embed(params, tokens, cfg, compute)
-    (x_PCD, suffix), _ = jax.lax.scan(body, (x_PCD, suffix), xs, unroll=compute.unroll)  # type: ignore[misc]
-    return _final_norm(params, x_PCD, cfg), suffix
+    if compute.decode == "scanned":
+        xs = (*layers, jnp.arange(cfg.layers))
+        (x_PCD, *suffix), _ = jax.lax.scan(body, (x_PCD, *suffix), xs, unroll=compute.unroll)  # type: ignore[misc]
+        return _final_norm(params, x_PCD, cfg), tuple(suffix)
+    written = []
+    for this, own in zip(layers, suffix, strict=True):
+        (x_PCD, own), _ = body((x_PCD, own), (this, None))
+        written.append(own)
+    return _final_norm(params, x_PCD, cfg), tuple(written)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from oaif_jax.errors import UserError
 
-Part = Literal["all", "query", "key", "value", "gate", "up"]
+Part = Literal["all", "query", "key", "value"]
 Row = tuple[str, str, str, Part]
 Windows = Literal["none", "all", "alternating", "pattern", "qwen"]
 Biases = Literal["none", "qkv", "all", "switched"]
@@ -46,8 +46,8 @@ class Family:
 
 
 GATED_MLP: tuple[Row, ...] = (
-    ("mlp.gate_proj", "gate_up", "JF D", "gate"),
-    ("mlp.up_proj", "gate_up", "JF D", "up"),
+    ("mlp.gate_proj", "gate", "F D", "all"),
+    ("mlp.up_proj", "up", "F D", "all"),
     ("mlp.down_proj", "down", "D F", "all"),
 )
 ATTENTION: tuple[Row, ...] = (
@@ -75,14 +75,14 @@ FUSED: tuple[Row, ...] = (
     ("self_attn.qkv_proj", "qkv", "KJH D", "key"),
     ("self_attn.qkv_proj", "qkv", "KJH D", "value"),
     ("self_attn.o_proj", "out", "D KGH", "all"),
-    ("mlp.gate_up_proj", "gate_up", "JF D", "gate"),
-    ("mlp.gate_up_proj", "gate_up", "JF D", "up"),
+    ("mlp.gate_up_proj", "gate", "F D", "all"),
+    ("mlp.gate_up_proj", "up", "F D", "all"),
     ("mlp.down_proj", "down", "D F", "all"),
 )
 NEOX: tuple[Row, ...] = (
     ("attention.query_key_value", "qkv", "KJH D", "all"),
     ("attention.dense", "out", "D KGH", "all"),
-    ("mlp.dense_h_to_4h", "gate_up", "JF D", "all"),
+    ("mlp.dense_h_to_4h", "gate", "F D", "all"),
     ("mlp.dense_4h_to_h", "down", "D F", "all"),
     *PRE_NORMS,
 )

@@ -26,8 +26,10 @@ LEAF_AXES = {
     "qkv_bias": "KJH",
     "out": "KGHD",
     "out_bias": "D",
-    "gate_up": "JDF",
-    "gate_up_bias": "JF",
+    "gate": "DF",
+    "gate_bias": "F",
+    "up": "DF",
+    "up_bias": "F",
     "down": "FD",
     "down_bias": "D",
     "scale": "D",
@@ -109,8 +111,6 @@ def _block(leaf: str, shape: Sequence[int], part: Part, cfg: ModelConfig) -> tup
         "query": (0, cfg.groups),
         "key": (cfg.groups, 1),
         "value": (cfg.groups + 1, 1),
-        "gate": (0, 1),
-        "up": (1, 1),
     }
     first, count = parts.get(part, (0, sizes.get("J", 0)))
     if "J" in sizes:
