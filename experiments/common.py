@@ -166,6 +166,7 @@ def compute() -> dict:
         "trained": "float32",  # of trained parameters; a bfloat16 one doesn't move at small learning rates
         "frozen": "float32",  # of reference, annotator and judge: float32 (CPU), bfloat16 (accelerators)
         "remat": "none",  # computed again in the backward pass: none, dots (all but products with weights), layer (all)
+        "attention": "parts",  # by parts in XLA's products: parts; by a kernel: cudnn (GPUs, no soft cap), splash (TPUs)
         "decode": "unrolled",  # layers in the token loop: unrolled (faster on CPU, slower to compile) or scanned
         "unroll": 1,  # layers unrolled in the scan over layers; faster to run, slower to compile
         "lengths": 1,  # online: annotate and update at 1 to 3 widths (R, R/2, R/4) by the longest response; slower to compile

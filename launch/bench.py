@@ -226,18 +226,18 @@ def environment() -> dict[str, Any]:
 
 def run(bench: Bench, repeats: int, profile: pathlib.Path | None = None) -> dict[str, Any]:
     """Measures, and returns the report: what --out writes. A trace goes to `profile`, of a round that isn't measured."""
+    devices = list(bench.mesh.devices.flat)
     about = environment()
     arena = bench_setup.arena(bench)
     found = programs(bench, arena)
     rates = {
-        "rate": bench_rates.matrix_rate(bench.cfg.compute.dtype),
-        "bandwidth": bench_rates.bandwidth(),
+        "rate": bench_rates.matrix_rate(bench.cfg.compute.dtype, devices),
+        "bandwidth": bench_rates.bandwidth(devices),
     }
     training, seconds, measured = measure(found, arena.training, rates, repeats)
     if profile is not None:
         trace(found, training, profile)
-    # The device's, times the number of devices: what all of them could do together.
-    rate, bandwidth = (statistics.median(measured[name]) * arena.mesh.size for name in ("rate", "bandwidth"))
+    rate, bandwidth = (statistics.median(measured[name]) for name in ("rate", "bandwidth"))
     works = bench_count.phases(bench.cfg, bench.sizes, bench.policy, bench.annotator)
     lines = {name: line(name, works, seconds[name], rate, bandwidth) for name in PHASES}
     return {

@@ -1,8 +1,8 @@
-"""What one device can do, the first: its rate of matrix products and its memory bandwidth, measured."""
+"""What the devices can do together: their rate of matrix products and their memory bandwidth, measured."""
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -39,29 +39,33 @@ def _often_enough(run: Callable[[int], object]) -> int:
     return max(1, round(LEAST_SECONDS / once))
 
 
-def matrix_rate(dtype: str) -> Measurement:
-    """Operations per second of products [2048, 2048] x [2048, 2048] of a type, one after another."""
+def _together(step: Callable, first: Array, other: Array, devices: Sequence[jax.Device]) -> Callable[[int], object]:  # type: ignore[reportInvalidTypeForm]
+    """step(x, other, count) on all devices at a time; each keeps its own x from call to call."""
+    cells = [jax.device_put(first, device) for device in devices]
+    others = [jax.device_put(other, device) for device in devices]
+
+    def run(count: int) -> list[Array]:
+        cells[:] = [step(cell, other, count) for cell, other in zip(cells, others, strict=True)]
+        return cells
+
+    return run
+
+
+def matrix_rate(dtype: str, devices: Sequence[jax.Device]) -> Measurement:  # type: ignore[reportInvalidTypeForm]
+    """Operations per second of products [2048, 2048] x [2048, 2048] of a type, one after another on each device, all devices
+    together: CPU devices share the cores."""
     key = jax.random.key(0)
     draw = lambda key: jax.random.normal(key, (WIDTH, WIDTH)).astype(dtype)  # noqa: E731
     weight = draw(key) * jnp.asarray(WIDTH**-0.5, dtype)  # so that products neither grow nor vanish
-    cell = [draw(jax.random.fold_in(key, 1))]
-
-    def run(count: int) -> Array:
-        cell[0] = _products(cell[0], weight, count)
-        return cell[0]
-
+    run = _together(_products, draw(jax.random.fold_in(key, 1)), weight, devices)
     count = _often_enough(run)
-    return lambda: count * 2 * WIDTH**3 / seconds(lambda: run(count))
+    return lambda: len(devices) * count * 2 * WIDTH**3 / seconds(lambda: run(count))
 
 
-def bandwidth() -> Measurement:
-    """Bytes per second of x <- y + x / 2 over arrays that fit no cache: two are read, one is written, in place."""
+def bandwidth(devices: Sequence[jax.Device]) -> Measurement:  # type: ignore[reportInvalidTypeForm]
+    """Bytes per second of x <- y + x / 2 over arrays that fit no cache: two are read, one is written, in place; of all devices
+    together."""
     size = COPY_BYTES[jax.default_backend()] // 4
-    y, cell = jnp.ones(size), [jnp.zeros(size)]
-
-    def run(count: int) -> Array:
-        cell[0] = _triad(cell[0], y, count)
-        return cell[0]
-
+    run = _together(_triad, jnp.zeros(size), jnp.ones(size), devices)
     count = _often_enough(run)
-    return lambda: count * 3 * 4 * size / seconds(lambda: run(count))
+    return lambda: len(devices) * count * 3 * 4 * size / seconds(lambda: run(count))

@@ -53,6 +53,12 @@ class Bench:
         return ModelConfig(vocab_size=self.section.vocab_size, tied=self.section.tied, **values)
 
     @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The mesh that the config asks for."""
+        sharding.use_cpu_devices(self.cfg.mesh.cpu_devices)
+        return sharding.make_mesh(self.cfg.mesh.data, self.cfg.mesh.fsdp, self.cfg.mesh.tensor)
+
+    @functools.cached_property
     def template(self) -> Template:
         """Fixed tokens around two responses, as many as an instruction has; which ones doesn't matter here."""
         third = self.section.label_tokens // 3
@@ -75,7 +81,7 @@ class Bench:
 
     def objective(self, tokens: int) -> step.OnlineObjective:
         """The online objective with responses of a number of tokens."""
-        loss, compute = self.cfg.loss, compute_of(self.cfg)
+        loss, compute = self.cfg.loss, compute_of(self.cfg, self.mesh)
         pair = step.PairObjective(loss.name, loss.beta, self.policy, self.policy, compute)
         return step.OnlineObjective(pair, self.sampler(tokens), self.annotator, self.template, missing_eos="ignore")
 
@@ -121,8 +127,7 @@ def parse(values: Mapping[str, Any]) -> Bench:
 def arena(bench: Bench) -> Arena:
     """Random models, a new training state and a batch of prompts without padding."""
     cfg = bench.cfg
-    sharding.use_cpu_devices(cfg.mesh.cpu_devices)
-    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
+    mesh = bench.mesh
     sharding.check_batch(cfg.data.batch, 1, mesh)
     tx = optim.optimizer(train.optimizer_config(cfg))
     key = jax.random.key(cfg.seed)

@@ -134,10 +134,10 @@ def batch_of(planned: Planned, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     return found | {"rows": words(), "questions": words(sizes.question), "question_valid": valid(sizes.question)}
 
 
-def objective_of(planned: Planned) -> step.Objective:
+def objective_of(planned: Planned, mesh: Mesh) -> step.Objective:
     """As the tasks make it."""
     cfg, policy = planned.cfg, planned.policy
-    compute = base.compute_of(cfg)
+    compute = base.compute_of(cfg, mesh)
     pair = step.PairObjective(cfg.loss.name, cfg.loss.beta, policy.cfg, policy.cfg, compute)
     if planned.annotator is None:
         return functools.partial(step.offline, objective=pair)
@@ -175,7 +175,9 @@ def lower(planned: Planned, mesh: Mesh) -> jax.stages.Lowered:
     tx = optim.optimizer(train.optimizer_config(cfg))
     given = arguments(planned, tx, mesh)
     take = jax.jit(
-        functools.partial(step.train_step, objective=objective_of(planned), tx=tx, parts=cfg.optimizer.accumulate),
+        functools.partial(
+            step.train_step, objective=objective_of(planned, mesh), tx=tx, parts=cfg.optimizer.accumulate
+        ),
         donate_argnames="state",
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, given[0]), None, None),
     )

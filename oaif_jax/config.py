@@ -193,6 +193,7 @@ class Compute:
     frozen: Annotated[str, one_of(*DTYPES)]
     remat: Annotated[str, one_of("none", "dots", "layer")]
     unroll: Annotated[int, at_least(1)]
+    attention: Annotated[str, one_of("parts", "cudnn", "splash")]
     decode: Annotated[str, one_of("scanned", "unrolled")]
     head_chunk: Annotated[int, at_least(1)]
     lengths: Annotated[int, within(1, 3)]

@@ -2,9 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from oaif_jax.models.kernels import Kernel
 
 VOCAB_MULTIPLE = 64  # the embedding's rows are padded to this, so that the vocabulary can be sharded
 
@@ -119,6 +122,7 @@ class ComputeConfig:
     remat: str = "none"  # activations computed again in the backward pass: none, dots (all but products), layer (all)
     unroll: int = 1  # layers unrolled in the scan over layers
     decode: str = "scanned"  # layers in the token loop: scanned, or unrolled (a copy of the weights, layer by layer)
+    kernel: "Kernel | None" = None  # of an accelerator for attention; None: by parts, with XLA's products
     head_chunk: int = 1024  # tokens whose logits exist at once
 
     def __post_init__(self):

@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 
@@ -23,6 +24,20 @@ class Rows:
     valid: Bool[Array, "B T"]
     slots: int = dataclasses.field(metadata={"static": True})  # S
     branches: int = dataclasses.field(metadata={"static": True})  # C
+
+    def column_mask(self) -> np.ndarray:
+        """Which column sees which where all are valid, [T, T]: earlier ones of the trunk, and of its own branch.
+
+        In: a trunk of 1, two branches of 2 -> Out: 1 0 0 0 0
+                                                    1 1 0 0 0
+                                                    1 1 1 0 0
+                                                    1 0 0 1 0
+                                                    1 0 0 1 1
+        """
+        width = (self.tokens.shape[-1] - self.slots) // max(self.branches, 1)
+        branch = np.concatenate([np.full(self.slots, -1), np.repeat(np.arange(self.branches), width)])
+        causal = np.tri(len(branch), dtype=bool)
+        return causal & ((branch[None] == -1) | (branch[None] == branch[:, None]))
 
 
 def positions_of(valid: Bool[Array, "*batch S"]) -> Int[Array, "*batch S"]:

@@ -25,8 +25,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from oaif_jax.models import kernels
 from oaif_jax.models.attention import KeyValues, attend, attend_branches, attend_trunk
 from oaif_jax.models.config import ComputeConfig, ModelConfig
+from oaif_jax.models.kernels import attend_columns
 from oaif_jax.models.layers import ACTIVATIONS, Norm, Product, dense, layer_frequencies, rotate
 from oaif_jax.models.quant import quantised
 from oaif_jax.models.rows import Masks, Rows, masks, near, positions_of
@@ -53,6 +55,7 @@ class Block(nn.Module):
     """One layer: attention and an MLP, each behind a norm and added to the residual stream."""
 
     cfg: ModelConfig
+    kernel: kernels.Kernel | None = None  # for whole rows
 
     def setup(self):
         cfg, fan_in, zeros = self.cfg, nn.initializers.variance_scaling, nn.initializers.zeros
@@ -153,18 +156,25 @@ class Block(nn.Module):
         q, k, v = self.heads(x_BTD, rows.positions, is_local)
         slots, cap = rows.slots, self.cfg.attention_softcap
         prefix = (k[:, :, :slots].swapaxes(-1, -2), v[:, :, :slots])
+        if self.kernel is not None:
+            mask = rows.column_mask()
+            return self.finish(x_BTD, attend_columns(self.kernel, q, k, v, rows.valid, mask, cap)), prefix
         attended = attend_trunk(q[:, :, :, :slots], *prefix, sees.trunk, cap)
         if rows.branches:
             own = tuple(x[..., slots:, :] for x in (q, k, v))
             attended = jnp.concatenate([attended, attend_branches(*own, prefix, sees, rows.branches, cap)], axis=3)
         return self.finish(x_BTD, attended), prefix
 
-    def after_trunk(
-        self, x_BTD: Array, positions: Array, prefix: KeyValues, sees: Masks, branches: int, is_local
-    ) -> Array:
+    def after_trunk(self, x_BTD: Array, rows: Rows, prefix: KeyValues, sees: Masks, is_local) -> Array:
         """A layer over the branches' columns of rows whose trunk has been through it."""
-        q, k, v = self.heads(x_BTD, positions, is_local)
-        return self.finish(x_BTD, attend_branches(q, k, v, prefix, sees, branches, self.cfg.attention_softcap))
+        q, k, v = self.heads(x_BTD, rows.positions[:, rows.slots :], is_local)
+        cap = self.cfg.attention_softcap
+        if self.kernel is None:
+            return self.finish(x_BTD, attend_branches(q, k, v, prefix, sees, rows.branches, cap))
+        k = jnp.concatenate([prefix[0].swapaxes(-1, -2), k], axis=2)
+        v = jnp.concatenate([prefix[1], v], axis=2)
+        mask = rows.column_mask()[rows.slots :]
+        return self.finish(x_BTD, attend_columns(self.kernel, q, k, v, rows.valid, mask, cap))
 
     def decode(
         self, x_PCD: Array, positions: Array, prefix: KeyValues, sees: Masks, suffix: KeyValues, layer, t, is_local
@@ -258,7 +268,7 @@ def forward_branches(
     """Hidden states of the branches' C R columns, from the keys and values of their trunk that `forward` gave."""
 
     def layer(block: Block, x_BTD, sees, is_local, prefix):
-        return block.after_trunk(x_BTD, rows.positions[:, rows.slots :], prefix, sees, rows.branches, is_local), None
+        return block.after_trunk(x_BTD, rows, prefix, sees, is_local), None
 
     return _through_layers(layer, params, rows, rows.tokens[:, rows.slots :], prefix, cfg, compute)[0]
 
@@ -267,12 +277,14 @@ def _through_layers(
     layer: Callable, params: Params, rows: Rows, tokens: Int[Array, "B T"], xs: PyTree, cfg: ModelConfig, compute
 ) -> tuple[Float[Array, "B T D"], PyTree]:
     """A scan over the layers: layer(block, x, masks, is_local, of xs) -> (x, y) for each."""
+    if compute.kernel is not None:
+        kernels.check(compute.kernel, cfg, compute, rows.tokens.shape[-1])
     everywhere, local = masks(rows), masks(rows, cfg.window) if cfg.has_windows else None
 
     def body(x_BTD, xs):
         variables, is_local, own = xs
         sees = _choose(is_local, local, everywhere)
-        return Block(cfg).apply(variables, x_BTD, sees, is_local, own, method=layer)
+        return Block(cfg, compute.kernel).apply(variables, x_BTD, sees, is_local, own, method=layer)
 
     xs = (layer_variables(params), _is_local(cfg), xs)
     x_BTD = _embed(params, tokens, cfg, compute)

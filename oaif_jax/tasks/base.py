@@ -13,8 +13,10 @@ from oaif_jax import sharding, start, step
 from oaif_jax.config import Config
 from oaif_jax.data.source import Arrays
 from oaif_jax.data.tokenizer import Tokenizer
+from oaif_jax.errors import UserError
 from oaif_jax.evals.preference import LanguageModel
 from oaif_jax.models.config import ComputeConfig
+from oaif_jax.models.kernels import Kernel
 from oaif_jax.sample import Sampler
 from oaif_jax.state import place as place_params
 
@@ -52,10 +54,22 @@ def nothing(step: int, outputs: PyTree) -> dict[str, float]:
     return {}
 
 
-def compute_of(cfg: Config) -> ComputeConfig:
-    """How models are computed."""
-    names = [field.name for field in dataclasses.fields(ComputeConfig)]
-    return ComputeConfig(**{name: getattr(cfg.compute, name) for name in names})
+PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}  # kernel -> what runs it
+
+
+def compute_of(cfg: Config, mesh: Mesh | None = None) -> ComputeConfig:
+    """How models are computed; without a mesh, with no accelerator's kernel. UserError for a kernel of other devices."""
+    names = [field.name for field in dataclasses.fields(ComputeConfig) if field.name != "kernel"]
+    compute = ComputeConfig(**{name: getattr(cfg.compute, name) for name in names})
+    if mesh is None or cfg.compute.attention == "parts":
+        return compute
+    platform, wanted = mesh.devices.flat[0].platform, PLATFORMS[cfg.compute.attention]
+    if platform != wanted:
+        raise UserError(
+            f"config.compute.attention={cfg.compute.attention!r} is for devices of type {wanted}, and the mesh has {platform}: "
+            "wanted 'parts'"
+        )
+    return dataclasses.replace(compute, kernel=Kernel(cfg.compute.attention, mesh))
 
 
 def place(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:

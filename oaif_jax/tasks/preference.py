@@ -40,7 +40,7 @@ APART = "the annotator has another tokenizer than the policy: responses go to it
 
 def build(cfg: Config, mesh: Mesh) -> Task:
     """The task of method online or offline."""
-    prepared, compute = prepare(cfg), compute_of(cfg)
+    prepared, compute = prepare(cfg), compute_of(cfg, mesh)
     begin = load_policy(cfg, prepared.source.tokenizer, mesh)
     reference, frozen = _reference(cfg, mesh, prepared, begin)
     pair = step.PairObjective(cfg.loss.name, cfg.loss.beta, begin.cfg, reference.cfg, compute)

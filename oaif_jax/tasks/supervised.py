@@ -20,7 +20,7 @@ from oaif_jax.tiny.data import MARKS, TinyData
 
 def sft(cfg: Config, mesh: Mesh) -> Task:
     """The task of method sft."""
-    prepared, compute = prepare(cfg), compute_of(cfg)
+    prepared, compute = prepare(cfg), compute_of(cfg, mesh)
     source = prepared.source
     begin = load_policy(cfg, source.tokenizer, mesh)
     objective = supervised.SFTObjective(begin.cfg, compute)
@@ -64,7 +64,7 @@ def annotator(cfg: Config, mesh: Mesh) -> Task:
     """The task of method annotator."""
     if cfg.data.name != "tiny":
         raise UserError(f"config.data.name={cfg.data.name!r}: annotators are trained in the tiny world, wanted 'tiny'")
-    data, compute = tiny_data(cfg), compute_of(cfg)
+    data, compute = tiny_data(cfg), compute_of(cfg, mesh)
     begin = load_policy(cfg, data.tokenizer, mesh)
     objective = supervised.AnnotatorObjective(
         annotator=begin.cfg,
