@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 if TYPE_CHECKING:
     from oaif_jax.models.kernels import Kernel
@@ -122,6 +123,7 @@ class ComputeConfig:
     remat: str = "none"  # activations computed again in the backward pass: none, dots (all but products), layer (all)
     unroll: int = 1  # layers unrolled in the scan over layers
     decode: str = "scanned"  # layers in the token loop: scanned, or unrolled (a copy of the weights, layer by layer)
+    mesh: Mesh | None = None  # where activations are told where to lie; None: nowhere
     kernel: "Kernel | None" = None  # of an accelerator for attention; None: by parts, with XLA's products
     head_chunk: int = 1024  # tokens whose logits exist at once
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from oaif_jax.models import kernels
@@ -242,6 +243,22 @@ def _is_local(cfg: ModelConfig) -> Array | None:
     return jnp.array(cfg.local_layers) if cfg.has_windows else None
 
 
+def _by_rows(x_BTD: Array, compute: ComputeConfig) -> Array:
+    """Activations of whole rows lie as the rows do. On v5e:4x4 (4 fsdp x 4 tensor) XLA left them split along D instead, and
+    added up partial products of all rows at each projection, rather than gather a layer's weights once."""
+    if compute.mesh is None:
+        return x_BTD
+    return jax.lax.with_sharding_constraint(x_BTD, NamedSharding(compute.mesh, PartitionSpec(("data", "fsdp"))))
+
+
+def _by_width(x_PCD: Array, compute: ComputeConfig) -> Array:
+    """Activations of one token are split along D, as the weights are, which stay where they are: with rows split over fsdp,
+    XLA gathered all weights for every token."""
+    if compute.mesh is None:
+        return x_PCD
+    return jax.lax.with_sharding_constraint(x_PCD, NamedSharding(compute.mesh, PartitionSpec("data", None, "fsdp")))
+
+
 def _choose(is_local, local: Masks | None, everywhere: Masks) -> Masks:
     """A layer's masks; a model without windows has one set, and nothing is chosen while it runs."""
     if local is None:
@@ -284,6 +301,7 @@ def _through_layers(
     def body(x_BTD, xs):
         variables, is_local, own = xs
         sees = _choose(is_local, local, everywhere)
+        x_BTD = _by_rows(x_BTD, compute)
         return Block(cfg, compute.kernel).apply(variables, x_BTD, sees, is_local, own, method=layer)
 
     xs = (layer_variables(params), _is_local(cfg), xs)
@@ -357,7 +375,7 @@ def decode(
         x_PCD, suffix = carry
         this, layer = xs
         block, sees = Block(cfg), _choose(this.is_local, local, everywhere)
-        args = (x_PCD, positions, this.prefix, sees, suffix, layer, t, this.is_local)
+        args = (_by_width(x_PCD, compute), positions, this.prefix, sees, suffix, layer, t, this.is_local)
         return block.apply(this.variables, *args, method=block.decode), None
 
     x_PCD = _embed(params, tokens, cfg, compute)

@@ -59,8 +59,8 @@ PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}  # kernel -> what runs it
 
 def compute_of(cfg: Config, mesh: Mesh | None = None) -> ComputeConfig:
     """How models are computed; without a mesh, with no accelerator's kernel. UserError for a kernel of other devices."""
-    names = [field.name for field in dataclasses.fields(ComputeConfig) if field.name != "kernel"]
-    compute = ComputeConfig(**{name: getattr(cfg.compute, name) for name in names})
+    names = [field.name for field in dataclasses.fields(ComputeConfig) if field.name not in ("kernel", "mesh")]
+    compute = ComputeConfig(**{name: getattr(cfg.compute, name) for name in names}, mesh=mesh)
     if mesh is None or cfg.compute.attention == "parts":
         return compute
     platform, wanted = mesh.devices.flat[0].platform, PLATFORMS[cfg.compute.attention]
