@@ -14,6 +14,7 @@ SCOPES = {
 }  # fmt: skip
 PHASES = ("prefill", "decode", "annotate", "reference", "update", "other")
 TOKEN_LOOP = "decode/while"
+AGAIN = ("rematted_computation", "computed_again")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 PRODUCT_CALLS = re.compile(r"gemm|matmul|dot", re.IGNORECASE)  # libraries' products, whose shapes aren't in their names
 
@@ -51,8 +52,9 @@ def phase_in(run: Executed) -> str:
 
 
 def is_again(instruction: Instruction) -> bool:
-    """Whether it is computed again: by jax.checkpoint, or by XLA, which numbers what it clones for that."""
-    return "rematted_computation" in instruction.op_name or ".remat" in instruction.name
+    """Whether it is computed again: by jax.checkpoint, by attention's backward pass, or by XLA, which numbers what it clones
+    for that."""
+    return any(scope in instruction.op_name for scope in AGAIN) or ".remat" in instruction.name
 
 
 def operations(program: Program, tokens: int) -> dict[str, Operations]:

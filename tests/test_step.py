@@ -56,9 +56,12 @@ def online(mesh_name: str = "one device", parts: int = 1) -> step.Contribution:
     mesh = mesh_of(mesh_name)
     params, frozen = models()
 
+    compute = dataclasses.replace(COMPUTE, mesh=mesh)
+
     @jax.jit
     def contribute(params, frozen, batch):
-        objective = functools.partial(step.online, objective=ONLINE)
+        pair = dataclasses.replace(PAIR, compute=compute)
+        objective = functools.partial(step.online, objective=dataclasses.replace(ONLINE, pair=pair))
         return step.add_up(lambda micro: objective(params, frozen, micro, KEY), batch, parts)
 
     frozen = {name: place(tree, mesh) for name, tree in frozen.items()}
