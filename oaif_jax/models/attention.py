@@ -33,7 +33,6 @@ def _masked_logits(q: Array, k: Array, mask: Bool[Array, "#B #C #T S"], cap: flo
     return jnp.where(mask[:, None, None], softcap(logits, cap), MASKED)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def attend(
     q: Float[Array, "B K G C T H"], keys: Sequence[KeyValues], masks: Sequence[Bool[Array, "#B #C #T _"]], cap: float
 ) -> Float[Array, "B K G C T H"]:
@@ -42,6 +41,11 @@ def attend(
     A trunk's keys are [B, K, H, S] and its values [B, K, S, H]; those of the branches [B, K, C, R, H], both. The branches'
     queries meet the trunk's keys in one product, and no branch ever meets another.
     """
+    return _attend(q, keys, masks, cap)  # type: ignore[return-value]  # what jax.custom_vjp makes has no type
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(q: Array, keys: Sequence[KeyValues], masks: Sequence[Array], cap: float) -> Array:
     return _forward(q, keys, masks, cap)[0]
 
 
@@ -85,7 +89,7 @@ def _backward(cap: float, kept, d_attended: Array):
     return functools.reduce(jnp.add, d_q), d_keys, [None] * len(masks)
 
 
-attend.defvjp(_keep, _backward)
+_attend.defvjp(_keep, _backward)
 
 
 def blocks(slots: int) -> list[tuple[int, int]]:

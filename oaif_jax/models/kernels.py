@@ -110,7 +110,7 @@ def _splash(kernel: Kernel, q, k, v, valid, mask, cap: float) -> Array:
         )
         ids = valid.astype(jnp.int32)
         out = jax.vmap(run)(q.reshape(rows, heads, count, width), k, v, splash.SegmentIds(ids[:, -count:], ids))
-        return out.reshape(q.shape)
+        return jnp.asarray(out).reshape(q.shape)  # without residuals it is an array
 
     if kernel.mesh is not None:
         rows, heads = ("data", "fsdp"), "tensor"

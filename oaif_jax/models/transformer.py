@@ -162,8 +162,8 @@ class Block(nn.Module):
             return self.finish(x_BTD, attend_columns(self.kernel, q, k, v, rows.valid, mask, cap)), prefix
         attended = attend_trunk(q[:, :, :, :slots], *prefix, sees.trunk, cap)
         if rows.branches:
-            own = tuple(x[..., slots:, :] for x in (q, k, v))
-            attended = jnp.concatenate([attended, attend_branches(*own, prefix, sees, rows.branches, cap)], axis=3)
+            q, k, v = q[..., slots:, :], k[:, :, slots:], v[:, :, slots:]
+            attended = jnp.concatenate([attended, attend_branches(q, k, v, prefix, sees, rows.branches, cap)], axis=3)
         return self.finish(x_BTD, attended), prefix
 
     def after_trunk(self, x_BTD: Array, rows: Rows, prefix: KeyValues, sees: Masks, is_local) -> Array:
@@ -185,14 +185,17 @@ class Block(nn.Module):
         updated in place, since XLA would copy all of it for each token if it went through a scan's inputs and outputs."""
         q, k, v = self.heads(x_PCD, positions, is_local)
         at = (0, 0, 0, t, 0) if layer is None else (layer, 0, 0, 0, t, 0)
-        k, v = (jnp.expand_dims(new, (3,) if layer is None else (0, 4)) for new in (k, v))
-        suffix = own = tuple(
-            jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), at)
-            for cache, new in zip(suffix, (k, v), strict=True)
-        )
-        if layer is not None:
-            own = tuple(jax.lax.dynamic_index_in_dim(cache, layer, 0, keepdims=False) for cache in suffix)
-        attended = attend(q[:, :, :, :, None], [prefix, own], [sees.branch_trunk, sees.own], self.cfg.attention_softcap)
+
+        def written(cache: Array, new: Array) -> Array:
+            new = jnp.expand_dims(new, (3,) if layer is None else (0, 4))
+            return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), at)
+
+        def own(cache: Array) -> Array:
+            return cache if layer is None else jax.lax.dynamic_index_in_dim(cache, layer, 0, keepdims=False)
+
+        suffix = written(suffix[0], k), written(suffix[1], v)
+        keys = [prefix, (own(suffix[0]), own(suffix[1]))]
+        attended = attend(q[:, :, :, :, None], keys, [sees.branch_trunk, sees.own], self.cfg.attention_softcap)
         return self.finish(x_PCD, attended[:, :, :, :, 0]), suffix
 
 
