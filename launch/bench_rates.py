@@ -39,13 +39,13 @@ def _often_enough(run: Callable[[int], object]) -> int:
     return max(1, round(LEAST_SECONDS / once))
 
 
-def _together(step: Callable, first: Array, other: Array, devices: Sequence[jax.Device]) -> Callable[[int], object]:  # type: ignore[reportInvalidTypeForm]
-    """step(x, other, count) on all devices at a time; each keeps its own x from call to call."""
+def _together(work: Callable, first: Array, other: Array, devices: Sequence[jax.Device]) -> Callable[[int], object]:  # type: ignore[reportInvalidTypeForm]
+    """work(x, other, count) on all devices at a time; each keeps its own x from call to call."""
     cells = [jax.device_put(first, device) for device in devices]
     others = [jax.device_put(other, device) for device in devices]
 
     def run(count: int) -> list[Array]:
-        cells[:] = [step(cell, other, count) for cell, other in zip(cells, others, strict=True)]
+        cells[:] = [work(cell, other, count) for cell, other in zip(cells, others, strict=True)]
         return cells
 
     return run

@@ -54,7 +54,7 @@ class Bench:
 
     @functools.cached_property
     def mesh(self) -> Mesh:
-        """The mesh that the config asks for."""
+        """The mesh that the config asks for; the first look makes the CPU as many devices."""
         sharding.use_cpu_devices(self.cfg.mesh.cpu_devices)
         return sharding.make_mesh(self.cfg.mesh.data, self.cfg.mesh.fsdp, self.cfg.mesh.tensor)
 

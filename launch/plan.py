@@ -14,6 +14,7 @@ The program is that of oaif_jax.train, from shapes, with the same shardings and 
     collectives  bytes that a device receives, by phase; and in the token loop, for each token
     copies       of the caches, in the token loop
 
+The operations of attention by a kernel (compute.attention=splash) can't be read from the program, and aren't in its count.
 How many tokens an instruction has isn't known without a tokenizer: it is estimated from its length.
 """
 

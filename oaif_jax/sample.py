@@ -16,6 +16,9 @@ from oaif_jax.models.attention import MASKED
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.models.prefill import Prefill, prefill
 
+# The logits' columns lie along the mesh's axis `tensor`: where its parts are whole blocks, no device needs another's logits.
+BLOCKS = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
@@ -50,9 +53,7 @@ class SamplingState:
     mask: Bool[Array, "P C R"]
     finished: Bool[Array, "P C"]
     last: Int[Array, "P C"]  # the token sampled last, whose keys and values aren't in the suffix yet
-    suffix: tuple[
-        transformer.KeyValues, ...
-    ]  # of the sampled tokens before it, [L, P, K, C, R, H] of each group of layers
+    suffix: tuple[transformer.KeyValues, ...]  # keys and values of the tokens before it, see empty_suffix
 
 
 def sample(
@@ -163,11 +164,16 @@ def _first_beyond(weights: Float[Array, "M X"], at: Float[Array, " M"]) -> tuple
 
 
 def block_width(vocabulary: int) -> int:
-    """The largest power of 2 that divides the vocabulary and whose square isn't larger."""
-    width = 1
-    while vocabulary % (2 * width) == 0 and (2 * width) ** 2 <= vocabulary:
-        width *= 2
-    return width
+    """The largest power of 2 whose square isn't larger than the vocabulary, and that divides it into a multiple of BLOCKS
+    blocks (or, if none does, into blocks)."""
+
+    def largest(multiple: int) -> int:
+        width = 1
+        while vocabulary % (2 * width * multiple) == 0 and (2 * width) ** 2 <= vocabulary:
+            width *= 2
+        return width
+
+    return largest(BLOCKS) if vocabulary % BLOCKS == 0 else largest(1)
 
 
 def restrict(logits: Float[Array, "M V"], top_k: int, top_p: float) -> Float[Array, "M V"]:

@@ -101,6 +101,29 @@ def test_blocks(slots, widths):
     assert found[-1][1] == slots
 
 
+def test_a_trunk_in_bfloat16():
+    """Forward and backward pass near those in float32: bfloat16 has 8 bits."""
+    q, k, v, d_out = arrays(SLOTS)
+    mask = trunk_mask(valid_columns(SLOTS))
+    trunk = lambda q, k, v: attention.attend_trunk(q, k.swapaxes(-1, -2), v, mask, 0.0)  # noqa: E731
+    exact = with_gradients(trunk, q, k, v, d_out)
+    rounded = with_gradients(trunk, *(x.astype(jnp.bfloat16) for x in (q, k, v, d_out)))
+    for got, want in zip(rounded, exact, strict=True):
+        assert got.dtype == jnp.bfloat16
+        assert np.linalg.norm(got.astype(np.float32) - want) < 0.02 * np.linalg.norm(want)
+
+
+def test_keys_are_kept_once(monkeypatch):
+    """In four blocks of queries, too: queries, keys, values, outputs and normalisers, and nothing of what a block saw."""
+    monkeypatch.setattr(attention, "TILE", 2)
+    q, k, v, _ = arrays(SLOTS)
+    assert len(attention.blocks(SLOTS)) == 4
+    mask = trunk_mask(valid_columns(SLOTS))
+    _, pull_back = jax.vjp(lambda *qkv: attention.attend_trunk(*qkv, mask, 0.0), q, k.swapaxes(-1, -2), v)
+    kept = sum(leaf.size for leaf in jax.tree.leaves(pull_back) if leaf.dtype != bool)
+    assert kept == 2 * q.size + k.size + v.size + q.size // WIDTH
+
+
 def test_weights_are_not_kept():
     """What the backward pass gets has nothing of T x S elements but the mask, which is no number."""
     q, k, v, _ = arrays(64)

@@ -114,6 +114,13 @@ def test_refused(name, changes, said):
         check(Kernel(name), dataclasses.replace(CFG, **changes), ComputeConfig(), columns=19)
 
 
+def test_what_cudnn_refuses():
+    """Odd columns, which prompts of an odd width make."""
+    with pytest.raises(UserError, match="rows of 19 columns"):
+        check(Kernel("cudnn"), CFG, ComputeConfig("bfloat16"), columns=19)
+    check(Kernel("cudnn"), CFG, ComputeConfig("bfloat16"), columns=20)
+
+
 def test_windows_as_wide_as_the_row_are_none():
     cfg = dataclasses.replace(CFG, window=19, local_layers=(True, False))
     check(Kernel("splash"), cfg, ComputeConfig(), columns=19)

@@ -31,7 +31,8 @@ sampled = jax.jit(sample, static_argnames=("sampler", "completions", "cfg", "com
 
 @functools.cache
 def rows() -> Rows:
-    return branch(*left_padded(1, 4, 5), *right_padded(2, (4, 2, 6)))
+    with jax.ensure_compile_time_eval():  # it may be asked for first inside of a traced function
+        return branch(*left_padded(1, 4, 5), *right_padded(2, (4, 2, 6)))
 
 
 def hidden_of(params, cfg: ModelConfig = CFG) -> np.ndarray:

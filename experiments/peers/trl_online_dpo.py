@@ -118,7 +118,8 @@ def our_side(directory: pathlib.Path, shape: PeerShape) -> Callable[[], Turn]:
     frozen = {"reference": state.place(params, mesh, shape.dtype)}
     training = [state.create(params, tx, mesh)]
     sampler = Sampler(TEMPERATURE, 0, 1.0, shape.response_tokens, stop_ids=(shape.vocab,), pad_id=0)
-    compute = ComputeConfig(dtype=shape.dtype, remat=shape.remat)
+    decode = "scanned" if torch.cuda.is_available() else "unrolled"  # as the configs of such devices have it
+    compute = ComputeConfig(dtype=shape.dtype, remat=shape.remat, decode=decode, mesh=mesh)
     pair = step.PairObjective("dpo", BETA, model.cfg, model.cfg, compute)
     unused = Template((), (), (), (0, 1))
     online = step.OnlineObjective(pair, sampler, model.cfg, unused, missing_eos="ignore")
@@ -334,6 +335,8 @@ def main(arguments: Sequence[str]) -> None:
     flags = parser.parse_args(arguments)
     if flags.pairs < 1 or flags.threads < 1:
         parser.error("--pairs and --threads: wanted at least 1")
+    if SHAPES[flags.shape].prompts % flags.threads:
+        parser.error(f"--threads={flags.threads}: wanted one that divides {SHAPES[flags.shape].prompts} prompts")
     # XLA has as many threads as there are cores that it may use; it asks when the first array is made.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: flags.threads])
     torch.set_num_threads(flags.threads)

@@ -56,10 +56,10 @@ def _forward(q: Array, keys: Sequence[KeyValues], masks: Sequence[Array], cap: f
     weights = [jnp.exp(each - peak) for each in logits]
     total = functools.reduce(jnp.add, (jnp.sum(each, -1, keepdims=True) for each in weights))
     parts = (
-        jnp.einsum(f"{WEIGHTS},{VALUES[v.ndim]}->{QUERIES}", each.astype(v.dtype), v)
+        jnp.einsum(f"{WEIGHTS},{VALUES[v.ndim]}->{QUERIES}", each.astype(v.dtype), v).astype(jnp.float32)
         for each, (_, v) in zip(weights, keys, strict=True)
     )
-    return functools.reduce(jnp.add, parts) / total.astype(q.dtype), peak + jnp.log(total)
+    return (functools.reduce(jnp.add, parts) / total).astype(q.dtype), peak + jnp.log(total)
 
 
 def _keep(q: Array, keys: Sequence[KeyValues], masks: Sequence[Array], cap: float):
@@ -109,11 +109,41 @@ def attend_trunk(
     cap: float,
 ) -> Float[Array, "B K G S H"]:
     """Attention of a trunk to itself: causal, so that no block of queries meets keys behind it."""
+    return _attend_trunk(q, k, v, mask, cap)  # type: ignore[return-value]  # what jax.custom_vjp makes has no type
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend_trunk(q: Array, k: Array, v: Array, mask: Array, cap: float) -> Array:
+    return _keep_trunk(q, k, v, mask, cap)[0]
+
+
+def _keep_trunk(q: Array, k: Array, v: Array, mask: Array, cap: float):
+    """By blocks; keys and values are kept once, and not as each block saw them."""
     parts = [
-        attend(q[:, :, :, None, first:end], [(k[..., :end], v[:, :, :end])], [mask[:, None, first:end, :end]], cap)
-        for first, end in blocks(q.shape[3])
+        _forward(q[:, :, :, None, first:end], *_seen(k, v, mask, first, end), cap) for first, end in blocks(q.shape[3])
     ]
-    return jnp.concatenate(parts, axis=4)[:, :, :, 0]
+    attended, normaliser = (jnp.concatenate(each, axis=4)[:, :, :, 0] for each in zip(*parts, strict=True))
+    return attended, (q, k, v, mask, attended, normaliser)
+
+
+def _backward_trunk(cap: float, kept, d_attended: Array):
+    q, k, v, mask, attended, normaliser = kept
+    d_q, d_k, d_v = [], jnp.zeros_like(k), jnp.zeros_like(v)
+    for first, end in blocks(q.shape[3]):
+        block = lambda x: x[:, :, :, None, first:end]  # noqa: B023, E731
+        own = (block(q), *_seen(k, v, mask, first, end), block(attended), block(normaliser))
+        d_block, [(d_k_seen, d_v_seen)], _ = _backward(cap, own, block(d_attended))
+        d_q.append(d_block)
+        d_k, d_v = d_k.at[..., :end].add(d_k_seen), d_v.at[:, :, :end].add(d_v_seen)
+    return jnp.concatenate(d_q, axis=4)[:, :, :, 0], d_k, d_v, None
+
+
+_attend_trunk.defvjp(_keep_trunk, _backward_trunk)
+
+
+def _seen(k: Array, v: Array, mask: Array, first: int, end: int) -> tuple[list[KeyValues], list[Array]]:
+    """Keys, values and mask of a block of queries."""
+    return [(k[..., :end], v[:, :, :end])], [mask[:, None, first:end, :end]]
 
 
 def attend_branches(

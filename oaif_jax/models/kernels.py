@@ -46,6 +46,8 @@ def check(kernel: Kernel, cfg: ModelConfig, compute: ComputeConfig, columns: int
         raise UserError(
             f"{said}: attention_softcap={cfg.attention_softcap}, compute.dtype={compute.dtype}; wanted none and bfloat16"
         )
+    if kernel.name == "cudnn" and (columns % 2 or cfg.head_dim % 8):
+        raise UserError(f"{said}: rows of {columns} columns, heads of {cfg.head_dim}; wanted even ones, multiples of 8")
     if kernel.name == "splash" and cfg.head_dim % LANES:
         raise UserError(f"{said}: heads of {cfg.head_dim}, wanted a multiple of {LANES}")
 

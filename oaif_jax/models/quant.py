@@ -5,7 +5,7 @@
           block of up to 64 weights along the input, bfloat16: 4.25 bits a weight on accelerators, where two codes share a byte
 
 params["layers"][LEAF] holds the codes, of the weights' own shape; params["scales"][LEAF] the scales, of the same rank,
-with 1 (int8) or the number of blocks (nf4) along the input. Only the four projections are quantised.
+with 1 (int8) or the number of blocks (nf4) along the input. Only projections are quantised.
 """
 
 import functools
@@ -86,7 +86,7 @@ def quantise(params: PyTree, kind: str) -> PyTree:
     if "scales" in params:
         raise UserError(f"quant={kind!r}: the model is quantised already")
     layers, scales = dict(params["layers"]), {}
-    for name in INPUT_AXES.keys() & layers.keys():
+    for name in (each for each in INPUT_AXES if each in layers):
         layers[name], scales[name] = quantise_leaf(layers[name], name, kind)
     return {**params, "layers": layers, "scales": scales}
 

@@ -12,7 +12,7 @@ Parameters are nested dicts: {"embedding": [V, D], "head": [V, D] where it isn't
     decode             one token more for each completion  -> hidden states, and the suffix, updated in place
 
 The C completions of a prompt share its prefix, the trunk's keys and values; each has its own short suffix. Training
-rows and decoding attend through the same function.
+rows and decoding attend through the same function, unless a kernel computes the former.
 """
 
 import dataclasses
@@ -294,7 +294,13 @@ def forward_branches(
 
 
 def _through_layers(
-    layer: Callable, params: Params, rows: Rows, tokens: Int[Array, "B T"], xs: PyTree, cfg: ModelConfig, compute
+    layer: Callable,
+    params: Params,
+    rows: Rows,
+    tokens: Int[Array, "B T"],
+    xs: PyTree,
+    cfg: ModelConfig,
+    compute: ComputeConfig,
 ) -> tuple[Float[Array, "B T D"], PyTree]:
     """A scan over the layers: layer(block, x, masks, is_local, of xs) -> (x, y) for each."""
     if compute.kernel is not None:
@@ -323,13 +329,18 @@ class DecodingLayers:
     prefix: KeyValues  # [P, K, H, S], [P, K, S, H]
 
 
+def _decodes_by_scan(params: Params, compute: ComputeConfig) -> bool:
+    return compute.decode == "scanned" or "scales" in params
+
+
 def decoding_layers(
     params: Params, prefix: KeyValues, *, cfg: ModelConfig, compute: ComputeConfig
 ) -> tuple[DecodingLayers, ...]:
     """All layers together, or (`compute.decode="unrolled"`) each alone: apart from the others before the token loop, its
-    weights and keys are read where they lie, and not taken out of the stack for each token."""
+    weights and keys are read where they lie, and not taken out of the stack for each token. Quantised layers stay together:
+    XLA would dequantise each before the loop, and keep them all."""
     stack = DecodingLayers(layer_variables(params), _is_local(cfg), prefix)
-    if compute.decode == "scanned":
+    if _decodes_by_scan(params, compute):
         return (stack,)
     return tuple(jax.tree.map(operator.itemgetter(at), stack) for at in range(cfg.layers))
 
@@ -382,7 +393,7 @@ def decode(
         return block.apply(this.variables, *args, method=block.decode), None
 
     x_PCD = _embed(params, tokens, cfg, compute)
-    if compute.decode == "scanned":
+    if _decodes_by_scan(params, compute):
         xs = (*layers, jnp.arange(cfg.layers))
         (x_PCD, *suffix), _ = jax.lax.scan(body, (x_PCD, *suffix), xs, unroll=compute.unroll)  # type: ignore[misc]
         return _final_norm(params, x_PCD, cfg), tuple(suffix)
