@@ -55,7 +55,7 @@ setup(
     packages=find_packages(include=["oaif_jax", "oaif_jax.*", "experiments", "experiments.*", "launch", "launch.*"]),
     package_data={
         "oaif_jax": ["py.typed"],
-        "oaif_jax.annotators": ["instructions/*.txt"],
+        "oaif_jax.annotate": ["instructions/*.txt"],
         "oaif_jax.tiny": ["assets/**/*", "instructions/*.txt"],
     },
     install_requires=list(REQUIRES),

@@ -38,11 +38,13 @@ from rich.table import Table
 from launch import bench_count, bench_rates, bench_setup
 from launch.bench_count import Work
 from launch.bench_setup import Arena, Bench
-from oaif_jax import cli, config, pairs, state, step
-from oaif_jax.errors import UserError
-from oaif_jax.files import atomic_write_json
+from oaif_jax import config, pairs, step
+from oaif_jax.base import cli
+from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import atomic_write_json
 from oaif_jax.sample import Responses
-from oaif_jax.state import TrainState
+from oaif_jax.update import state
+from oaif_jax.update.state import TrainState
 
 # What is reported -> the phases whose work it is.
 PHASES = {

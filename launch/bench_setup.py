@@ -12,13 +12,14 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from launch import bench_count
-from oaif_jax import config, optim, sharding, state, step, train
-from oaif_jax.annotators.llm import Template
+from oaif_jax import config, step, train
+from oaif_jax.annotate.llm import Template
 from oaif_jax.config import Config, ConfigError, Shape, at_least
-from oaif_jax.models import transformer
+from oaif_jax.models import sharding, transformer
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.sample import Sampler
 from oaif_jax.tasks.base import compute_of, place
+from oaif_jax.update import optim, state
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,17 +40,20 @@ from rich.console import Console
 from rich.table import Table
 
 from launch import bench_count, hlo, hlo_report
-from oaif_jax import cli, config, optim, sharding, state, step, train
-from oaif_jax.annotators.llm import Template
-from oaif_jax.annotators.prompts import read_instruction
+from oaif_jax import config, step, train
+from oaif_jax.annotate.llm import Template
+from oaif_jax.annotate.prompts import read_instruction
+from oaif_jax.base import cli
+from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import atomic_write_json
 from oaif_jax.config import Config
-from oaif_jax.errors import UserError
-from oaif_jax.files import atomic_write_json
-from oaif_jax.models import hf
+from oaif_jax.models import sharding
 from oaif_jax.models.config import ModelConfig
-from oaif_jax.models.hf.directory import abstract_params
-from oaif_jax.state import TrainState
+from oaif_jax.stored import hf
+from oaif_jax.stored.hf.directory import abstract_params
 from oaif_jax.tasks import base
+from oaif_jax.update import optim, state
+from oaif_jax.update.state import TrainState
 
 Shape = jax.ShapeDtypeStruct
 

@@ -22,8 +22,9 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
-from oaif_jax import cli, config, files
-from oaif_jax.errors import UserError
+from oaif_jax import config
+from oaif_jax.base import cli, files
+from oaif_jax.base.errors import UserError, near
 from oaif_jax.report import tables
 
 Pair = tuple[str, str]  # a key of the config and its value as text
@@ -132,7 +133,7 @@ def _override(text: str) -> str:
     """--config.KEY=VALUE without the flag; UserError for what else argparse didn't know."""
     if not text.startswith("--config."):
         known = ("--config", "--workdir", "--set", "--run", "--seeds", "--config.KEY=VALUE")
-        raise UserError(f"{text} doesn't exist{config.near(text.split('=')[0], known)}")
+        raise UserError(f"{text} doesn't exist{near(text.split('=')[0], known)}")
     return text.removeprefix("--config.")
 
 

@@ -18,9 +18,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from oaif_jax import sharding, step
+from oaif_jax import step
 from oaif_jax.data.source import Arrays
 from oaif_jax.data.stream import ahead_of
+from oaif_jax.models import sharding
 from oaif_jax.step import Batch
 from oaif_jax.tasks.base import Task, place
 

@@ -5,13 +5,12 @@ and raises ConfigError, naming the key, its value and what was wanted, before an
 """
 
 import dataclasses
-import difflib
 import math
 import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from oaif_jax.errors import UserError
+from oaif_jax.base.errors import UserError, near
 
 
 class ConfigError(UserError):
@@ -333,13 +332,6 @@ def _value(name: str, value: Any, wanted: type, check: Callable[[Any], str | Non
     if wanted is float and not abs(value) < SMALLER:
         raise ConfigError(f"config.{name}={value!r}, wanted a number that float32 can hold")
     return value
-
-
-def near(word: str, known) -> str:
-    """`; did you mean 'lr'?`, or what there is when nothing is near."""
-    known = list(known)
-    close = difflib.get_close_matches(str(word), known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}" if known else ""
 
 
 def _check_together(config: Config) -> None:

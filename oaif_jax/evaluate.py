@@ -12,9 +12,12 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from oaif_jax import cli, runs, sharding, state, tasks
-from oaif_jax.files import atomic_write_json, atomic_write_text
-from oaif_jax.metrics import flatten, json_lines
+from oaif_jax import runs, tasks
+from oaif_jax.base import cli
+from oaif_jax.base.files import atomic_write_json, atomic_write_text
+from oaif_jax.models import sharding
+from oaif_jax.run.log import flatten, json_lines
+from oaif_jax.update import state
 
 
 def run(workdir: str | pathlib.Path, *, split: str = "test", prompts: int = 256, which: str = "best") -> dict:

@@ -8,9 +8,10 @@ import pathlib
 from absl import flags
 from jaxtyping import PyTree
 
-from oaif_jax import cli, runs, start
-from oaif_jax.errors import UserError
-from oaif_jax.models import hf
+from oaif_jax import runs, start
+from oaif_jax.base import cli
+from oaif_jax.base.errors import UserError
+from oaif_jax.stored import hf
 
 
 def check(begin: start.Start) -> hf.HFModel:

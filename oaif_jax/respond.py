@@ -10,10 +10,11 @@ import jax
 import numpy as np
 from absl import flags
 
-from oaif_jax import cli, runs, start
+from oaif_jax import runs, start
+from oaif_jax.base import cli
+from oaif_jax.base.errors import UserError
 from oaif_jax.data.records import Example, Message
 from oaif_jax.data.tokenizer import Tokenizer, left_pad
-from oaif_jax.errors import UserError
 from oaif_jax.evals.preference import respond
 from oaif_jax.tasks.base import compute_of, sampler_of
 from oaif_jax.tasks.data import voice_of

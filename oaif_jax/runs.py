@@ -5,10 +5,12 @@ import pathlib
 
 from jaxtyping import PyTree
 
-from oaif_jax import checkpoint, config, sharding, start
+from oaif_jax import config, start
+from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import read_json
 from oaif_jax.config import Config
-from oaif_jax.errors import UserError
-from oaif_jax.files import read_json
+from oaif_jax.models import sharding
+from oaif_jax.stored import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

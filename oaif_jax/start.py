@@ -8,13 +8,16 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from oaif_jax import checkpoint, config, sharding, state
+from oaif_jax import config
+from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import read_json
 from oaif_jax.data.tokenizer import Tokenizer, open_tokenizer
-from oaif_jax.errors import UserError
-from oaif_jax.files import read_json
-from oaif_jax.models import files, hf, lora, quant, transformer
+from oaif_jax.models import lora, quant, sharding, transformer
 from oaif_jax.models.config import ModelConfig
+from oaif_jax.stored import checkpoint, hf
+from oaif_jax.stored import single as files
 from oaif_jax.tiny.data import asset
+from oaif_jax.update import state
 
 WANTED = "wanted tiny:NAME, hf, scratch, or WORKDIR[@best | @last | @STEP]"
 

@@ -26,11 +26,11 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from oaif_jax import losses, pairs
-from oaif_jax.annotators import llm
+from oaif_jax.annotate import llm
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.models.prefill import Prefill, prefill
 from oaif_jax.sample import Responses, Sampler, sample
-from oaif_jax.state import Metrics, TrainState, apply_gradients
+from oaif_jax.update.state import Metrics, TrainState, apply_gradients
 
 Batch = dict[str, Array]
 Sums = dict[str, Array]  # name -> [sum, count]

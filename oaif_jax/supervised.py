@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from oaif_jax import pairs
-from oaif_jax.annotators import llm
+from oaif_jax.annotate import llm
 from oaif_jax.models import heads
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.step import Batch, Contribution, Sums, mean_of, policy_of

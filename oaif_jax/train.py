@@ -25,15 +25,19 @@ import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from oaif_jax import cli, config, export, optim, report, resume, sharding, state, step, tasks
-from oaif_jax.checkpoint import Checkpoints, Reader, load_params
+from oaif_jax import config, export, report, step, tasks
+from oaif_jax.base import cli
+from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import atomic_write_json, sha256_of_tree
 from oaif_jax.collecting import Batches
 from oaif_jax.config import Config
-from oaif_jax.errors import UserError
-from oaif_jax.files import atomic_write_json, sha256_of_tree
-from oaif_jax.interrupts import Interrupts
-from oaif_jax.metrics import MetricsLog
-from oaif_jax.progress import Progress
+from oaif_jax.models import sharding
+from oaif_jax.run import resume
+from oaif_jax.run.interrupts import Interrupts
+from oaif_jax.run.log import MetricsLog
+from oaif_jax.run.progress import Progress
+from oaif_jax.stored.checkpoint import Checkpoints, Reader, load_params
+from oaif_jax.update import optim, state
 
 FINITE = ("loss", "grad_norm", "update_rms", "annotator.confidence")  # metrics that must be
 

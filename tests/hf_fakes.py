@@ -10,8 +10,8 @@ import pathlib
 import jax
 import numpy as np
 
-from oaif_jax.models import hf
-from oaif_jax.sharding import make_mesh
+from oaif_jax.models.sharding import make_mesh
+from oaif_jax.stored import hf
 
 SIZES = {
     "vocab_size": 99,  # no multiple of 64

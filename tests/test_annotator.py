@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oaif_jax.annotators import llm
-from oaif_jax.annotators.llm import Template
+from oaif_jax.annotate import llm
+from oaif_jax.annotate.llm import Template
+from oaif_jax.base.errors import UserError
 from oaif_jax.data.tokenizer import left_pad, right_pad
-from oaif_jax.errors import UserError
 from oaif_jax.models import heads, rows, transformer
 from oaif_jax.tiny import templates
 from oaif_jax.tiny.data import TinyData

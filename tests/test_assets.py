@@ -10,9 +10,9 @@ from oaif_jax import supervised
 from oaif_jax.data import jsonl
 from oaif_jax.data.tokenizer import Tokenizer
 from oaif_jax.evals import supervised as evals
-from oaif_jax.models import files
 from oaif_jax.models.config import ComputeConfig
 from oaif_jax.sample import Sampler
+from oaif_jax.stored import single as files
 from oaif_jax.tiny import build, templates, tokenizer_recipe, world
 from oaif_jax.tiny.data import ASSETS, MARKS, TinyData, asset
 

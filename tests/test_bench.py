@@ -19,15 +19,16 @@ from rich.console import Console
 
 from launch import bench, bench_count, bench_setup
 from launch.bench_count import Sizes, Work
-from oaif_jax import cli, pairs
-from oaif_jax.annotators import llm
+from oaif_jax import pairs
+from oaif_jax.annotate import llm
+from oaif_jax.base import cli
+from oaif_jax.base.errors import UserError
 from oaif_jax.config import ConfigError
-from oaif_jax.errors import UserError
 from oaif_jax.models import transformer
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.models.layers import dense
 from oaif_jax.sample import Responses, Sampler, sample
-from oaif_jax.state import TrainState
+from oaif_jax.update.state import TrainState
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "experiments").glob("bench_*.py"))

@@ -7,9 +7,9 @@ import fakes
 import pytest
 import tokenizer_files as files
 
+from oaif_jax.base.errors import UserError
 from oaif_jax.data.chat import DATE, ChatTemplate, open_template
 from oaif_jax.data.tokenizer import Tokenizer, open_tokenizer
-from oaif_jax.errors import UserError
 
 LLAMA3 = """{{- bos_token }}
 {%- if not date_string is defined %}

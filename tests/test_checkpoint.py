@@ -16,9 +16,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from oaif_jax import checkpoint
-from oaif_jax.checkpoint import MANIFEST, CheckpointError, Checkpoints, Reader, load_params
-from oaif_jax.files import atomic_write_json, atomic_write_text, sha256_of_tree
+from oaif_jax.base.files import atomic_write_json, atomic_write_text, sha256_of_tree
+from oaif_jax.stored import checkpoint
+from oaif_jax.stored.checkpoint import MANIFEST, CheckpointError, Checkpoints, Reader, load_params
 
 OPTIMIZER = optax.adamw(1e-3)
 
@@ -335,7 +335,7 @@ def test_a_failed_save_is_raised_and_does_not_count(tmp_path, monkeypatch):
 FULL_DISK = """
 import pathlib, resource, sys
 import numpy as np
-from oaif_jax.checkpoint import CheckpointError, Checkpoints
+from oaif_jax.stored.checkpoint import CheckpointError, Checkpoints
 items = {"params": {"w": np.random.default_rng(0).normal(size=1 << 16)}}
 with Checkpoints(pathlib.Path(sys.argv[1]), keep=1) as checkpoints:
     checkpoints.save(1, items, {})
@@ -405,7 +405,7 @@ def test_load_params_of_nothing(tmp_path):
 
 ENDLESS_RUN = """
 import sys, pathlib, jax.numpy as jnp
-from oaif_jax.checkpoint import Checkpoints
+from oaif_jax.stored.checkpoint import Checkpoints
 checkpoints = Checkpoints(pathlib.Path(sys.argv[1]), keep=2)
 assert not [path for path in checkpoints.directory.iterdir() if not path.name.isdecimal()]
 start = checkpoints.latest()

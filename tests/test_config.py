@@ -11,7 +11,8 @@ import sys
 import pytest
 from absl import flags
 
-from oaif_jax import cli, config, errors
+from oaif_jax import config
+from oaif_jax.base import cli, errors
 
 # ml_collections loads a config file by a function that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -383,7 +384,7 @@ def test_bug_of_main_is_not_hidden(monkeypatch):
 PROGRAM = """
 '''A program.'''
 import sys
-from oaif_jax import cli
+from oaif_jax.base import cli
 
 def main():
     config, workdir = cli.define_config(), cli.define_workdir()

@@ -6,10 +6,10 @@ import fakes
 import numpy as np
 import pytest
 
+from oaif_jax.base.errors import UserError
 from oaif_jax.data import order
 from oaif_jax.data.jsonl import TextPair, read_pairs, write_pairs
 from oaif_jax.data.tokenizer import Tokenizer, left_pad, right_pad
-from oaif_jax.errors import UserError
 
 PAIRS = [
     TextPair("a post.\nwith two lines", "dog, car", "dog"),

@@ -9,7 +9,8 @@ import runpy
 import pytest
 from ml_collections import ConfigDict
 
-from oaif_jax import cli, config
+from oaif_jax import config
+from oaif_jax.base import cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMON = ROOT / "experiments" / "common.py"

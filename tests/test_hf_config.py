@@ -9,11 +9,11 @@ import hf_fakes
 import jax
 import pytest
 
-from oaif_jax.errors import UserError
-from oaif_jax.models import hf
+from oaif_jax.base.errors import UserError
 from oaif_jax.models.config import RopeScaling
-from oaif_jax.models.hf.directory import abstract_params
-from oaif_jax.models.hf.families import FAMILIES
+from oaif_jax.stored import hf
+from oaif_jax.stored.hf.directory import abstract_params
+from oaif_jax.stored.hf.families import FAMILIES
 
 CONFIGS = pathlib.Path(__file__).parent / "hf_configs"
 

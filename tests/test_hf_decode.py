@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from oaif_jax.models import hf
 from oaif_jax.models.config import ComputeConfig
 from oaif_jax.sample import Sampler, sample
+from oaif_jax.stored import hf
 
 TOKENS = 20
 NEVER = -1  # a stop id that no token has

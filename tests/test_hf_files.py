@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from oaif_jax.errors import UserError
-from oaif_jax.models import hf, transformer
+from oaif_jax.base.errors import UserError
+from oaif_jax.models import transformer
 from oaif_jax.models.config import ComputeConfig
-from oaif_jax.models.hf import tensors, writing
-from oaif_jax.models.hf.pieces import named_leaves
 from oaif_jax.models.rows import trunk
-from oaif_jax.sharding import param_shardings
+from oaif_jax.models.sharding import param_shardings
+from oaif_jax.stored import hf
+from oaif_jax.stored.hf import tensors, writing
+from oaif_jax.stored.hf.pieces import named_leaves
 
 FAMILIES = ("llama", "mistral", "phi3", "gemma2", "gemma3", "qwen2", "qwen3", "gpt_neox")
 SINGLE, INDEX = tensors.SINGLE, tensors.INDEX

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oaif_jax.models import heads, hf, transformer
+from oaif_jax.models import heads, transformer
 from oaif_jax.models.config import ComputeConfig, RopeScaling
 from oaif_jax.models.rows import trunk
+from oaif_jax.stored import hf
 
 COMPUTE = ComputeConfig()
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order, through four layers

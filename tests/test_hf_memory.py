@@ -62,8 +62,8 @@ def measure(directory: str, dtype: str) -> dict[str, float]:
     """Loads onto all devices; sizes and the peak beyond what there was before, in MB."""
     import jax
 
-    from oaif_jax.models import hf
-    from oaif_jax.sharding import make_mesh
+    from oaif_jax.models.sharding import make_mesh
+    from oaif_jax.stored import hf
 
     count = jax.device_count()
     mesh = make_mesh(-1, 1 if count == 1 else 2, 1 if count == 1 else 2)

@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from oaif_jax import cli, config, evaluate, export, respond, sharding, start, step, tasks, train
-from oaif_jax.checkpoint import load_params
+from oaif_jax import config, evaluate, export, respond, start, step, tasks, train
+from oaif_jax.base import cli
+from oaif_jax.base.errors import UserError
 from oaif_jax.data.texts import TextQuestions
 from oaif_jax.data.tokenizer import right_pad
-from oaif_jax.errors import UserError
 from oaif_jax.evals import preference
-from oaif_jax.models import heads, hf, transformer
+from oaif_jax.models import heads, sharding, transformer
 from oaif_jax.models.rows import trunk
+from oaif_jax.stored import hf
+from oaif_jax.stored.checkpoint import load_params
 from oaif_jax.tasks import data
 from oaif_jax.tasks.base import frozen_model, place
 

@@ -10,9 +10,8 @@ import pytest
 from fakes import left_padded, make_params, right_padded
 from jax.sharding import PartitionSpec
 
-from oaif_jax import sharding
-from oaif_jax.errors import UserError
-from oaif_jax.models import kernels, rows, transformer
+from oaif_jax.base.errors import UserError
+from oaif_jax.models import kernels, rows, sharding, transformer
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.models.kernels import Kernel, attend_columns, check
 

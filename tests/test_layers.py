@@ -18,7 +18,7 @@ FLOORS = (
 )  # fmt: skip
 
 # They start or read without the seconds that JAX takes to start: nothing that they import imports it either.
-WITHOUT_JAX = ("oaif_jax.errors", "oaif_jax.files", "oaif_jax.config", "oaif_jax.cli", "oaif_jax.progress",
+WITHOUT_JAX = ("oaif_jax.base.errors", "oaif_jax.base.files", "oaif_jax.config", "oaif_jax.base.cli", "oaif_jax.run.progress",
                "oaif_jax.report", "launch.sweep")  # fmt: skip
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "grain")
 
@@ -165,13 +165,13 @@ def test_modules_are_seen():
         (wrong_floors, "oaif_jax/novelty.py", "", "oaif_jax.novelty has no floor"),
         (wrong_floors, "oaif_jax/step.py", "from launch import sweep", "oaif_jax.step imports launch.sweep"),
         (wrong_jax, "oaif_jax/report/html.py", "import jax.numpy as jnp", "oaif_jax.report reaches jax.numpy"),
-        (wrong_jax, "oaif_jax/files.py", "from oaif_jax.models import heads", "oaif_jax.cli reaches jax"),
-        (wrong_jax, "oaif_jax/__init__.py", "from optax import adam", "oaif_jax.progress reaches optax.adam"),
+        (wrong_jax, "oaif_jax/files.py", "from oaif_jax.models import heads", "oaif_jax.base.cli reaches jax"),
+        (wrong_jax, "oaif_jax/__init__.py", "from optax import adam", "oaif_jax.run.progress reaches optax.adam"),
         (wrong_experiments, "experiments/a.py", "import numpy", "experiments.a imports numpy"),
         (wrong_experiments, "experiments/a.py", "from experiments import b", "experiments.a imports experiments"),
         (wrong_experiments, "experiments/oaif.py", "from experiments import selm", "experiments.oaif imports experiments"),
-        (wrong_flax, "oaif_jax/state.py", "import flax.linen as nn", "oaif_jax.state imports flax.linen"),
-        (wrong_flax, "oaif_jax/state.py", "from flax import linen", "oaif_jax.state imports flax.linen"),
+        (wrong_flax, "oaif_jax/state.py", "import flax.linen as nn", "oaif_jax.update.state imports flax.linen"),
+        (wrong_flax, "oaif_jax/state.py", "from flax import linen", "oaif_jax.update.state imports flax.linen"),
     ],
 )  # fmt: skip
 def test_rules_find_what_they_are_for(tmp_path, rule, path, line, said):
@@ -182,12 +182,12 @@ def test_rules_find_what_they_are_for(tmp_path, rule, path, line, said):
         "oaif_jax/cli.py": "from oaif_jax import files",
         "oaif_jax/progress.py": "import rich",
         "oaif_jax/report/__init__.py": "from oaif_jax.report import html",
-        "oaif_jax/report/html.py": "from oaif_jax.files import write",
+        "oaif_jax/report/html.py": "from oaif_jax.base.files import write",
         "oaif_jax/losses.py": "import jax",
         "oaif_jax/models/__init__.py": "",
         "oaif_jax/models/heads.py": "import jax\nimport flax.linen as nn",
         "oaif_jax/data/jsonl.py": "",
-        "oaif_jax/data/tokenizer.py": "from oaif_jax.files import read",
+        "oaif_jax/data/tokenizer.py": "from oaif_jax.base.files import read",
         "oaif_jax/sample.py": "from oaif_jax.models import heads\nif __name__ == '__main__':\n    import oaif_jax.step",
         "oaif_jax/step.py": "from oaif_jax.sample import Sampler",
         "oaif_jax/train.py": "from oaif_jax import cli, losses, report, step",

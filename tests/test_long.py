@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from oaif_jax import cli, train
+from oaif_jax import train
+from oaif_jax.base import cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 300

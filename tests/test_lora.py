@@ -11,12 +11,12 @@ import pytest
 from fakes import COMPUTE, MODEL, left_padded, make_params, right_padded
 from jax.sharding import Mesh
 
-from oaif_jax import sharding, state
-from oaif_jax.errors import UserError
-from oaif_jax.models import lora, transformer
+from oaif_jax.base.errors import UserError
+from oaif_jax.models import lora, sharding, transformer
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.models.rows import Rows, branch
 from oaif_jax.sample import Sampler, sample
+from oaif_jax.update import state
 
 CFG = dataclasses.replace(MODEL, lora_scale=0.5)
 PLAIN_MLP = dataclasses.replace(CFG, gated=False, biases="all", activation="gelu")

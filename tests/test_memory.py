@@ -10,11 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-from oaif_jax import state, step
-from oaif_jax.annotators.llm import Template
+from oaif_jax import step
+from oaif_jax.annotate.llm import Template
 from oaif_jax.models import transformer
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.sample import Sampler
+from oaif_jax.update import state
 
 # --- the online step with a vocabulary of 262,144 words, and a model as narrow as a chunk of the head
 

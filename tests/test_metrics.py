@@ -6,8 +6,8 @@ import pathlib
 
 import pytest
 
-from oaif_jax import metrics
-from oaif_jax.metrics import MetricsLog
+from oaif_jax.run import log as metrics
+from oaif_jax.run.log import MetricsLog
 
 
 def lines(workdir: pathlib.Path) -> list[dict]:

@@ -10,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from oaif_jax import config, optim
-from oaif_jax.optim import OptimizerConfig
+from oaif_jax import config
+from oaif_jax.update import optim
+from oaif_jax.update.optim import OptimizerConfig
 
 ADAMW = OptimizerConfig(
     name="adamw",

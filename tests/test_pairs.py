@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oaif_jax import sharding, step
-from oaif_jax.models import heads, rows, transformer
+from oaif_jax import step
+from oaif_jax.models import heads, rows, sharding, transformer
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.pairs import response_logprobs
 

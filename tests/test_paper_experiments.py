@@ -14,17 +14,20 @@ import test_readers
 from jax import ShapeDtypeStruct as Shape
 from test_hf_config import count, place
 
-from oaif_jax import cli, config, optim, sharding, state, step, supervised, tasks, train
-from oaif_jax.annotators.llm import Template
-from oaif_jax.annotators.prompts import KNOWN
+from oaif_jax import config, step, supervised, tasks, train
+from oaif_jax.annotate.llm import Template
+from oaif_jax.annotate.prompts import KNOWN
+from oaif_jax.base import cli
 from oaif_jax.config import Config
 from oaif_jax.data import readers, records
 from oaif_jax.evals import preference
-from oaif_jax.models import hf
-from oaif_jax.models.hf.directory import abstract_params
-from oaif_jax.state import TrainState
+from oaif_jax.models import sharding
+from oaif_jax.stored import hf
+from oaif_jax.stored.hf.directory import abstract_params
 from oaif_jax.tasks import base
 from oaif_jax.tasks.data import USES
+from oaif_jax.update import optim, state
+from oaif_jax.update.state import TrainState
 
 EXPERIMENTS = pathlib.Path(__file__).resolve().parent.parent / "experiments"
 DEVICES = 16  # that a file's mesh is for, or a multiple of that

@@ -16,9 +16,12 @@ from jax.sharding import PartitionSpec
 from rich.console import Console
 
 from launch import bench_count, hlo, hlo_report, plan
-from oaif_jax import cli, optim, sharding, state, train
-from oaif_jax.errors import UserError
+from oaif_jax import train
+from oaif_jax.base import cli
+from oaif_jax.base.errors import UserError
+from oaif_jax.models import sharding
 from oaif_jax.tasks import base
+from oaif_jax.update import optim, state
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILE = str(ROOT / "experiments" / "oaif_tldr_online_dpo.py")

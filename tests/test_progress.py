@@ -7,7 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
-from oaif_jax.progress import Progress
+from oaif_jax.run.progress import Progress
 
 TRAINING = {"loss": 0.4321, "annotator.order_agreement": 0.9, "tokens_per_second": 12345.0, "kl": 3.0}
 

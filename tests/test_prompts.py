@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tokenizers import Regex, pre_tokenizers
 
-from oaif_jax.annotators import prompts
-from oaif_jax.annotators.prompts import KNOWN, Instruction, question, read_instruction
-from oaif_jax.errors import UserError
+from oaif_jax.annotate import prompts
+from oaif_jax.annotate.prompts import KNOWN, Instruction, question, read_instruction
+from oaif_jax.base.errors import UserError
 
 PIECES = ("trunk", "first", "second", "closing")
 NEXT_TURN = "what the user says next"

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from fakes import COMPUTE, left_padded, make_params, right_padded
 
-from oaif_jax import sharding
-from oaif_jax.annotators import llm
+from oaif_jax.annotate import llm
+from oaif_jax.base.errors import UserError
 from oaif_jax.data.tokenizer import Tokenizer
-from oaif_jax.errors import UserError
-from oaif_jax.models import files, lora, quant, transformer
+from oaif_jax.models import lora, quant, sharding, transformer
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.models.rows import Rows, branch
 from oaif_jax.sample import Sampler, sample
+from oaif_jax.stored import single as files
 from oaif_jax.tiny.data import TinyData, asset
 
 CFG = ModelConfig(vocab_size=43, width=128, layers=2, heads=4, kv_heads=2, head_dim=32, mlp=192, lora_scale=0.5)

@@ -13,9 +13,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from oaif_jax.base.errors import UserError
 from oaif_jax.data import readers
 from oaif_jax.data.records import Counts, Example, Loaded, Message, RecordError, use_as, within
-from oaif_jax.errors import UserError
 
 HI = (Message("user", "Hi"),)
 

@@ -620,7 +620,7 @@ def test_the_command_rebuilds_each_run_and_names_what_it_cannot_read(workdir, ca
 
 
 def test_importing_the_reports_is_cheap_and_needs_no_jax():
-    program = "import sys, oaif_jax.report, oaif_jax.progress; print(*sys.modules)"
+    program = "import sys, oaif_jax.report, oaif_jax.run.progress; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert "oaif_jax.report.plots" in modules
     assert not {"jax", "flax", "matplotlib"} & set(modules)

@@ -29,11 +29,12 @@ from test_train import (
     summary_of,
 )
 
-from oaif_jax import config, resume
-from oaif_jax.checkpoint import Checkpoints, Reader, load_params
-from oaif_jax.errors import UserError
-from oaif_jax.interrupts import Interrupts
-from oaif_jax.metrics import MetricsLog
+from oaif_jax import config
+from oaif_jax.base.errors import UserError
+from oaif_jax.run import resume
+from oaif_jax.run.interrupts import Interrupts
+from oaif_jax.run.log import MetricsLog
+from oaif_jax.stored.checkpoint import Checkpoints, Reader, load_params
 
 CLOCK = ("seconds", "command")  # of a summary: what may differ
 

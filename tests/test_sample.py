@@ -13,8 +13,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from oaif_jax import sharding
-from oaif_jax.models import heads, rows, transformer
+from oaif_jax.models import heads, rows, sharding, transformer
 from oaif_jax.models.attention import MASKED
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.pairs import predictors

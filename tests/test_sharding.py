@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from oaif_jax import cli, config, sharding
+from oaif_jax import config
+from oaif_jax.base import cli
 from oaif_jax.data.tokenizer import Tokenizer
-from oaif_jax.models import files, lora, quant, transformer
+from oaif_jax.models import lora, quant, sharding, transformer
 from oaif_jax.models.config import ModelConfig
-from oaif_jax.sharding import ShardingError, make_mesh, param_shardings, spec_of
+from oaif_jax.models.sharding import ShardingError, make_mesh, param_shardings, spec_of
+from oaif_jax.stored import single as files
 from oaif_jax.tiny.data import ASSETS, asset
 
 EXPERIMENTS = sorted((pathlib.Path(__file__).resolve().parent.parent / "experiments").glob("tiny_*.py"))

@@ -9,10 +9,11 @@ import pytest
 from fakes import MODEL, ByteTokenizer, make_params
 
 from experiments import common
-from oaif_jax import config, sharding, start
-from oaif_jax.checkpoint import Checkpoints
-from oaif_jax.errors import UserError
-from oaif_jax.models import files
+from oaif_jax import config, start
+from oaif_jax.base.errors import UserError
+from oaif_jax.models import sharding
+from oaif_jax.stored import single as files
+from oaif_jax.stored.checkpoint import Checkpoints
 from oaif_jax.tiny import data
 
 SHAPE = config.Shape(width=16, layers=1, heads=2, kv_heads=2, head_dim=8, mlp=24)

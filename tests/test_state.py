@@ -10,9 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from oaif_jax import optim, sharding
+from oaif_jax.models import sharding
 from oaif_jax.models.config import ModelConfig
-from oaif_jax.state import TrainState, apply_gradients, create, place, state_shardings
+from oaif_jax.update import optim
+from oaif_jax.update.state import TrainState, apply_gradients, create, place, state_shardings
 
 ADAMW = optim.OptimizerConfig(
     name="adamw",

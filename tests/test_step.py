@@ -11,12 +11,13 @@ import pytest
 from fakes import COMPUTE, MODEL, left_padded, make_params, right_padded
 from jax.sharding import Mesh
 
-from oaif_jax import losses, sharding, state, step
-from oaif_jax.annotators.llm import Template
-from oaif_jax.models import lora
+from oaif_jax import losses, step
+from oaif_jax.annotate.llm import Template
+from oaif_jax.models import lora, sharding
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.sample import Responses, Sampler
 from oaif_jax.tasks.base import place as place_batch
+from oaif_jax.update import state
 
 ANNOTATOR = ModelConfig(vocab_size=47, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, mlp=40)
 ROWS, SLOTS, RESPONSE = 16, 7, 6

@@ -6,9 +6,9 @@ import threading
 import numpy as np
 import pytest
 
+from oaif_jax.base.errors import UserError
 from oaif_jax.data.order import batch_indices
 from oaif_jax.data.stream import examples_at, host_rows, stream
-from oaif_jax.errors import UserError
 
 EXAMPLES = [f"example {i}" for i in range(13)]
 

@@ -9,9 +9,10 @@ import optax
 import pytest
 from fakes import COMPUTE, MODEL, left_padded, make_params, right_padded
 
-from oaif_jax import sharding, state, step, supervised
-from oaif_jax.annotators import llm
-from oaif_jax.models import heads, rows, transformer
+from oaif_jax import step, supervised
+from oaif_jax.annotate import llm
+from oaif_jax.models import heads, rows, sharding, transformer
+from oaif_jax.update import state
 
 ROWS, SLOTS, RESPONSE = 8, 6, 7
 TEMPLATE = llm.Template(first=(3, 4), second=(3, 6), closing=(7,), answers=(10, 11))

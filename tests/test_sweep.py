@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from launch import sweep
-from oaif_jax import cli
-from oaif_jax.errors import UserError
+from oaif_jax.base import cli
+from oaif_jax.base.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DPO = str(ROOT / "experiments" / "tiny_tldr_online_dpo.py")
@@ -19,7 +19,8 @@ IPO = str(ROOT / "experiments" / "tiny_tldr_online_ipo.py")
 # Leaves what a run does; its gold score is beta, one hundredth more for each seed. Fails as `broken.json` says.
 TRAINER = """
 import dataclasses, json, pathlib, sys
-from oaif_jax import cli, config
+from oaif_jax.base import cli
+from oaif_jax import config
 
 flags = dict(argument.split("=", 1) for argument in sys.argv[1:])
 here, workdir = pathlib.Path(__file__).parent, pathlib.Path(flags.pop("--workdir"))

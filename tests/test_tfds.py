@@ -10,12 +10,12 @@ import pytest
 import tensorflow_datasets as tfds
 from test_readers import json_lines, write, write_hh, write_tldr, write_ultrafeedback
 
+from oaif_jax.base.errors import UserError
 from oaif_jax.data import readers
 from oaif_jax.data.records import Example, Message
 from oaif_jax.data.stream import examples_at, stream
 from oaif_jax.data.tfds.builders import BUILDERS, OaifHh, builders_for, prepare
 from oaif_jax.data.tfds.source import open_prepared, restored
-from oaif_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -8,9 +8,9 @@ import fakes
 import numpy as np
 import pytest
 
+from oaif_jax.base.errors import UserError
 from oaif_jax.data.jsonl import TextPair
 from oaif_jax.data.tokenizer import Tokenizer
-from oaif_jax.errors import UserError
 from oaif_jax.tiny import gold, templates, tokenizer_recipe, world, writers
 from oaif_jax.tiny.data import MARKS, TinyData, asset, instruction_text, mark_of
 

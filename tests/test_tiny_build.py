@@ -5,9 +5,9 @@ import dataclasses
 from ml_collections import ConfigDict
 from test_train import sft_config
 
-from oaif_jax import cli
+from oaif_jax.base import cli
 from oaif_jax.data.jsonl import read_pairs
-from oaif_jax.models import files
+from oaif_jax.stored import single as files
 from oaif_jax.tiny import build
 
 

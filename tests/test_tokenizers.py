@@ -12,9 +12,9 @@ import tokenizer_files as files
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from oaif_jax.base.errors import UserError
 from oaif_jax.data import joining
 from oaif_jax.data.tokenizer import Tokenizer, open_tokenizer
-from oaif_jax.errors import UserError
 
 LLAMA_CONFIG = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
 SYMBOLS = ("<start_of_turn>", "<end_of_turn>", "<table>")

@@ -21,12 +21,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from oaif_jax import cli, config, evaluate, respond, sharding, state, tasks, train
-from oaif_jax.checkpoint import Reader, load_params
+from oaif_jax import config, evaluate, respond, tasks, train
+from oaif_jax.base import cli
+from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import sha256_of_tree
 from oaif_jax.data import jsonl
-from oaif_jax.errors import UserError
-from oaif_jax.files import sha256_of_tree
+from oaif_jax.models import sharding
+from oaif_jax.stored.checkpoint import Reader, load_params
 from oaif_jax.tiny import world
+from oaif_jax.update import state
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BATCH = 8

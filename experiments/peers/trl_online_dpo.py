@@ -38,13 +38,15 @@ import trl
 from rich.console import Console
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
-from oaif_jax import optim, pairs, sharding, state, step
-from oaif_jax.annotators.llm import Template
-from oaif_jax.files import atomic_write_json
-from oaif_jax.models import hf
+from oaif_jax import pairs, step
+from oaif_jax.annotate.llm import Template
+from oaif_jax.base.files import atomic_write_json
+from oaif_jax.models import sharding
 from oaif_jax.models.config import ComputeConfig
 from oaif_jax.sample import Responses, Sampler
+from oaif_jax.stored import hf
 from oaif_jax.tasks.base import place
+from oaif_jax.update import optim, state
 
 WARM_UP = 1  # turns of each side that don't count
 LR, BETA, TEMPERATURE, CLIP, B1, B2, EPS = 1e-6, 0.1, 0.9, 1.0, 0.9, 0.999, 1e-8

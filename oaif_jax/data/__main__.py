@@ -13,11 +13,10 @@ from absl import flags
 from rich.console import Console
 from rich.markup import escape
 
-from oaif_jax import cli
-from oaif_jax.config import near
+from oaif_jax.base import cli
+from oaif_jax.base.errors import UserError, near
 from oaif_jax.data import readers
 from oaif_jax.data.records import Example
-from oaif_jax.errors import UserError
 
 SHOWN = 3
 WIDTH = 400  # characters of a text that are shown

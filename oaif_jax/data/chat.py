@@ -13,10 +13,10 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from oaif_jax.base.errors import UserError
 from oaif_jax.data.joining import continuation_ids
 from oaif_jax.data.special_tokens import CONFIG, read_json
 from oaif_jax.data.tokenizer import Tokenizer
-from oaif_jax.errors import UserError
 
 TEMPLATE_FILE = "chat_template.jinja"
 DATE = datetime.date(2024, 7, 26)  # what templates are told is today, so that a run's prompts are the same on any day

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+from oaif_jax.base.errors import UserError
 from oaif_jax.data.tokenizer import Tokenizer
-from oaif_jax.errors import UserError
 
 ANCHORS = ("\n", ":", "a")  # texts to continue, of which one at least doesn't merge with a given continuation
 

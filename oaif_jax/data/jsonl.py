@@ -8,7 +8,7 @@ import pathlib
 import zlib
 from collections.abc import Iterator
 
-from oaif_jax.errors import UserError
+from oaif_jax.base.errors import UserError
 
 KEYS = ("prompt", "chosen", "rejected")
 

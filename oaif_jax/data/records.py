@@ -3,8 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from oaif_jax.config import near
-from oaif_jax.errors import UserError
+from oaif_jax.base.errors import UserError, near
 
 ROLES = ("system", "user", "assistant")
 USES = ("prompts", "references", "pairs")

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from oaif_jax.annotators.llm import Template
+from oaif_jax.annotate.llm import Template
 from oaif_jax.data.tokenizer import Tokenizer
 
 Arrays = dict[str, np.ndarray]

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 
-from oaif_jax.errors import UserError
+from oaif_jax.base.errors import UserError
 
 CONFIG, MAP, GENERATION, ADDED = (
     "tokenizer_config.json",

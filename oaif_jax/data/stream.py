@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import grain
 
+from oaif_jax.base.errors import UserError
 from oaif_jax.data.order import batch_indices
-from oaif_jax.errors import UserError
 
 T = TypeVar("T")
 Made = TypeVar("Made")

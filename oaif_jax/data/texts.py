@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from oaif_jax.annotators import prompts
-from oaif_jax.annotators.llm import Template
+from oaif_jax.annotate import prompts
+from oaif_jax.annotate.llm import Template
 from oaif_jax.data.chat import MARK, ChatTemplate, plain
 from oaif_jax.data.joining import JoiningReport, answer_ids, continuation_ids, joining_report
 from oaif_jax.data.records import Example

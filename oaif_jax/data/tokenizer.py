@@ -8,10 +8,10 @@ from typing import SupportsInt
 
 import numpy as np
 
+from oaif_jax.base.errors import UserError
 from oaif_jax.data import special_tokens
 from oaif_jax.data.special_tokens import CONFIG, GENERATION, NOTHING, SpecialTokens
 from oaif_jax.data.vocabularies import SentencePiece, TokenizerJson, Vocabulary, cuts
-from oaif_jax.errors import UserError
 
 FILES = ("tokenizer.json", "tokenizer.model")  # of a directory, the first that is there
 

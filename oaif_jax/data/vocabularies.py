@@ -12,8 +12,8 @@ import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
+from oaif_jax.base.errors import UserError
 from oaif_jax.data.special_tokens import CONFIG, AddedToken, SpecialTokens
-from oaif_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

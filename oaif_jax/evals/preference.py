@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from oaif_jax import pairs
-from oaif_jax.annotators import llm
+from oaif_jax.annotate import llm
 from oaif_jax.data.source import Questions, Source
 from oaif_jax.evals import verdicts
 from oaif_jax.models.config import ComputeConfig, ModelConfig

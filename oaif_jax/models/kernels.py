@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from oaif_jax.errors import UserError
+from oaif_jax.base.errors import UserError
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 
 KERNELS = ("cudnn", "splash")

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from oaif_jax.config import near
-from oaif_jax.errors import UserError
+from oaif_jax.base.errors import UserError, near
 from oaif_jax.models.config import ModelConfig
 
 # Target -> shapes of input and output, in the dimensions of the transformer.

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PyTree
 
-from oaif_jax.errors import UserError
+from oaif_jax.base.errors import UserError
 from oaif_jax.models.layers import Product
 
 KINDS = ("int8", "nf4")

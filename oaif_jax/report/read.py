@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from oaif_jax.errors import UserError
+from oaif_jax.base.errors import UserError
 
 KINDS = ("train", "eval")
 FINAL = "final"

@@ -2,8 +2,8 @@
 
 from jax.sharding import Mesh
 
+from oaif_jax.base.errors import UserError
 from oaif_jax.config import Config
-from oaif_jax.errors import UserError
 from oaif_jax.tasks import preference, supervised
 from oaif_jax.tasks.base import Task
 

@@ -9,16 +9,17 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from oaif_jax import sharding, start, step
+from oaif_jax import start, step
+from oaif_jax.base.errors import UserError
 from oaif_jax.config import Config
 from oaif_jax.data.source import Arrays
 from oaif_jax.data.tokenizer import Tokenizer
-from oaif_jax.errors import UserError
 from oaif_jax.evals.preference import LanguageModel
+from oaif_jax.models import sharding
 from oaif_jax.models.config import ComputeConfig
 from oaif_jax.models.kernels import Kernel
 from oaif_jax.sample import Sampler
-from oaif_jax.state import place as place_params
+from oaif_jax.update.state import place as place_params
 
 Evaluation = tuple[dict, list[dict]]  # nested metrics; a record for each post
 

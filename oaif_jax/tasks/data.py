@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from oaif_jax import start
-from oaif_jax.annotators import prompts
+from oaif_jax.annotate import prompts
+from oaif_jax.base.errors import UserError
 from oaif_jax.config import Config
 from oaif_jax.data import readers, records
 from oaif_jax.data.chat import open_template
 from oaif_jax.data.records import Counts, Example
 from oaif_jax.data.source import Questions, Source
 from oaif_jax.data.texts import TextData, TextQuestions, Voice
-from oaif_jax.errors import UserError
-from oaif_jax.models import hf
+from oaif_jax.stored import hf
 from oaif_jax.tiny.data import TinyData, instruction_text
 
 JOINED = 200  # examples whose prompts and responses are tokenized as one text, to say how often that differs

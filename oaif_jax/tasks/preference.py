@@ -10,13 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from oaif_jax import start, state, step
+from oaif_jax import start, step
+from oaif_jax.base.errors import UserError
 from oaif_jax.config import Config
 from oaif_jax.data import jsonl
 from oaif_jax.data.order import batch_indices
 from oaif_jax.data.source import Arrays
 from oaif_jax.data.texts import TextData
-from oaif_jax.errors import UserError
 from oaif_jax.evals import preference, verdicts
 from oaif_jax.evals.preference import Asked, LanguageModel
 from oaif_jax.tasks.base import (
@@ -34,6 +34,7 @@ from oaif_jax.tasks.base import (
 from oaif_jax.tasks.data import Prepared, prepare, questions
 from oaif_jax.tiny import templates
 from oaif_jax.tiny.data import TinyData, asset, instruction_text
+from oaif_jax.update import state
 
 APART = "the annotator has another tokenizer than the policy: responses go to it as texts, over the host"
 

@@ -7,10 +7,10 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from oaif_jax import step, supervised
+from oaif_jax.base.errors import UserError
 from oaif_jax.config import Config
 from oaif_jax.data.order import batch_indices
 from oaif_jax.data.source import Arrays
-from oaif_jax.errors import UserError
 from oaif_jax.evals import supervised as evals
 from oaif_jax.tasks.base import Evaluation, Task, compute_of, eval_chunk, load_policy, nothing, place, sampler_of
 from oaif_jax.tasks.data import prepare, tiny_data

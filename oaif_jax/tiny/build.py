@@ -17,12 +17,13 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
-from oaif_jax import cli, runs, train
+from oaif_jax import runs, train
+from oaif_jax.base import cli
+from oaif_jax.base.errors import UserError
 from oaif_jax.data.jsonl import TextPair, write_pairs
-from oaif_jax.errors import UserError
 from oaif_jax.evals import preference
-from oaif_jax.models import files
 from oaif_jax.step import named_key
+from oaif_jax.stored import single as files
 from oaif_jax.tasks.base import compute_of, sampler_of
 from oaif_jax.tasks.data import tiny_data
 from oaif_jax.tiny import gold, tokenizer_recipe, world

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from oaif_jax.annotators.llm import Template
+from oaif_jax.annotate.llm import Template
+from oaif_jax.base.errors import UserError
 from oaif_jax.data.jsonl import TextPair
 from oaif_jax.data.tokenizer import Tokenizer, left_pad, right_pad
-from oaif_jax.errors import UserError
 from oaif_jax.tiny import gold, templates, world, writers
 
 ASSETS = pathlib.Path(__file__).parent / "assets"

@@ -11,11 +11,10 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
 
-from oaif_jax.config import near
+from oaif_jax.base.errors import UserError, near
 from oaif_jax.data.readers import hh, plain, prepared, tldr, ultrafeedback
 from oaif_jax.data.readers.files import Part
 from oaif_jax.data.records import EMPTY, Counts, Example, Loaded, RecordError, distinct
-from oaif_jax.errors import UserError
 
 FORMATS: dict[str, Callable[[pathlib.Path, str], list[Part]]] = {
     "prompts": plain.prompts,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from oaif_jax.config import near
+from oaif_jax.base.errors import near
 from oaif_jax.data.records import EMPTY, ROLES, Example, Message, RecordError
 
 Record = Mapping[str, object]

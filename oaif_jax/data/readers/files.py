@@ -6,10 +6,9 @@ import pathlib
 import re
 from collections.abc import Callable, Iterator
 
-from oaif_jax.config import near
+from oaif_jax.base.errors import UserError, near
 from oaif_jax.data.jsonl import lines
 from oaif_jax.data.records import Example, RecordError
-from oaif_jax.errors import UserError
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})")  # train_prefs-00000-of-00001-<hash>.parquet
 

@@ -7,10 +7,10 @@ with transcripts of the form "\n\nHuman: ...\n\nAssistant: ...".
 import pathlib
 import re
 
+from oaif_jax.base.errors import UserError
 from oaif_jax.data.readers import fields
 from oaif_jax.data.readers.files import Part, json_rows, split_files
 from oaif_jax.data.records import Example, Message, RecordError
-from oaif_jax.errors import UserError
 
 FOLDERS = ("helpful-base", "harmless-base")
 _TURN = re.compile(r"\n\n(Human|Assistant):")  # after an empty line only: elsewhere it's something that was said

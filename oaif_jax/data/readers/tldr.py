@@ -7,10 +7,10 @@ spite of the ending, which hold their splits mixed: train, valid1, valid2; "vali
 import functools
 import pathlib
 
+from oaif_jax.base.errors import UserError
 from oaif_jax.data.readers import fields
 from oaif_jax.data.readers.files import Part, json_rows, split_files
 from oaif_jax.data.records import Example, Message, RecordError
-from oaif_jax.errors import UserError
 
 SPLITS = ("train", "valid1", "valid2")
 NEWS = "cnndm"  # in the names of batches that compare summaries of news, which have no post

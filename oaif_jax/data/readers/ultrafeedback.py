@@ -6,10 +6,10 @@ Splits are the names of files: train_prefs and test_prefs are pairs, *_sft are r
 import functools
 import pathlib
 
+from oaif_jax.base.errors import UserError
 from oaif_jax.data.readers import fields
 from oaif_jax.data.readers.files import Part, rows_of, split_files, splits_in
 from oaif_jax.data.records import Example
-from oaif_jax.errors import UserError
 
 KINDS = ("prefs", "sft", "gen")
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")

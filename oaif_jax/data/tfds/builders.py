@@ -17,11 +17,11 @@ from typing import ClassVar
 
 import tensorflow_datasets as tfds
 
+from oaif_jax.base.errors import UserError
 from oaif_jax.data import readers
 from oaif_jax.data.readers import ultrafeedback
 from oaif_jax.data.records import Counts, Example
 from oaif_jax.data.tfds.source import features, stored
-from oaif_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

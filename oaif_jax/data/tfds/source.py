@@ -7,9 +7,8 @@ from typing import overload
 
 import tensorflow_datasets as tfds
 
-from oaif_jax.config import near
+from oaif_jax.base.errors import UserError, near
 from oaif_jax.data.records import Example, Message
-from oaif_jax.errors import UserError
 
 RESPONSES = ("chosen", "rejected", "reference")
 

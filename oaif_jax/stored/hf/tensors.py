@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import safetensors
 
-from oaif_jax.errors import UserError
-from oaif_jax.models.hf.values import read_json
+from oaif_jax.base.errors import UserError
+from oaif_jax.stored.hf.values import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F32", "F16", "BF16")

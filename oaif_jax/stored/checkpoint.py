@@ -26,8 +26,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from oaif_jax.errors import UserError
-from oaif_jax.files import fsync
+from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import fsync
 
 META, MANIFEST = "meta.json", "MANIFEST.json"
 _STEP = re.compile(r"0|[1-9]\d*")

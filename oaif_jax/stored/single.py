@@ -11,7 +11,7 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import PyTree
 
-from oaif_jax.errors import UserError
+from oaif_jax.base.errors import UserError
 from oaif_jax.models.config import ModelConfig
 
 

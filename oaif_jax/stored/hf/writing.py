@@ -12,16 +12,16 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from oaif_jax import files
-from oaif_jax.errors import UserError
+from oaif_jax.base import files
+from oaif_jax.base.errors import UserError
 from oaif_jax.models.config import ModelConfig
-from oaif_jax.models.hf import pieces as geometry
-from oaif_jax.models.hf.directory import HFModel, abstract_params, text_config
-from oaif_jax.models.hf.families import FAMILIES
-from oaif_jax.models.hf.pieces import Leaf, Piece
-from oaif_jax.models.hf.reading import DTYPES
-from oaif_jax.models.hf.tensors import INDEX, SINGLE
-from oaif_jax.models.hf.values import read_json
+from oaif_jax.stored.hf import pieces as geometry
+from oaif_jax.stored.hf.directory import HFModel, abstract_params, text_config
+from oaif_jax.stored.hf.families import FAMILIES
+from oaif_jax.stored.hf.pieces import Leaf, Piece
+from oaif_jax.stored.hf.reading import DTYPES
+from oaif_jax.stored.hf.tensors import INDEX, SINGLE
+from oaif_jax.stored.hf.values import read_json
 
 SHARD_BYTES = 4 * 10**9  # of one safetensors file; as much is on the host at once
 

@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
-from oaif_jax import sharding
+from oaif_jax.models import sharding
 
 Metrics = dict[str, Array]
 

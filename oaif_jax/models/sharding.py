@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from oaif_jax.errors import UserError
+from oaif_jax.base.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from oaif_jax.errors import UserError
+from oaif_jax.base.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

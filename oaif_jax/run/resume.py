@@ -13,9 +13,9 @@ from typing import Any
 import jax
 
 from oaif_jax import config
+from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import atomic_write_json, read_json
 from oaif_jax.config import Config
-from oaif_jax.errors import UserError
-from oaif_jax.files import atomic_write_json, read_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 

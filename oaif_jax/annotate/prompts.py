@@ -23,8 +23,7 @@ import difflib
 import pathlib
 import re
 
-from oaif_jax.config import near
-from oaif_jax.errors import UserError
+from oaif_jax.base.errors import UserError, near
 
 DIRECTORY = pathlib.Path(__file__).parent / "instructions"
 KNOWN = ("tldr", "helpful", "helpful_judge", "harmless", "harmless_judge", "short", "very_short")

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from oaif_jax.errors import UserError
+from oaif_jax.base.errors import UserError
 
 Part = Literal["all", "query", "key", "value"]
 Row = tuple[str, str, str, Part]

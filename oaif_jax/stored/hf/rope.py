@@ -7,8 +7,8 @@ newer       rope_parameters, which holds theta and scaling; Gemma 3's holds one 
 import dataclasses
 
 from oaif_jax.models.config import RopeScaling
-from oaif_jax.models.hf.families import Family
-from oaif_jax.models.hf.values import Values
+from oaif_jax.stored.hf.families import Family
+from oaif_jax.stored.hf.values import Values
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"  # types of layers, as config.json calls them
 

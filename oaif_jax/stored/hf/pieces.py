@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from oaif_jax.models.config import ModelConfig
-from oaif_jax.models.hf.families import Family, Part, Row
-from oaif_jax.sharding import path_name
+from oaif_jax.models.sharding import path_name
+from oaif_jax.stored.hf.families import Family, Part, Row
 
 # Axes of the leaves, without the leading L of those of layers.
 LEAF_AXES = {

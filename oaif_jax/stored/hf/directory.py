@@ -6,12 +6,12 @@ import pathlib
 import jax
 from jaxtyping import PyTree
 
-from oaif_jax.errors import UserError
+from oaif_jax.base.errors import UserError
 from oaif_jax.models import transformer
 from oaif_jax.models.config import ModelConfig
-from oaif_jax.models.hf.config import model_config
-from oaif_jax.models.hf.families import family
-from oaif_jax.models.hf.values import Values, read_json
+from oaif_jax.stored.hf.config import model_config
+from oaif_jax.stored.hf.families import family
+from oaif_jax.stored.hf.values import Values, read_json
 
 REWARD, LANGUAGE = "ForSequenceClassification", ("ForCausalLM", "ForConditionalGeneration")
 

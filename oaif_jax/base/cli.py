@@ -27,8 +27,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from oaif_jax.config import near
-from oaif_jax.errors import UserError
+from oaif_jax.base.errors import UserError, near
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # the flags below belong to the program that asks for them, whose --help shows them

@@ -1,10 +1,10 @@
 """config.json -> ModelConfig, in the form of released directories and in the newer one of transformers 5."""
 
-from oaif_jax.errors import UserError
+from oaif_jax.base.errors import UserError
 from oaif_jax.models.config import ModelConfig
-from oaif_jax.models.hf.families import Family
-from oaif_jax.models.hf.rope import GLOBAL, LOCAL, read_rope
-from oaif_jax.models.hf.values import Values
+from oaif_jax.stored.hf.families import Family
+from oaif_jax.stored.hf.rope import GLOBAL, LOCAL, read_rope
+from oaif_jax.stored.hf.values import Values
 
 ACTIVATIONS = {
     "silu": "silu",

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from oaif_jax.errors import UserError
+from oaif_jax.base.errors import UserError
 
 
 def fsync(path: Path) -> None:

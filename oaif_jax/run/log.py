@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from tensorboardX import SummaryWriter
 
-from oaif_jax.files import atomic_write_text
+from oaif_jax.base.files import atomic_write_text
 
 
 def flatten(nested: Mapping, prefix: str = "") -> Iterator[tuple[str, float]]:

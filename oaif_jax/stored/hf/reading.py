@@ -12,13 +12,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
-from oaif_jax.errors import UserError
-from oaif_jax.models.hf import pieces as geometry
-from oaif_jax.models.hf.directory import HFModel, abstract_params
-from oaif_jax.models.hf.families import FAMILIES, Family
-from oaif_jax.models.hf.pieces import Piece, Range
-from oaif_jax.models.hf.tensors import Tensor, check, open_tensors
-from oaif_jax.sharding import param_shardings, path_name
+from oaif_jax.base.errors import UserError
+from oaif_jax.models.sharding import param_shardings, path_name
+from oaif_jax.stored.hf import pieces as geometry
+from oaif_jax.stored.hf.directory import HFModel, abstract_params
+from oaif_jax.stored.hf.families import FAMILIES, Family
+from oaif_jax.stored.hf.pieces import Piece, Range
+from oaif_jax.stored.hf.tensors import Tensor, check, open_tensors
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
