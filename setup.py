@@ -56,7 +56,7 @@ setup(
     package_data={
         "oaif_jax": ["py.typed"],
         "oaif_jax.annotate": ["instructions/*.txt"],
-        "oaif_jax.tiny": ["assets/**/*", "instructions/*.txt"],
+        "oaif_jax.tiny": ["chat_template.jinja", "assets/**/*", "instructions/*.txt"],
     },
     install_requires=list(REQUIRES),
     extras_require=EXTRAS,

@@ -15,6 +15,7 @@ def base() -> ConfigDict:
             "seed": 0,  # of what is random in the run: a policy from scratch, the order of the posts, samples
             "steps": 240,  # updates of the policy
             "async_steps": 0,  # online: 1 collects pairs a step ahead, with parameters that are a step old
+            "rounds": {"count": 1, "lr": "", "portions": False},
             "loss": loss(),
             "policy": policy(),
             "reference": reference(),
@@ -168,7 +169,6 @@ def compute() -> dict:
         "remat": "none",  # computed again in the backward pass: none, dots (all but products with weights), layer (all)
         "attention": "parts",  # by parts in XLA's products: parts; by a kernel: cudnn (GPUs, no soft cap), splash (TPUs)
         "decode": "unrolled",  # layers in the token loop: unrolled (faster on CPU, slower to compile) or scanned
-        "unroll": 1,  # layers unrolled in the scan over layers; faster to run, slower to compile
         "lengths": 1,  # online: annotate and update at 1 to 3 widths (R, R/2, R/4) by the longest response; slower to compile
         "head_chunk": 1024,  # tokens whose logits exist at a time
     }

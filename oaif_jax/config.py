@@ -52,8 +52,8 @@ DTYPES = ("float32", "bfloat16")
 class Loss:
     """The preference loss; beta belongs to it, since the losses' betas differ by a factor of 500."""
 
-    name: Annotated[str, one_of(*LOSSES)]
-    beta: Annotated[float, above(0)]
+    name: str
+    beta: Annotated[float, above(0)] = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +191,6 @@ class Compute:
     trained: Annotated[str, one_of(*DTYPES)]
     frozen: Annotated[str, one_of(*DTYPES)]
     remat: Annotated[str, one_of("none", "dots", "layer")]
-    unroll: Annotated[int, at_least(1)]
     attention: Annotated[str, one_of("parts", "cudnn", "splash")]
     decode: Annotated[str, one_of("scanned", "unrolled")]
     head_chunk: Annotated[int, at_least(1)]
@@ -234,13 +233,23 @@ class Log:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rounds:
+    """Rounds."""
+
+    count: Annotated[int, at_least(1)]
+    lr: str
+    portions: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One run."""
 
-    method: Annotated[str, one_of(*METHODS)]
+    method: str
     seed: Annotated[int, at_least(0)]
     steps: Annotated[int, at_least(1)]
     async_steps: Annotated[int, within(0, 1)]
+    rounds: Rounds
     loss: Loss
     policy: Policy
     reference: Reference

@@ -12,28 +12,29 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from oaif_jax import runs, tasks
 from oaif_jax.base import cli
 from oaif_jax.base.files import atomic_write_json, atomic_write_text
+from oaif_jax.evals.of_run import Evaluations
 from oaif_jax.models import sharding
 from oaif_jax.run.log import flatten, json_lines
-from oaif_jax.update import state
+from oaif_jax.run.setup import open_setup
+from oaif_jax.stored.open import read_run, step_of
 
 
 def run(workdir: str | pathlib.Path, *, split: str = "test", prompts: int = 256, which: str = "best") -> dict:
     """Metrics of checkpoint `which` (best, last or a step) on `prompts` posts of a split, by the run's own config."""
-    trained = runs.open_run(workdir, which)
-    evaluation = dataclasses.replace(trained.config.eval, prompts=prompts, final_prompts=prompts, final_split=split)
-    cfg = dataclasses.replace(trained.config, eval=evaluation)
+    stored, trained, source = read_run(workdir, which)
+    evaluation = dataclasses.replace(stored.eval, prompts=prompts, final_prompts=prompts, final_split=split)
+    cfg = dataclasses.replace(stored, eval=evaluation)
     sharding.use_cpu_devices(cfg.mesh.cpu_devices)
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
     sharding.check_batch(prompts, 1, mesh)
-    task = tasks.build(cfg, mesh)
-    metrics, records = task.finish(state.place(trained.trained, mesh, cfg.compute.trained))
-    found = {"step": trained.step, "split": split, "prompts": prompts, **metrics}
-    directory = trained.workdir / "evaluations"
+    setup, step = open_setup(cfg, mesh), step_of(source)
+    metrics, records = Evaluations(setup).finish(sharding.place(trained, mesh, cfg.compute.trained))
+    found = {"step": step, "split": split, "prompts": prompts, **metrics}
+    directory = pathlib.Path(workdir) / "evaluations"
     directory.mkdir(exist_ok=True)
-    name = f"{split}_{prompts}_step_{trained.step:06d}"
+    name = f"{split}_{prompts}_step_{step:06d}"
     atomic_write_json(directory / f"{name}.json", found)
     atomic_write_text(directory / f"{name}.jsonl", json_lines(records))
     return found

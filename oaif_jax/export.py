@@ -8,32 +8,31 @@ import pathlib
 from absl import flags
 from jaxtyping import PyTree
 
-from oaif_jax import runs, start
 from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
+from oaif_jax.run.setup import stored_model
 from oaif_jax.stored import hf
+from oaif_jax.stored.open import Model
 
 
-def check(begin: start.Start) -> hf.HFModel:
+def check(model: Model) -> hf.HFModel:
     """The directory that an export will look like; UserError where there is none."""
-    if begin.source is None:
+    if model.directory is None:
         raise UserError("export: the model didn't come from a Hugging Face directory, wanted policy.init=hf")
-    return begin.source
+    return model.directory
 
 
-def save(begin: start.Start, params: PyTree, directory: pathlib.Path, dtype: str) -> pathlib.Path:
+def save(model: Model, params: PyTree, directory: pathlib.Path, dtype: str) -> pathlib.Path:
     """Writes trained parameters, with a base's where there is one; `dtype` is float32 or bfloat16."""
-    source = check(begin)
-    hf.save(directory, start.merged(begin, params), begin.cfg, source, dtype)
+    hf.save(directory, model.merged(params), model.cfg, check(model), dtype)
     return directory
 
 
 def run(workdir: str | pathlib.Path, out: str | pathlib.Path, *, dtype: str = "bfloat16", which: str = "best") -> None:
     """Writes checkpoint `which` (best, last or a step) of a run to the directory `out`."""
-    trained = runs.open_run(workdir, which)
+    _, _, model = stored_model(workdir, which)
     if pathlib.Path(out).exists():
         raise UserError(f"--out={out} is there already, wanted a directory that isn't")
-    model = trained.load()
     save(model, model.params, pathlib.Path(out), dtype)
 
 

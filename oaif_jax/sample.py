@@ -1,197 +1,81 @@
-"""Sampling: one prefill per prompt, shared by its completions, then one token of every completion at a time.
+"""Responses of a run's model to any prompt: what `python -m oaif_jax.sample` does.
 
-The loop ends when every completion has finished. What is sampled here is what is scored and trained on: token ids, with a
-mask that includes the stop token where one was sampled, and nothing after it.
+python -m oaif_jax.sample --workdir=runs/online_dpo --prompt="we talked about the river. i worry about the exam."
 """
 
-import dataclasses
 import math
+import pathlib
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from absl import flags
 
-from oaif_jax.models import heads, transformer
-from oaif_jax.models.attention import MASKED
-from oaif_jax.models.config import ComputeConfig, ModelConfig
-from oaif_jax.models.prefill import Prefill, prefill
-
-# The logits' columns lie along the mesh's axis `tensor`: where its parts are whole blocks, no device needs another's logits.
-BLOCKS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-    """How tokens are drawn; hashable, so that it can be closed over."""
-
-    temperature: float  # 0 is greedy
-    top_k: int  # 0 is off
-    top_p: float  # 1 is off
-    max_tokens: int  # R
-    stop_ids: tuple[int, ...]
-    pad_id: int
+from oaif_jax import methods
+from oaif_jax.base import cli
+from oaif_jax.base.errors import UserError
+from oaif_jax.data.records import Example, Message
+from oaif_jax.data.tokenizer import left_pad
+from oaif_jax.evals import drawing
+from oaif_jax.run.setup import compute_of, sampler_of, stored_model
+from oaif_jax.types import Prompts
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Responses:
-    """C sampled responses to each of P prompts."""
-
-    tokens: Int[Array, "P C R"]  # pad_id after the end
-    mask: Bool[Array, "P C R"]  # true up to the stop token, which is included
-    finished: Bool[Array, "P C"]  # whether a stop token was sampled
-    steps: Int[Array, ""]  # tokens that were drawn for each: the length of the longest response
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SamplingState:
-    """What the decoding loop carries from token to token."""
-
-    t: Int[Array, ""]  # tokens sampled so far, at least one
-    tokens: Int[Array, "P C R"]
-    mask: Bool[Array, "P C R"]
-    finished: Bool[Array, "P C"]
-    last: Int[Array, "P C"]  # the token sampled last, whose keys and values aren't in the suffix yet
-    suffix: tuple[transformer.KeyValues, ...]  # keys and values of the tokens before it, see empty_suffix
-
-
-def sample(
-    params,
-    prompts: Int[Array, "P S"],
-    prompt_valid: Bool[Array, "P S"],
-    keys,
+def run(
+    workdir: str | pathlib.Path,
+    prompt: str,
     *,
-    sampler: Sampler,
-    completions: int,
-    cfg: ModelConfig,
-    compute: ComputeConfig,
-    prefilled: Prefill | None = None,
-) -> Responses:
-    """Draws `completions` responses to each prompt (padded on the left).
-
-    `keys` holds a random key for each prompt, [P]; completion c draws its token t with fold_in(fold_in(key, c), t), so
-    that samples depend neither on the mesh nor on what else is in the batch. `prefilled` is what `prefill` of the same
-    parameters made of the prompts, where that has been done.
-    """
-    count, _ = prompts.shape
-    params = transformer.cast_weights(params, compute)
-    prefilled = prefilled or prefill(params, prompts, prompt_valid, cfg=cfg, compute=compute)
-    layers = transformer.decoding_layers(params, prefilled.prefix, cfg=cfg, compute=compute)
-    lengths = jnp.sum(prompt_valid, axis=-1)
-    keys = jax.vmap(lambda key: jax.vmap(lambda c: jax.random.fold_in(key, c))(jnp.arange(completions)))(keys)
-
-    def unfinished(state: SamplingState):
-        return (state.t < sampler.max_tokens) & ~jnp.all(state.finished)
-
-    def one_token(state: SamplingState) -> SamplingState:
-        positions = jnp.broadcast_to(lengths[:, None] + state.t - 1, state.last.shape)
-        hidden, suffix = transformer.decode(
-            params, layers, state.last, positions, prompt_valid, state.suffix, state.t - 1, cfg=cfg, compute=compute
-        )
-        return add(dataclasses.replace(state, suffix=suffix), logits_after(hidden))
-
-    def logits_after(hidden: Float[Array, "P C D"]) -> Float[Array, "P C V"]:
-        found_MV = heads.logits(params, hidden.reshape(-1, cfg.width), cfg=cfg)
-        return found_MV.reshape(*hidden.shape[:2], -1)
-
-    def add(state: SamplingState, logits: Float[Array, "P #C V"]) -> SamplingState:
-        """Draws token t of each completion from the logits after the tokens before it."""
-        t = state.t
-        drawn = draw(jnp.broadcast_to(logits, (count, completions, logits.shape[-1])), keys, t, sampler=sampler)
-        drawn = jnp.where(state.finished, sampler.pad_id, drawn)
-        stopped = jnp.any(drawn[..., None] == jnp.array(sampler.stop_ids)[None, None], axis=-1)
-        return SamplingState(
-            t=t + 1,
-            tokens=jax.lax.dynamic_update_slice(state.tokens, drawn[..., None], (0, 0, t)),
-            mask=jax.lax.dynamic_update_slice(state.mask, ~state.finished[..., None], (0, 0, t)),
-            finished=state.finished | stopped,
-            last=drawn,
-            suffix=state.suffix,
-        )
-
-    shape = (count, completions, sampler.max_tokens)
-    nothing = SamplingState(
-        t=jnp.array(0),
-        tokens=jnp.full(shape, sampler.pad_id, prompts.dtype),
-        mask=jnp.zeros(shape, bool),
-        finished=jnp.zeros(shape[:2], bool),
-        last=jnp.zeros(shape[:2], jnp.int32),
-        suffix=transformer.empty_suffix(layers, completions, sampler.max_tokens),
+    samples: int = 2,
+    temperature: float = 0.9,
+    seed: int = 0,
+    which: str = "best",
+) -> list[str]:
+    """`samples` responses to a prompt (in the tiny world: a post; else a user's message); temperature 0 is greedy."""
+    cfg, _, model = stored_model(workdir, which)
+    if methods.named(cfg.method).evaluation == "agreement":
+        raise UserError(f"--workdir={workdir}: this run trained an annotator, which doesn't write responses")
+    voice = model.voice
+    row = voice.prompt(Example((Message("user", prompt),)))
+    tokens, valid = left_pad([row], cfg.data.prompt_tokens, voice.tokenizer.pad_id, "--prompt")
+    pairs = (samples + 1) // 2  # two responses to a row
+    repeated = (np.repeat(each, pairs, axis=0) for each in (tokens, valid))
+    made = drawing.draw(
+        model.params,
+        Prompts(*repeated, np.arange(pairs, dtype=np.int32)),  # type: ignore[arg-type]  # numpy's
+        jax.random.key(seed),
+        voice=voice,
+        sampler=sampler_of(cfg, voice, temperature),
+        cfg=model.cfg,
+        compute=compute_of(cfg),
     )
-    start = add(nothing, logits_after(prefilled.last))
-    with jax.named_scope("decode"):
-        end = jax.lax.while_loop(unfinished, one_token, start)
-    return jax.lax.stop_gradient(Responses(end.tokens, end.mask, end.finished, end.t))
+    return [text for two in made.texts for text in two][:samples]
 
 
-def draw(logits: Float[Array, "P C V"], keys, t, *, sampler: Sampler) -> Int[Array, "P C"]:
-    """One token of each completion: temperature, then top-k, then top-p, then a draw (or the largest logit)."""
-    logits_MV = logits.reshape(-1, logits.shape[-1])
-    if sampler.temperature == 0:
-        drawn = jnp.argmax(logits_MV, axis=-1)
-    else:
-        logits_MV = restrict(logits_MV / sampler.temperature, sampler.top_k, sampler.top_p)
-        token_keys = jax.vmap(lambda key: jax.random.fold_in(key, t))(keys.reshape(-1))
-        drawn = categorical(jax.vmap(jax.random.uniform)(token_keys), logits_MV)
-    return drawn.reshape(logits.shape[:2]).astype(jnp.int32)
+def main() -> None:
+    """The command line."""
+    workdir = cli.define_workdir()
+    prompt = flags.DEFINE_string("prompt", None, "the post to summarise", required=True)
+    samples = flags.DEFINE_integer("samples", 2, "how many responses", lower_bound=1, upper_bound=1024)
+    temperature = flags.DEFINE_float("temperature", 0.9, "0 is greedy", lower_bound=0.0, upper_bound=100.0)
+    seed = flags.DEFINE_integer("seed", 0, "of the draw", lower_bound=0, upper_bound=2**31 - 1)
+    which = flags.DEFINE_string("checkpoint", "best", "best, last or a step")
 
+    def call() -> None:
+        if math.isnan(temperature.value):
+            raise UserError("--temperature=nan, wanted a number")
+        if not prompt.value.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt.value):
+            raise UserError("--prompt isn't UTF-8, wanted a text")
+        responses = run(
+            workdir.value,
+            prompt.value,
+            samples=samples.value,
+            temperature=temperature.value,
+            seed=seed.value,
+            which=which.value,
+        )
+        print("\n".join(responses))
 
-def categorical(uniform: Float[Array, " M"], logits: Float[Array, "M V"]) -> Int[Array, " M"]:
-    """The first token at which the cumulated softmax exceeds `uniform`, of [0, 1).
-
-    One random number for each row, where the Gumbel trick takes V. The sums go over blocks of tokens, then over one block's
-    tokens, so that nothing of V columns is cumulated. A token without probability is never drawn.
-    """
-    weights_MV = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    weights_MXE = weights_MV.reshape(len(logits), -1, block_width(logits.shape[-1]))
-    sums_MX = jnp.sum(weights_MXE, axis=-1)
-    block, before = _first_beyond(sums_MX, uniform * jnp.sum(sums_MX, axis=-1))
-    weights_ME = jnp.take_along_axis(weights_MXE, block[:, None, None], axis=1)[:, 0]
-    within, _ = _first_beyond(weights_ME, uniform * jnp.sum(sums_MX, axis=-1) - before)
-    return block * weights_ME.shape[-1] + within
-
-
-def _first_beyond(weights: Float[Array, "M X"], at: Float[Array, " M"]) -> tuple[Int[Array, " M"], Float[Array, " M"]]:
-    """The first index at which the cumulated weights exceed `at`, and the sum before it; of indices with weight only, the
-    last where rounding leaves none."""
-    index, count = jnp.arange(weights.shape[-1])[None], weights.shape[-1]
-    ends = jnp.cumsum(weights, axis=-1)
-    first = jnp.min(jnp.where((ends > at[:, None]) & (weights > 0), index, count), axis=-1)
-    last = jnp.max(jnp.where(weights > 0, index, 0), axis=-1)
-    found = jnp.minimum(first, last)
-    return found, jnp.take_along_axis(ends - weights, found[:, None], axis=-1)[:, 0]
-
-
-def block_width(vocabulary: int) -> int:
-    """The largest power of 2 whose square isn't larger than the vocabulary, and that divides it into a multiple of BLOCKS
-    blocks (or, if none does, into blocks)."""
-
-    def largest(multiple: int) -> int:
-        width = 1
-        while vocabulary % (2 * width * multiple) == 0 and (2 * width) ** 2 <= vocabulary:
-            width *= 2
-        return width
-
-    return largest(BLOCKS) if vocabulary % BLOCKS == 0 else largest(1)
-
-
-def restrict(logits: Float[Array, "M V"], top_k: int, top_p: float) -> Float[Array, "M V"]:
-    """Masks all but the `top_k` largest logits (0: off), then all but the smallest set that holds `top_p` (1: off)."""
-    if top_k:
-        least = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < least, MASKED, logits)
-    if top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(ordered, axis=-1)
-        # A token stays while the mass before it is below top_p: the first one always does.
-        kept = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
-        least = jnp.min(jnp.where(kept, ordered, math.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, MASKED, logits)
-    return logits
+    cli.run_main(call)
 
 
 if __name__ == "__main__":
-    from oaif_jax import respond
-
-    respond.main()
+    main()

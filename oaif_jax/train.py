@@ -1,6 +1,6 @@
 """Start here: trains a policy (or an annotator) as a config says, in a workdir, and reports.
 
-    python -m oaif_jax.train --config=experiments/tiny_tldr_online_dpo.py --workdir=runs/online_dpo --config.loss.beta=0.3
+    python -m oaif_jax.train --config=experiments/tiny.py:tldr,online,dpo --workdir=runs/online_dpo --config.loss.beta=0.3
 
 The same command goes on after a kill, from the last complete checkpoint, and prints the results again once it is done.
 """
@@ -21,23 +21,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh
+from jaxtyping import PyTree
 from rich.console import Console
 
-from oaif_jax import config, export, report, step, tasks
+from oaif_jax import collect, config, export, report, step
 from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.files import atomic_write_json, sha256_of_tree
-from oaif_jax.collecting import Batches
+from oaif_jax.collect import Batches
 from oaif_jax.config import Config
+from oaif_jax.evals.of_run import Evaluations, agreement_with_gold
 from oaif_jax.models import sharding
+from oaif_jax.rollout import named_key
 from oaif_jax.run import resume
 from oaif_jax.run.interrupts import Interrupts
 from oaif_jax.run.log import MetricsLog
 from oaif_jax.run.progress import Progress
+from oaif_jax.run.setup import Setup, open_setup
 from oaif_jax.stored.checkpoint import Checkpoints, Reader, load_params
 from oaif_jax.update import optim, state
+from oaif_jax.update.state import TrainState
 
 FINITE = ("loss", "grad_norm", "update_rms", "annotator.confidence")  # metrics that must be
 
@@ -83,70 +86,72 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
     # ------------------------------------------------------------------------- mesh, models, data: all that can be wrong
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
     sharding.check_batch(cfg.data.batch, cfg.optimizer.accumulate, mesh)
-    task = tasks.build(cfg, mesh)
-    task.batch(0)
+    setup = open_setup(cfg, mesh)
+    collect.host_batch(setup, 0)
     if cfg.export.at_end:
-        export.check(task.begin)
-    sharding.param_shardings(task.begin.params, mesh)
-    tx = optim.optimizer(optimizer_config(cfg))
+        export.check(setup.policy)
+    sharding.param_shardings(setup.policy.params, mesh)
     reader = Reader(workdir / "checkpoints")
     taken = reader.latest()
-    if taken is not None and taken > cfg.steps:
+    if taken is not None and taken > total_steps(cfg):
         raise UserError(f"config.steps={cfg.steps}, but {taken} were taken in {workdir}; wanted at least that")
     if changes and taken is not None:  # what the run before left is given up now: not for one that can't go on
         reader.verify(taken)
     for change in resume.claim(workdir, cfg):
         console.print(change)
-    for note in task.notes:
+    for note in setup.notes:
         console.print(note, markup=False, highlight=False)
     with resume.owned(workdir):
-        return _train(cfg, workdir, task, mesh, tx, console, began)
+        return _train(setup, workdir, console, began)
 
 
-def _train(
-    cfg: Config,
-    workdir: pathlib.Path,
-    task: tasks.Task,
-    mesh: Mesh,
-    tx: optax.GradientTransformation,
-    console: Console,
-    began: float,
-) -> dict[str, Any]:
+def _train(setup: Setup, workdir: pathlib.Path, console: Console, began: float) -> dict[str, Any]:
     """The run itself, in a workdir that is ours; `began` is the time from which its seconds count."""
+    cfg, mesh, steps = setup.cfg, setup.mesh, total_steps(setup.cfg)
+    tx, learning_rate = optim.optimizer(optimizer_config(cfg)), optim.schedule(optimizer_config(cfg))
 
     # ------------------------------------------------------------------------------------ state, new or from a checkpoint
     checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.checkpoint.keep)
     begin = checkpoints.latest()
-    seconds_before, history = 0.0, {}
+    seconds_before, history, frozen = 0.0, {}, dict(setup.frozen)
     environment = resume.environment()
     if begin is None:
-        training = state.create(task.begin.params, tx, mesh, cfg.compute.trained)
+        training = state.create(setup.policy.params, tx, mesh, cfg.compute.trained)
     else:
-        wanted = state.abstract(task.begin.params, tx, mesh, cfg.compute.trained)
-        meta = checkpoints.meta(begin)
-        restored = checkpoints.restore(begin, {"params": wanted.params, "optimizer": wanted.optimizer})
+        wanted = state.abstract(setup.policy.params, tx, mesh, cfg.compute.trained)
+        items = {"params": wanted.params, "optimizer": wanted.optimizer}
+        if "reference" in checkpoints.items(begin):  # of a later round: an earlier one's policy
+            items["reference"] = abstract_reference(wanted, cfg)
+        meta, restored = checkpoints.meta(begin), checkpoints.restore(begin, items)
         number = jax.device_put(np.asarray(begin, np.int32), sharding.replicated(mesh))
-        training = state.TrainState(number, restored["params"], restored["optimizer"])
+        training = TrainState(number, restored["params"], restored["optimizer"])
+        frozen |= {"reference": restored["reference"]} if "reference" in restored else {}
         seconds_before, history = meta["seconds"], meta["history"]
         console.print(f"going on from step {begin} in {workdir}")
         for difference in resume.differences(meta["environment"], environment):
             console.print(f"not bit for bit what an uninterrupted run gives: {difference}")
-    state.free(task.begin.params)  # the state has them, or a checkpoint's
+    sharding.free(setup.policy.params)  # the state has them, or a checkpoint's
     log = MetricsLog(workdir, begin)
+    evaluations = Evaluations(setup)
 
     # ----------------------------------------------------------------------------------------------------- the step
+    on = state.state_shardings(training.params, tx, mesh)
     train_step = jax.jit(
-        functools.partial(step.train_step, objective=task.objective, tx=tx, parts=cfg.optimizer.accumulate),
+        functools.partial(step.train_step, step=collect.step_of(setup), tx=tx),
         donate_argnames="state",
-        out_shardings=(state.state_shardings(training.params, tx, mesh), None, None),  # as it came in: one trace
+        out_shardings=(on, None, None),  # as it came in: one trace
     )
-    key = step.named_key(jax.random.key(cfg.seed), "train")
-    batches = Batches(task, mesh, key, ahead=cfg.async_steps > 0, parts=cfg.optimizer.accumulate)
-    learning_rate = optim.schedule(optimizer_config(cfg))
+    next_round = jax.jit(
+        functools.partial(state.next_round, tx=tx, dtype=cfg.compute.frozen),
+        donate_argnums=0,
+        out_shardings=(on, on.params),
+    )
+    key = named_key(jax.random.key(cfg.seed), "train")
+    batches = Batches(setup, key)
 
     # ----------------------------------------------------------------------------------------------------- the loop
-    abstract = (training, task.frozen, batches.abstract(training.params), key)
-    progress = Progress(cfg.steps, begin or 0, cfg.method, console=console)
+    abstract = (training, frozen, batches.abstract(training.params, frozen), key)
+    progress = Progress(steps, begin or 0, cfg.method, console=console)
     compiler = concurrent.futures.ThreadPoolExecutor(1, "compiler")
     interrupts = Interrupts()
     read_at = began  # when the last step's metrics came
@@ -167,21 +172,26 @@ def _train(
             # A step begins when it is dispatched, or when the one before it ends.
             now = time.monotonic()
             seconds, read_at = now - max(taken.began, read_at), now
-            metrics |= task.observe(taken.number - 1, outputs)
+            if setup.method.asks:
+                examples = collect.examples_at(setup, taken.number - 1)
+                metrics |= agreement_with_gold(setup, examples, outputs)
             tokens = taken.tokens + (int(outputs["mask"].sum()) if "mask" in outputs else 0)
+            which, inside = divmod(taken.number - 1, cfg.steps)
             metrics |= {
-                "lr": float(np.asarray(learning_rate(taken.number - 1))),
+                "lr": float(np.asarray(learning_rate(inside)))
+                * optim.round_factor(cfg.optimizer.lr, cfg.rounds.lr, which),
                 "seconds": seconds,
                 "tokens_per_second": tokens / seconds,
             }
+            metrics |= {"round": float(which)} if cfg.rounds.count > 1 else {}
             add_to_history(history, metrics)
             progress.update(taken.number, metrics)
-            if taken.number % cfg.log.every == 0 or taken.number == cfg.steps:
+            if taken.number % cfg.log.every == 0 or taken.number == steps:
                 log.write(taken.number, "train", metrics)
 
         def evaluate(number: int) -> float | None:
-            """An evaluation on validation posts; returns what "best" is chosen by (higher is better)."""
-            metrics, records = task.evaluate(training.params, number in (0, cfg.steps))
+            """An evaluation on validation examples; returns what "best" is chosen by (higher is better)."""
+            metrics, records = evaluations.validate(training.params, thorough=number in (0, steps))
             flat = log.write(number, "eval", metrics)
             log.write_samples(f"step_{number:06d}", records)
             progress.update(number, flat)
@@ -193,8 +203,8 @@ def _train(
         def compiled():
             """The step for these very arguments; jax 0.10 makes four-bit ones in another layout than it then wants, and
             looks at that only here: with those the step compiles when it is first taken."""
-            has_codes = any(leaf.dtype == jnp.uint4 for leaf in jax.tree.leaves(task.frozen))
-            return train_step if has_codes or begin == cfg.steps else train_step.lower(*abstract).compile()
+            has_codes = any(leaf.dtype == jnp.uint4 for leaf in jax.tree.leaves(frozen))
+            return train_step if has_codes or begin == steps else train_step.lower(*abstract).compile()
 
         # Two programs at a time: LLVM uses one core for each, and the first evaluation compiles its own meanwhile.
         compiling = compiler.submit(compiled)
@@ -204,19 +214,23 @@ def _train(
         if begin is not None and "pending" in checkpoints.items(begin):
             batches.restore(begin, checkpoints.restore(begin, {"pending": abstract[2]})["pending"])
         taken: Taken | None = None
-        for number in range((begin or 0) + 1, cfg.steps + 1):
+        for number in range((begin or 0) + 1, steps + 1):
             interrupts.check()
-            batch = batches.get(number - 1, training.params)
+            which, inside = divmod(number - 1, cfg.steps)
+            if which and not inside:  # a round begins: what the policy has become is what it is compared with
+                factor = optim.round_factor(cfg.optimizer.lr, cfg.rounds.lr, which)
+                training, frozen["reference"] = next_round(training, np.float32(factor))
+            batch = batches.get(number - 1, training.params, frozen)
             dispatched = Taken(number, {}, {}, batch.tokens, time.monotonic())
-            if number < cfg.steps:
-                batches.look_ahead(number, training.params)
-            training, metrics, outputs = take(training, task.frozen, batch.arrays, key)
+            if number < steps:
+                batches.look_ahead(number, training.params, frozen)
+            training, metrics, outputs = take(training, frozen, batch.batch, key)
             if cfg.async_steps:
                 metrics["staleness"] = number - 1 - batch.collected_at
             if taken is not None:
                 read(taken)
             taken = dataclasses.replace(dispatched, metrics=metrics, outputs=outputs)
-            is_last = number == cfg.steps
+            is_last = number == steps
             evaluates = number % cfg.eval.every == 0 or is_last
             if evaluates or number % cfg.checkpoint.every == 0:
                 read(taken)
@@ -225,7 +239,7 @@ def _train(
                 meta = {
                     "step": number,
                     "seed": cfg.seed,
-                    "model": dataclasses.asdict(task.begin.cfg),
+                    "model": dataclasses.asdict(setup.policy.cfg),
                     "config": resume.nested(cfg),
                     "environment": environment,
                     "history": history,
@@ -234,6 +248,7 @@ def _train(
                 items = {"params": training.params, "optimizer": training.optimizer}
                 pending = batches.pending(number)
                 items |= {"pending": pending} if pending else {}
+                items |= {"reference": frozen["reference"]} if which else {}
                 checkpoints.save(number, items, meta, metric=best)
         checkpoints.wait()
 
@@ -243,15 +258,15 @@ def _train(
         if final_step is None:
             raise UserError(f"config.eval.best={cfg.eval.best!r}: no evaluation gave a number, wanted eval.final=last")
         params = training.params
-        if final_step != cfg.steps:
+        if final_step != steps:
             stored, _ = load_params(workdir / "checkpoints", str(final_step))
-            params = state.place(stored, mesh, cfg.compute.trained)
-        metrics, records = task.finish(params)
+            params = sharding.place(stored, mesh, cfg.compute.trained)
+        metrics, records = evaluations.finish(params)
         log.write_samples("final", records)
         if cfg.export.at_end:
             shutil.rmtree(workdir / "export", ignore_errors=True)  # of fewer steps, or of a run that was killed since
-            console.print(f"exported to {export.save(task.begin, params, workdir / 'export', cfg.export.dtype)}")
-    summary = summarise(cfg, metrics, history, environment) | {
+            console.print(f"exported to {export.save(setup.policy, params, workdir / 'export', cfg.export.dtype)}")
+    summary = summarise(setup, metrics, history, environment) | {
         "evaluated_step": final_step,
         "seconds": seconds_before + time.monotonic() - began,
         "command": shlex.join(sys.orig_argv),
@@ -262,11 +277,23 @@ def _train(
     return summary
 
 
+def total_steps(cfg: Config) -> int:
+    """Steps of all rounds."""
+    return cfg.steps * cfg.rounds.count
+
+
 def optimizer_config(cfg: Config) -> optim.OptimizerConfig:
-    """The optimizer's part of a config, and the number of steps that its schedule needs."""
+    """The optimizer's part of a config, and what its schedule needs."""
     values = dataclasses.asdict(cfg.optimizer)
     del values["accumulate"]
-    return optim.OptimizerConfig(**values, steps=cfg.steps)
+    return optim.OptimizerConfig(**values, steps=cfg.steps, has_rounds=cfg.rounds.count > 1)
+
+
+def abstract_reference(wanted: TrainState, cfg: Config) -> PyTree:
+    """Shapes, types and shardings of the reference of a later round."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, cfg.compute.frozen, sharding=leaf.sharding), wanted.params
+    )
 
 
 HISTORY = ("annotator.order_agreement", "annotator.gold_agreement")
@@ -282,28 +309,31 @@ def add_to_history(history: dict, metrics: Mapping[str, float]) -> None:
             history[name] = (total + value * weight, count + weight)
 
 
-def summarise(cfg: Config, metrics: Mapping[str, Any], history: dict, environment: Mapping[str, Any]) -> dict[str, Any]:
+def summarise(
+    setup: Setup, metrics: Mapping[str, Any], history: dict, environment: Mapping[str, Any]
+) -> dict[str, Any]:
     """summary.json, but for what only the end of the run knows."""
+    cfg = setup.cfg
     summary = {
         "method": cfg.method,
         "seed": cfg.seed,
-        "steps": cfg.steps,
+        "steps": total_steps(cfg),
         "split": cfg.eval.final_split,
         "prompts": cfg.eval.final_prompts,
         **environment,
         **metrics,
+        **setup.method.headline,
     }
-    if cfg.method in ("online", "offline"):
-        summary |= {"loss": cfg.loss.name, "beta": cfg.loss.beta}
-    if cfg.method == "online":
-        summary["instruction"] = cfg.annotator.instruction
-        averages = {
-            name.removeprefix("annotator."): history[name][0] / history[name][1]
-            for name in HISTORY
-            if name in history and history[name][1] > 0
-        }
-        summary["annotator"] = averages | {when: history[when] for when in ("start", "end")}
-    return summary
+    summary |= {"judged_by": setup.judged_by} if setup.judged_by else {}
+    if not setup.method.asks:
+        return summary
+    summary |= {"instruction": cfg.annotator.instruction, "annotated_by": setup.annotated_by}
+    averages = {
+        name.removeprefix("annotator."): history[name][0] / history[name][1]
+        for name in HISTORY
+        if name in history and history[name][1] > 0
+    }
+    return summary | {"annotator": averages | {when: history[when] for when in ("start", "end") if when in history}}
 
 
 def main() -> None:

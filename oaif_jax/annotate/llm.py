@@ -1,86 +1,77 @@
-"""A language model as the annotator, on the mesh: answer-token log-probabilities, both presentation orders, one row.
-
-The row is [instruction and prompt | 1: A 2: B closing | 1: B 2: A closing]; its trunk is encoded once. The preference is
-the softmax over the two answer tokens' logits after the closing, averaged over the orders (OAIF, section 3.2).
-"""
+"""A language model as the annotator: the same question and the same maths, within the jitted step and on the host."""
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, PyTree
 
-from oaif_jax.models import heads, transformer
+from oaif_jax.annotate import orders
+from oaif_jax.annotate.base import Asks
+from oaif_jax.annotate.questions import Questions
+from oaif_jax.data.dataset import Arrays
+from oaif_jax.data.records import Example
+from oaif_jax.data.voice import Voice
 from oaif_jax.models.config import ComputeConfig, ModelConfig
-from oaif_jax.models.rows import branch
+from oaif_jax.types import Rollout, Scores
+
+Place = Callable[[Mapping[str, np.ndarray]], dict[str, Array]]  # a batch from the host onto the mesh
+
+ask = jax.jit(orders.orders, static_argnames=("template", "cfg", "compute"))
 
 
 @dataclasses.dataclass(frozen=True)
-class Template:
-    """Token ids of the fixed texts around two responses, and of the two answers."""
+class LLMAnnotator:
+    """A MeshAnnotator: a frozen model, and how it is asked. `stop_ids` are the policy's; it doesn't see them."""
 
-    first: tuple[int, ...]
-    second: tuple[int, ...]
-    closing: tuple[int, ...]
-    answers: tuple[int, int]  # that say: the response shown first, the one shown second, is better
+    questions: Questions
+    cfg: ModelConfig
+    params: PyTree
+    compute: ComputeConfig
+    stop_ids: tuple[int, ...]
 
-    def width(self, response_tokens: int) -> int:
-        """Columns of one presentation order."""
-        return len(self.first) + len(self.second) + len(self.closing) + 2 * response_tokens
+    def question(self, examples: Sequence[Example]) -> Arrays:
+        """Its question about each example, [B, Q]."""
+        return self.questions.arrays(examples)
 
-
-def order_branches(
-    responses: Int[Array, "B 2 R"], mask: Bool[Array, "B 2 R"], template: Template
-) -> tuple[Int[Array, "B 2 W"], Bool[Array, "B 2 W"]]:
-    """Both presentation orders of two responses: [first A second B closing], [first B second A closing]."""
-
-    def text(ids):
-        tokens = jnp.broadcast_to(jnp.array(ids, responses.dtype), (*responses.shape[:2], len(ids)))
-        return tokens, jnp.ones(tokens.shape, bool)
-
-    shown_first, shown_second = (responses, mask), (responses[:, ::-1], mask[:, ::-1])
-    parts = [text(template.first), shown_first, text(template.second), shown_second, text(template.closing)]
-    tokens, valid = (jnp.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
-    return tokens, valid
+    def score(self, params: PyTree, question: dict[str, Array], rollout: Rollout) -> Scores:
+        """The preference between all pairs of completions, in one row for each prompt."""
+        is_stop = jnp.any(rollout.tokens[..., None] == jnp.array(self.stop_ids)[None, None, None], axis=-1)
+        template, seen = self.questions.template, rollout.mask & ~is_stop
+        args = (params, question, rollout.tokens, seen)
+        return orders.scores(
+            orders.orders(*args, template=template, cfg=self.cfg, compute=self.compute), rollout.tokens.shape[1]
+        )
 
 
-def order_hidden(
-    params,
-    questions: Int[Array, "B Q"],
-    question_mask: Bool[Array, "B Q"],
-    responses: Int[Array, "B 2 R"],
-    mask: Bool[Array, "B 2 R"],
-    *,
-    template: Template,
-    cfg: ModelConfig,
-    compute: ComputeConfig,
-) -> Float[Array, "B 2 W D"]:
-    """Hidden states of both presentation orders."""
-    branches, valid = order_branches(responses, mask, template)
-    rows = branch(questions, question_mask, branches, valid)
-    hidden, _ = transformer.forward(params, rows, cfg=cfg, compute=compute)
-    return hidden[:, questions.shape[-1] :].reshape(*branches.shape, -1)
+@dataclasses.dataclass(frozen=True)
+class HostLLMAnnotator:
+    """An Annotator: the same model, asked from the host. The one place where completions become another tokenizer's ids, with
+    room for twice as many (what is longer is cut there)."""
+
+    on_mesh: LLMAnnotator
+    reads_policy_ids: bool
+    place: Place
+    compares: bool = True
+
+    def score(self, asks: Asks) -> Scores:
+        """Scores in numpy arrays."""
+        model = self.on_mesh
+        if self.reads_policy_ids:
+            tokens, mask = asks.tokens, asks.mask & ~np.isin(asks.tokens, model.stop_ids)
+        else:
+            tokens, mask = model.questions.responses(asks.texts, 2 * asks.tokens.shape[-1])
+        placed = self.place(model.question(asks.examples) | {"responses": tokens, "mask": mask})
+        responses, seen = placed.pop("responses"), placed.pop("mask")
+        said = ask(
+            model.params, placed, responses, seen,
+            template=model.questions.template, cfg=model.cfg, compute=model.compute,
+        )  # fmt: skip
+        return jax.tree.map(np.asarray, orders.scores(said, tokens.shape[1]))
 
 
-def first_is_better(hidden: Float[Array, "B 2 D"], params, template: Template, cfg: ModelConfig) -> Float[Array, "B 2"]:
-    """P(the first response is better) as each order says it, from the hidden states of the last columns."""
-    says_1 = jax.nn.softmax(heads.answer_logits(params, hidden, template.answers, cfg=cfg), axis=-1)[..., 0]
-    return jnp.stack([says_1[:, 0], 1.0 - says_1[:, 1]], axis=-1)
-
-
-def annotate(
-    params,
-    questions: Int[Array, "B Q"],
-    question_mask: Bool[Array, "B Q"],
-    responses: Int[Array, "B 2 R"],
-    mask: Bool[Array, "B 2 R"],
-    *,
-    template: Template,
-    cfg: ModelConfig,
-    compute: ComputeConfig,
-) -> Float[Array, "B 2"]:
-    """P(the first response is better) by each presentation order; their mean is the preference."""
-    hidden = order_hidden(
-        params, questions, question_mask, responses, mask, template=template, cfg=cfg, compute=compute
-    )
-    return first_is_better(hidden[:, :, -1], params, template, cfg)
+def on_host(annotator: LLMAnnotator, policy: Voice, place: Place) -> HostLLMAnnotator:
+    """The annotator for completions in a policy's voice; their ids are kept where both have the same tokenizer."""
+    return HostLLMAnnotator(annotator, annotator.questions.voice.same_ids(policy), place)

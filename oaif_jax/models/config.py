@@ -2,13 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
-
-if TYPE_CHECKING:
-    from oaif_jax.models.kernels import Kernel
 
 VOCAB_MULTIPLE = 64  # the embedding's rows are padded to this, so that the vocabulary can be sharded
 
@@ -18,6 +15,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 REMATS = ("none", "dots", "layer")
 DECODES = ("scanned", "unrolled")
+KERNELS = ("cudnn", "splash")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,15 +114,27 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Kernel:
+    """An accelerator's kernel for attention, and where it runs; hashable, so that it can be closed over. See kernels.py."""
+
+    name: str
+    mesh: Mesh | None = None  # splash: rows over data and fsdp, heads over tensor; None: one device
+    interpret: bool = False  # splash in Python, for tests
+
+    def __post_init__(self):
+        if self.name not in KERNELS:
+            raise ValueError(f"name={self.name!r}, wanted one of {', '.join(KERNELS)}")
+
+
+@dataclasses.dataclass(frozen=True)
 class ComputeConfig:
     """How a model is computed, which changes its speed and its rounding but not what it is."""
 
     dtype: str = "float32"  # of activations; softmax, norms and log-probabilities are float32 whatever it is
     remat: str = "none"  # activations computed again in the backward pass: none, dots (all but products), layer (all)
-    unroll: int = 1  # layers unrolled in the scan over layers
     decode: str = "scanned"  # layers in the token loop: scanned, or unrolled (a copy of the weights, layer by layer)
     mesh: Mesh | None = None  # where activations are told where to lie; None: nowhere
-    kernel: "Kernel | None" = None  # of an accelerator for attention; None: by parts, with XLA's products
+    kernel: Kernel | None = None  # of an accelerator for attention; None: by parts, with XLA's products
     head_chunk: int = 1024  # tokens whose logits exist at once
 
     def __post_init__(self):

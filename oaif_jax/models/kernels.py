@@ -8,33 +8,17 @@ splash's segment ids, which know equality only, are for. (A response must see it
 no equality.) Decoding, one token at a time, is never a kernel's.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from oaif_jax.base.errors import UserError
-from oaif_jax.models.config import ComputeConfig, ModelConfig
+from oaif_jax.models.config import ComputeConfig, Kernel, ModelConfig
 
-KERNELS = ("cudnn", "splash")
 LANES = 128  # splash's blocks of columns, and a head's width, are multiples of this
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """Which one, and where it runs; hashable, so that it can be closed over."""
-
-    name: str
-    mesh: Mesh | None = None  # splash: rows over data and fsdp, heads over tensor; None: one device
-    interpret: bool = False  # splash in Python, for tests
-
-    def __post_init__(self):
-        if self.name not in KERNELS:
-            raise ValueError(f"name={self.name!r}, wanted one of {', '.join(KERNELS)}")
 
 
 def check(kernel: Kernel, cfg: ModelConfig, compute: ComputeConfig, columns: int) -> None:

@@ -1,6 +1,6 @@
 """One mesh of three axes, and one table that says how each parameter lies on it.
 
-`jax.jit` with shardings is what pjit became: state is placed by the table, batches over (data, fsdp), and XLA does the rest.
+State is placed by the table, batches over (data, fsdp), and jax.jit (which pjit became part of) does the rest.
 """
 
 import contextlib
@@ -9,9 +9,10 @@ import os
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from oaif_jax.base.errors import UserError
 
@@ -128,3 +129,26 @@ def check_batch(batch: int, accumulate: int, mesh: Mesh) -> None:
         raise ShardingError(
             f"config.data.batch={batch} in {accumulate} parts doesn't divide over data x fsdp = {parts} devices"
         )
+
+
+def place(params: PyTree, mesh: Mesh, dtype: str) -> PyTree:
+    """A frozen model's parameters on the mesh, as copies of their own (a donated state must not share them); floating-point
+    leaves as `dtype`, codes of quantised ones as they are."""
+
+    def own(x: Array) -> Array:
+        return jnp.array(x, dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype, copy=True)
+
+    return jax.jit(lambda tree: jax.tree.map(own, tree), out_shardings=param_shardings(params, mesh))(params)
+
+
+def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
+    """A host batch on the mesh, rows over data and fsdp; every process holds the whole batch and gives its part."""
+    on = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, on, lambda index: x[index]), batch)
+
+
+def free(params: PyTree) -> None:
+    """Gives the memory of parameters back that nobody uses any more, where they lie on devices."""
+    for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, jax.Array):
+            leaf.delete()

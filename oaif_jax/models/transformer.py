@@ -315,7 +315,7 @@ def _through_layers(
 
     xs = (layer_variables(params), _is_local(cfg), xs)
     x_BTD = _embed(params, tokens, cfg, compute)
-    x_BTD, ys = jax.lax.scan(REMAT[compute.remat](body), x_BTD, xs, unroll=compute.unroll)  # type: ignore[misc]
+    x_BTD, ys = jax.lax.scan(REMAT[compute.remat](body), x_BTD, xs)  # type: ignore[misc]
     return _final_norm(params, x_BTD, cfg), ys
 
 
@@ -395,7 +395,7 @@ def decode(
     x_PCD = _embed(params, tokens, cfg, compute)
     if _decodes_by_scan(params, compute):
         xs = (*layers, jnp.arange(cfg.layers))
-        (x_PCD, *suffix), _ = jax.lax.scan(body, (x_PCD, *suffix), xs, unroll=compute.unroll)  # type: ignore[misc]
+        (x_PCD, *suffix), _ = jax.lax.scan(body, (x_PCD, *suffix), xs)  # type: ignore[misc]
         return _final_norm(params, x_PCD, cfg), tuple(suffix)
     written = []
     for this, own in zip(layers, suffix, strict=True):

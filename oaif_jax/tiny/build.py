@@ -17,17 +17,18 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
-from oaif_jax import runs, train
+from oaif_jax import train
 from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
 from oaif_jax.data.jsonl import TextPair, write_pairs
-from oaif_jax.evals import preference
-from oaif_jax.step import named_key
-from oaif_jax.stored import single as files
-from oaif_jax.tasks.base import compute_of, sampler_of
-from oaif_jax.tasks.data import tiny_data
+from oaif_jax.data.tokenizer import left_pad
+from oaif_jax.evals import drawing
+from oaif_jax.rollout import named_key
+from oaif_jax.run.setup import compute_of, sampler_of, stored_model
+from oaif_jax.stored import single
 from oaif_jax.tiny import gold, tokenizer_recipe, world
-from oaif_jax.tiny.data import ASSETS
+from oaif_jax.tiny.data import ASSETS, Posts, policy_voice
+from oaif_jax.types import Prompts
 
 BUDGET = 8 * 2**20  # bytes, of all assets together
 
@@ -65,9 +66,9 @@ def build_model(name: str, workdir: pathlib.Path) -> None:
     """NAME.safetensors: an experiment's best checkpoint, in bfloat16."""
     file = f"experiments/{MODELS[name]}.py"
     train.run(cli.load_config(file), workdir / name)
-    best = runs.open_run(workdir / name, "best")
-    recipe = f"python -m oaif_jax.train --config={file} (step {best.step})"
-    files.save(ASSETS / f"{name}.safetensors", best.trained, best.load().cfg, recipe)
+    _, step, best = stored_model(workdir / name, "best")
+    recipe = f"python -m oaif_jax.train --config={file} (step {step})"
+    single.save(ASSETS / f"{name}.safetensors", best.params, best.cfg, recipe)
 
 
 def build_pairs(workdir: pathlib.Path) -> None:
@@ -79,8 +80,8 @@ def build_pairs(workdir: pathlib.Path) -> None:
         cli.override(config, overrides)
         train.run(config, workdir / f"writer_{writer.name}")
     written = [write_summaries(writer, workdir / f"writer_{writer.name}") for writer in WRITERS]
-    data = tiny_data(runs.open_run(workdir / "sft", "best").config)
-    fits = lambda text: len(data.ids(text, stop=True)) <= data.response_tokens  # noqa: E731
+    voice, limit = policy_voice(), stored_model(workdir / "sft", "best")[0].data.response_tokens
+    fits = lambda text: len(voice.answer(text, stop=True)) <= limit  # noqa: E731
     pairs = []
     for index in range(PAIRS):
         rng = world.generator(0, "train", index, purpose=3)
@@ -100,19 +101,17 @@ def build_pairs(workdir: pathlib.Path) -> None:
 
 def write_summaries(writer: Writer, workdir: pathlib.Path) -> list[str]:
     """A writer's summaries of the first PAIRS training posts; one that wasn't finished is drawn out to its limit."""
-    trained = runs.open_run(workdir, "last")
-    data = tiny_data(trained.config)
-    sampler = sampler_of(trained.config, data.tokenizer.stop_ids, data.tokenizer.pad_id, writer.temperature)
-    model = trained.load()
+    cfg, _, model = stored_model(workdir, "last")
+    posts, voice = Posts(cfg.data.seed, "train"), policy_voice()
+    sampler, key = sampler_of(cfg, voice, writer.temperature), named_key(jax.random.key(writer.seed), "pairs")
     texts: list[str] = []
     for start in range(0, PAIRS, 128):
-        indices = np.arange(start, start + 128)
-        batch = data.prompts(data.examples("train", indices)) | {"rows": indices.astype(np.int32)}
-        key = named_key(jax.random.key(writer.seed), "pairs")
-        compute = compute_of(trained.config)
-        made = preference.respond(model.params, batch, key, sampler=sampler, cfg=model.cfg, compute=compute)
+        rows = [voice.prompt(posts[index]) for index in range(start, start + 128)]
+        tokens, valid = left_pad(rows, cfg.data.prompt_tokens, voice.tokenizer.pad_id, "prompt")
+        prompts = Prompts(tokens, valid, np.arange(start, start + 128, dtype=np.int32))  # type: ignore[arg-type]  # numpy's
+        made = drawing.respond(model.params, prompts, key, sampler=sampler, cfg=model.cfg, compute=compute_of(cfg))
         tokens, masks = np.asarray(made.tokens)[:, 0], np.asarray(made.mask)[:, 0]
-        texts += [data.text(t[:-1], m[:-1]) for t, m in zip(tokens, masks, strict=True)]
+        texts += [voice.text(t[:-1], m[:-1]) for t, m in zip(tokens, masks, strict=True)]
     return texts
 
 

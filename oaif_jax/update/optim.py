@@ -1,10 +1,12 @@
 """Optimizers by config: AdamW and Adafactor, warm-up, schedule, clipping."""
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 STACKED = ("layers", "lora")  # subtrees whose leaves have a leading L
 
@@ -25,6 +27,7 @@ class OptimizerConfig:
     scale_by_parameters: bool
     steps: int
     moments: str = "float32"  # type of adamw's first moment
+    has_rounds: bool = False  # each round begins anew, at its own share of the learning rate
 
 
 def schedule(cfg: OptimizerConfig) -> optax.Schedule:
@@ -78,4 +81,41 @@ def optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
         scale = [optax.scale_by_param_block_rms()] if cfg.scale_by_parameters else []
         inner = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), *scale)
         rule = [per_layer(inner)]
-    return optax.chain(*clip, *rule, *decay, optax.scale_by_learning_rate(schedule(cfg)))
+    rate = scale_by_round(schedule(cfg)) if cfg.has_rounds else optax.scale_by_learning_rate(schedule(cfg))
+    return optax.chain(*clip, *rule, *decay, rate)
+
+
+class RoundState(NamedTuple):
+    """Steps taken in a round, and the round's learning rate as a share of the first one's."""
+
+    count: Array
+    factor: Array
+
+
+def scale_by_round(rate: optax.Schedule) -> optax.GradientTransformation:
+    """The learning rate of a run in rounds: the schedule of one round, times that round's factor, which is part of the state, so
+    that all rounds are one program."""
+
+    def init(params) -> RoundState:
+        del params
+        return RoundState(jnp.zeros((), jnp.int32), jnp.ones(()))
+
+    def update(updates, state, params=None):
+        del params
+        size = -jnp.asarray(rate(state.count)) * state.factor
+        return jax.tree.map(lambda u: size * u, updates), RoundState(state.count + 1, state.factor)
+
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+
+
+def in_round(state: Any, factor: Float[Array, ""]) -> Any:
+    """A fresh optimizer state with a round's factor."""
+    is_round = lambda node: isinstance(node, RoundState)  # noqa: E731
+    return jax.tree.map(
+        lambda node: RoundState(node.count, factor) if is_round(node) else node, state, is_leaf=is_round
+    )
+
+
+def round_factor(lr: float, by_round: str, which: int) -> float:
+    """In: lr=5e-7, by_round="5e-7,1e-7", which=1 -> Out: 0.2. Without rates by round all have the same."""
+    return float(by_round.split(",")[which]) / lr if by_round else 1.0

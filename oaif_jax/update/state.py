@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from oaif_jax.models import sharding
+from oaif_jax.update.optim import in_round
 
 Metrics = dict[str, Array]
 
@@ -68,21 +69,13 @@ def abstract(params: PyTree, tx: optax.GradientTransformation, mesh: Mesh, dtype
     )
 
 
-def free(params: PyTree) -> None:
-    """Gives the memory of parameters back that nobody uses any more, where they lie on devices."""
-    for leaf in jax.tree.leaves(params):
-        if isinstance(leaf, jax.Array):
-            leaf.delete()
-
-
-def place(params: PyTree, mesh: Mesh, dtype: str) -> PyTree:
-    """A frozen model's parameters on the mesh, as copies of their own (a donated state must not share them); floating-point
-    leaves as `dtype`, codes of quantised ones as they are."""
-
-    def own(x: Array) -> Array:
-        return jnp.array(x, dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype, copy=True)
-
-    return jax.jit(lambda tree: jax.tree.map(own, tree), out_shardings=sharding.param_shardings(params, mesh))(params)
+def next_round(
+    state: TrainState, factor: Float[Array, ""], *, tx: optax.GradientTransformation, dtype: str
+) -> tuple[TrainState, PyTree]:
+    """A round begins (SELM, algorithm 1): the policy is the new reference, a copy in `dtype`, and the optimizer starts anew, at
+    `factor` times the first round's learning rate."""
+    reference = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), state.params)
+    return dataclasses.replace(state, optimizer=in_round(tx.init(state.params), factor)), reference
 
 
 def apply_gradients(

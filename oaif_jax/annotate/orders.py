@@ -1,0 +1,100 @@
+"""A language model as the annotator, on the mesh: answer-token log-probabilities, both presentation orders, one row.
+
+The row is [instruction and prompt | 1: A 2: B closing | 1: B 2: A closing]; its trunk is encoded once. The preference is
+the softmax over the two answer tokens' logits after the closing, averaged over the orders (OAIF, section 3.2). Of more than
+two completions every pair is compared, all in one row, and each completion's value is its mean preference over the others.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from oaif_jax.models import heads, transformer
+from oaif_jax.models.config import ComputeConfig, ModelConfig
+from oaif_jax.models.rows import branch
+from oaif_jax.types import Scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """Token ids of the fixed texts around two responses, and of the two answers."""
+
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+    closing: tuple[int, ...]
+    answers: tuple[int, int]  # that say: the response shown first, the one shown second, is better
+
+    def width(self, response_tokens: int) -> int:
+        """Columns of one presentation order."""
+        return len(self.first) + len(self.second) + len(self.closing) + 2 * response_tokens
+
+
+def compared(completions: int) -> list[tuple[int, int]]:
+    """In: 3 -> Out: (0, 1), (0, 2), (1, 2)."""
+    return list(itertools.combinations(range(completions), 2))
+
+
+def order_branches(
+    responses: Int[Array, "B C R"], mask: Bool[Array, "B C R"], template: Template
+) -> tuple[Int[Array, "B M2 W"], Bool[Array, "B M2 W"]]:
+    """Both presentation orders of each pair: [first A second B closing], [first B second A closing], ..."""
+    pairs = compared(responses.shape[1])
+    shown = jnp.array([order for i, j in pairs for order in ((i, j), (j, i))])
+
+    def text(ids):
+        tokens = jnp.broadcast_to(jnp.array(ids, responses.dtype), (len(responses), len(shown), len(ids)))
+        return tokens, jnp.ones(tokens.shape, bool)
+
+    shown_first = responses[:, shown[:, 0]], mask[:, shown[:, 0]]
+    shown_second = responses[:, shown[:, 1]], mask[:, shown[:, 1]]
+    parts = [text(template.first), shown_first, text(template.second), shown_second, text(template.closing)]
+    tokens, valid = (jnp.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
+    return tokens, valid
+
+
+def order_hidden(
+    params,
+    question: dict[str, Array],
+    responses: Int[Array, "B C R"],
+    mask: Bool[Array, "B C R"],
+    *,
+    template: Template,
+    cfg: ModelConfig,
+    compute: ComputeConfig,
+) -> Float[Array, "B M2 W D"]:
+    """Hidden states of all presentation orders, behind a question's tokens [B, Q]."""
+    branches, valid = order_branches(responses, mask, template)
+    rows = branch(question["questions"], question["question_valid"], branches, valid)
+    hidden, _ = transformer.forward(params, rows, cfg=cfg, compute=compute)
+    return hidden[:, rows.slots :].reshape(*branches.shape, -1)
+
+
+def orders(
+    params,
+    question: dict[str, Array],
+    responses: Int[Array, "B C R"],
+    mask: Bool[Array, "B C R"],
+    *,
+    template: Template,
+    cfg: ModelConfig,
+    compute: ComputeConfig,
+) -> Float[Array, "B M 2"]:
+    """P(the first of two responses is better) by each presentation order, of all pairs; their mean is the preference. The
+    mask leaves stop tokens out."""
+    hidden = order_hidden(params, question, responses, mask, template=template, cfg=cfg, compute=compute)[:, :, -1]
+    says_1 = jax.nn.softmax(heads.answer_logits(params, hidden, template.answers, cfg=cfg), axis=-1)[..., 0]
+    return jnp.stack([says_1[:, 0::2], 1.0 - says_1[:, 1::2]], axis=-1)
+
+
+def scores(p_orders: Float[Array, "B M 2"], completions: int) -> Scores:
+    """The value of each completion: its preference over the others, on average. A NaN says nothing."""
+    preferred = jnp.mean(p_orders, axis=-1)
+    wins: list[list[Array]] = [[] for _ in range(completions)]
+    for number, (i, j) in enumerate(compared(completions)):
+        wins[i].append(preferred[:, number])
+        wins[j].append(1.0 - preferred[:, number])
+    value = jnp.stack([sum(won[1:], won[0]) / len(won) for won in wins], axis=-1)
+    return Scores(value=value, known=jnp.isfinite(value), orders=p_orders)

@@ -1,0 +1,91 @@
+"""How an annotator is asked: an instruction and an example, in the annotator's own tokens."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from oaif_jax.annotate import prompts
+from oaif_jax.annotate.orders import Template
+from oaif_jax.base.errors import UserError
+from oaif_jax.data.chat import MARK
+from oaif_jax.data.dataset import Arrays, DataSet, context_of
+from oaif_jax.data.joining import answer_ids, continuation_ids
+from oaif_jax.data.records import Example, Message
+from oaif_jax.data.tokenizer import left_pad, right_pad
+from oaif_jax.data.voice import Voice
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """One annotator's questions, inside one message of its chat; `width` is their limit in tokens (0: found by `fitted`)."""
+
+    voice: Voice
+    instruction: prompts.Instruction
+    width: int
+
+    @functools.cached_property
+    def _around(self) -> tuple[str, str]:
+        """The chat's text before and after the one message."""
+        before, _, after = self.voice.chat.render([{"role": "user", "content": MARK}]).partition(MARK)
+        return before, after
+
+    @functools.cached_property
+    def _begin(self) -> list[int]:
+        tokenizer = self.voice.tokenizer
+        ids = tokenizer.encode(self._around[0], special=True) if self._around[0] else []
+        adds_bos = not self.voice.chat.source and tokenizer.adds_bos and tokenizer.bos_id is not None
+        ids = [tokenizer.bos_id, *ids] if adds_bos else ids
+        return ids[1:] if tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2 else ids
+
+    @functools.cached_property
+    def template(self) -> Template:
+        """Token ids of the fixed texts; an answer that names the worse response stands for the other one."""
+        tokenizer, instruction = self.voice.tokenizer, self.instruction
+        ids = lambda text: tuple(continuation_ids(tokenizer, text))  # noqa: E731
+        after = tuple(tokenizer.encode(self._around[1], special=True)) if self._around[1] else ()
+        first, second = answer_ids(
+            tokenizer, instruction.closing.lstrip() + self._around[1], instruction.answers, special=True
+        )
+        answers = (second, first) if instruction.inverted else (first, second)
+        return Template(ids(instruction.first), ids(instruction.second), ids(instruction.closing) + after, answers)
+
+    def question(self, example: Example) -> list[int]:
+        """Token ids of what is read before the responses."""
+        text = prompts.question(self.instruction, context_of(example))
+        return self._begin + self.voice.tokenizer.encode(text)
+
+    def arrays(self, examples: Sequence[Example]) -> Arrays:
+        """The same of several examples: questions, question_valid, [B, Q]."""
+        rows = [self.question(example) for example in examples]
+        tokens, valid = left_pad(rows, self.width, self.voice.tokenizer.pad_id, "question")
+        return {"questions": tokens, "question_valid": valid}
+
+    def responses(self, texts: Sequence[Sequence[str]], width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Texts as the annotator writes them, without stop tokens: tokens and mask [B, C, width]; what is longer is cut."""
+        rows = [continuation_ids(self.voice.tokenizer, text)[:width] for group in texts for text in group]
+        tokens, mask = right_pad(rows, width, self.voice.tokenizer.pad_id, "response")
+        shape = (len(texts), len(texts[0]), width)
+        return tokens.reshape(shape), mask.reshape(shape)
+
+
+def fitted(asked: Questions, data: DataSet, splits: Sequence[str]) -> Questions:
+    """The questions with a width that every example of some splits fits; a given width is checked.
+
+    Where examples have no end, an instruction's tokens and the limit of a prompt are all that a question can have.
+    """
+    _ = asked.template  # what is wrong with answers and chat is said now
+    if data.is_endless:
+        most = len(asked.question(Example((Message("user", ""),)))) + data.prompt_tokens
+        return asked if asked.width else dataclasses.replace(asked, width=-(-most // 16) * 16)  # few different programs
+    every = [example for name in splits for example in data.splits[name]]
+    tokens, longest = max(((len(asked.question(example)), example) for example in every), key=lambda both: both[0])
+    if not asked.width:
+        return dataclasses.replace(asked, width=-(-tokens // 8) * 8)
+    if tokens > asked.width:
+        raise UserError(
+            f"config.annotator.question_tokens={asked.width}: the question about {longest.source} has {tokens} tokens, "
+            "wanted at least that"
+        )
+    return asked

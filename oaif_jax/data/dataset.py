@@ -1,0 +1,102 @@
+"""The examples of a run, by split, and their forms for the policy.
+
+Every data set gives Examples (records.py): files are read into them, and the tiny world writes them as they are asked for. What
+a data set knows beyond that is a field that others lack: a gold judge, or pairs with answers to train an annotator on.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from oaif_jax.data.chat import plain
+from oaif_jax.data.records import Example
+from oaif_jax.data.tokenizer import left_pad, right_pad
+from oaif_jax.data.voice import Voice
+from oaif_jax.types import DATA, Batch, Prompts, Rollout, Scores
+
+CUE = "TL;DR:"  # what the policy of a summary continues; an annotator is shown the post without it
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gold:
+    """A judge that knows the truth."""
+
+    score: Callable[[Example, str], float]  # what a response is worth
+    most: Callable[[Example], float]  # the largest score that there can be
+    utility: Callable[[Example, str, str], float]  # what a response is worth under an instruction
+    instructions: tuple[str, ...]  # that it knows; another one counts as the first
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Pairs with answers and dense targets, as many as are asked for, from which a model learns to judge."""
+
+    instructions: tuple[str, ...]
+    around: dict[str, tuple[int, ...]]  # token ids of an annotate.orders.Template: first, second, closing, answers
+    words: tuple[int, int]  # no, yes: the answers at each word
+    marks: tuple[int, ...]  # from the worst to the best: the answers at each comma and at the end
+    train: Callable[[int, int, int], Arrays]  # seed, step, batch -> a batch
+    held_out: Callable[[str, int, int, str], Arrays]  # split, number, batch, instruction -> a batch
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """Examples by split, for a policy's voice; limits are in tokens."""
+
+    splits: Mapping[str, Sequence[Example]]
+    voice: Voice
+    prompt_tokens: int
+    response_tokens: int
+    is_endless: bool = False  # examples are written as they are asked for: nobody looks at all of them
+    gold: Gold | None = None
+    judged: Judged | None = None
+    notes: tuple[str, ...] = ()  # what there is to say about what was read
+
+    def examples(self, split: str, indices: Sequence[int] | np.ndarray) -> list[Example]:
+        """Examples by their number in a split."""
+        return [self.splits[split][int(index)] for index in indices]
+
+    def prompts(self, examples: Sequence[Example], rows: np.ndarray | None = None) -> Prompts:
+        """What the policy continues; `rows` are the prompts' numbers, from 0 where not given."""
+        tokens, valid = left_pad(
+            [self.voice.prompt(example) for example in examples],
+            self.prompt_tokens,
+            self.voice.tokenizer.pad_id,
+            "prompt",
+        )
+        return Prompts(tokens, valid, np.arange(len(examples), dtype=np.int32) if rows is None else rows)  # type: ignore[arg-type]
+
+    def rollout(self, prompts: Prompts, responses: Sequence[Sequence[str]]) -> Rollout:
+        """The data's own responses to prompts, as many to each, in tokens; all of them end."""
+        rows = [self.voice.answer(text, stop=True) for group in responses for text in group]
+        tokens, mask = right_pad(rows, self.response_tokens, self.voice.tokenizer.pad_id, "response")
+        count, completions = len(responses), len(responses[0])
+        shape = (count, completions, self.response_tokens)
+        finished = np.ones(shape[:2], bool)
+        return Rollout(prompts, tokens.reshape(shape), mask.reshape(shape), finished, (DATA,) * completions)  # type: ignore[arg-type]
+
+    def batch(self, examples: Sequence[Example], reads: str) -> Batch:
+        """Examples as a step takes them: `reads` is prompts, references (one response) or pairs (chosen, rejected)."""
+        prompts = self.prompts(examples)
+        if reads == "references":
+            return Batch(prompts, data=self.rollout(prompts, [[example.reference] for example in examples]))
+        if reads == "pairs":
+            pairs = self.rollout(prompts, [(example.chosen, example.rejected) for example in examples])
+            value = np.tile(np.array([1.0, 0.0], np.float32), (len(examples), 1))
+            return Batch(prompts, data=pairs, scores=Scores(value, np.ones(value.shape, bool)))  # type: ignore[arg-type]
+        assert reads == "prompts", reads
+        return Batch(prompts)
+
+    def tokens_of(self, example: Example) -> tuple[int, int]:
+        """Tokens of the prompt, and of the longest response with its stop token."""
+        longest = max((len(self.voice.answer(text, stop=True)) for text in example.responses), default=0)
+        return len(self.voice.prompt(example)), longest
+
+
+def context_of(example: Example) -> str:
+    """What people and annotators are shown of an example: the one message, or the conversation; without a summary's cue."""
+    messages = [dataclasses.asdict(message) for message in example.prompt]
+    return plain(messages, add_generation_prompt=False).strip().removesuffix(CUE).rstrip()

@@ -1,0 +1,82 @@
+"""Samples for evaluations: two responses to each example of a chunk, as programs that are compiled once."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from oaif_jax import rollout
+from oaif_jax.data.voice import Voice
+from oaif_jax.models.config import ComputeConfig, ModelConfig
+from oaif_jax.rollout import Sampler
+from oaif_jax.types import Prompts, Rollout
+
+
+@functools.partial(jax.jit, static_argnames=("sampler", "cfg", "compute"))
+def respond(params, prompts: Prompts, key, *, sampler: Sampler, cfg: ModelConfig, compute: ComputeConfig) -> Rollout:
+    """Two responses to each prompt."""
+    key = rollout.named_key(key, "evaluate")
+    return rollout.sample(params, prompts, key, sampler=sampler, completions=2, cfg=cfg, compute=compute)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "reference", "compute"))
+def log_ratios(
+    params,
+    reference_params,
+    drawn: Rollout,
+    *,
+    policy: ModelConfig,
+    reference: ModelConfig,
+    compute: ComputeConfig,
+) -> Float[Array, "P C"]:
+    """log pi(y|x) - log pi_ref(y|x) of each response."""
+    own = rollout.score(params, drawn, cfg=policy, compute=compute).sum(-1)
+    return own - rollout.score(reference_params, drawn, cfg=reference, compute=compute).sum(-1)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "compute"))
+def log_likelihood(params, given: Rollout, *, cfg: ModelConfig, compute: ComputeConfig) -> tuple[Array, Array]:
+    """log p of given responses, summed over tokens, and how many tokens that is."""
+    return rollout.score(params, given, cfg=cfg, compute=compute).sum(), given.mask.sum()
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Responses on the host: tokens and mask [B, 2, R], and their texts."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    texts: Sequence[Sequence[str]]
+    on_mesh: Rollout
+
+
+def draw(
+    params: PyTree,
+    prompts: Prompts,
+    key: Array,
+    *,
+    voice: Voice,
+    sampler: Sampler,
+    cfg: ModelConfig,
+    compute: ComputeConfig,
+) -> Drawn:
+    """Two responses to each prompt of a chunk, and their texts."""
+    made = respond(params, prompts, key, sampler=sampler, cfg=cfg, compute=compute)
+    tokens, mask = np.asarray(made.tokens), np.asarray(made.mask)
+    texts = [[voice.text(*each) for each in zip(*two, strict=True)] for two in zip(tokens, mask, strict=True)]
+    return Drawn(tokens, mask, texts, made)
+
+
+def chunks(count: int, chunk: int) -> list[np.ndarray]:
+    """Numbers of `count` examples in parts of one size, so that one program serves them all."""
+    if count % chunk:
+        raise ValueError(f"count={count} is not a multiple of chunk={chunk}")
+    return [np.arange(start, start + chunk, dtype=np.int32) for start in range(0, count, chunk)]
+
+
+def in_words(text: str) -> int:
+    """In: "river, dinner" -> Out: 2."""
+    return len(text.replace(",", " ").split())

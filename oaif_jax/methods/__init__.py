@@ -1,0 +1,22 @@
+"""The methods by name, each in a file that reads on one screen. config.method names one."""
+
+from oaif_jax.base.errors import UserError, near
+from oaif_jax.methods.annotator import AnnotatorTraining
+from oaif_jax.methods.base import Method
+from oaif_jax.methods.offline import Offline
+from oaif_jax.methods.online import Online
+from oaif_jax.methods.sft import SFT
+
+METHODS: dict[str, type[Method]] = {
+    "online": Online,
+    "offline": Offline,
+    "sft": SFT,
+    "annotator": AnnotatorTraining,
+}
+
+
+def named(name: str) -> type[Method]:
+    """The method that config.method names; UserError for another name."""
+    if name not in METHODS:
+        raise UserError(f"config.method={name!r}, wanted one of {', '.join(METHODS)}{near(name, METHODS)}")
+    return METHODS[name]

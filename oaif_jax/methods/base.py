@@ -1,0 +1,96 @@
+"""What a method is: who writes, what it is told, and the loss of log-probabilities that follows.
+
+step.py takes one step of any method; a method is what is special about it, on one screen.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+from oaif_jax import rollout as rollouts
+from oaif_jax.config import Config
+from oaif_jax.data.dataset import DataSet
+from oaif_jax.models.config import ComputeConfig, ModelConfig
+from oaif_jax.models.prefill import Prefill
+from oaif_jax.types import Batch, Logps, Rollout, Scores
+
+Sums = dict[str, Array]  # a metric's [sum, count], added up over micro-batches and divided at the end
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """The shapes of policy and reference, and how they are computed; static."""
+
+    policy: ModelConfig
+    reference: ModelConfig
+    compute: ComputeConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """The loss of each row, times what the row counts; and metrics."""
+
+    per_row: Float[Array, " P"]
+    weight: Float[Array, " P"]  # pairs, or tokens; the update is by the sum of losses over the sum of weights
+    metrics: Sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to train a model. Its fields are its own numbers; the class says what the engine must bring it."""
+
+    by: ClassVar[tuple[str, ...]] = ()  # who writes each completion of a prompt: types.POLICY, REFERENCE, DATA
+    reads: ClassVar[str] = "prompts"  # what it needs of the data: prompts, references, pairs, judged
+    asks: ClassVar[bool] = False  # whether an annotator scores the completions
+    has_reference: ClassVar[bool] = True  # whether policies are compared with a reference
+    evaluation: ClassVar[str] = "comparison"  # how it is measured: a name in evals.EVALUATIONS
+
+    @classmethod
+    def of(cls, cfg: Config, data: DataSet) -> Self:
+        """The method with the config's numbers; UserError for numbers that it has no use for."""
+        raise NotImplementedError(cls)
+
+    @property
+    def headline(self) -> dict[str, Any]:
+        """What a report says of it beside its name."""
+        return {}
+
+    def target(self, batch: Batch, rollout: Rollout | None, scores: Scores | None) -> tuple[PyTree, Sums]:
+        """What the loss is taken towards, and metrics; nothing of it is differentiated."""
+        raise NotImplementedError(type(self))
+
+    def predict(
+        self,
+        policy: PyTree,
+        reference: PyTree | None,
+        batch: Batch,
+        rollout: Rollout | None,
+        *,
+        models: Models,
+        prefilled: Prefill | None,
+    ) -> Any:
+        """What the loss is a function of: log-probabilities of the completions, unless a method says otherwise."""
+        del batch
+        assert rollout is not None
+        theirs = None
+        if reference is not None:
+            with jax.named_scope("reference"):
+                theirs = rollouts.score(reference, rollout, cfg=models.reference, compute=models.compute)
+        with jax.named_scope("policy"):
+            ours = rollouts.score(policy, rollout, cfg=models.policy, compute=models.compute, prefilled=prefilled)
+        return Logps(ours, None if theirs is None else jax.lax.stop_gradient(theirs), rollout.mask)
+
+    def loss(self, predicted: Any, target: Any) -> Loss:
+        """The loss of what `predict` gave."""
+        raise NotImplementedError(type(self))
+
+
+def mean_of(values: Float[Array, "..."] | Bool[Array, "..."], weight: Array | None = None) -> Float[Array, "2"]:
+    """[sum, count], to be added up over micro-batches and divided at the end."""
+    values = values.astype(jnp.float32)
+    weight = jnp.ones_like(values) if weight is None else weight.astype(jnp.float32)
+    return jnp.stack([jnp.sum(values * weight), jnp.sum(weight)])

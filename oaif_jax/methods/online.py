@@ -1,0 +1,47 @@
+"""OAIF (Guo et al. 2024, algorithm 1): two samples of the policy as it is now, an annotator's preference, one step on a loss."""
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+
+from oaif_jax.base.errors import UserError
+from oaif_jax.config import Config
+from oaif_jax.data.dataset import DataSet
+from oaif_jax.losses import PairLoss
+from oaif_jax.methods.base import Loss, Method, Sums
+from oaif_jax.methods.pairs import Pairs, annotator_metrics, best_and_worst, loss_of, pair_loss
+from oaif_jax.types import POLICY, Batch, Logps, Rollout, Scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Online(Method):
+    """Online DPO, IPO or SLiC."""
+
+    by = (POLICY, POLICY)
+    asks = True
+
+    pair_loss: PairLoss
+    missing_eos: str  # "loses" against a response that ends, or "ignore"
+
+    @classmethod
+    def of(cls, cfg: Config, data: DataSet) -> Self:
+        del data
+        if cfg.sample.temperature == 0:
+            raise UserError(
+                "config.sample.temperature=0.0: online training needs two different samples, wanted above 0"
+            )
+        return cls(loss_of(cfg), cfg.annotator.missing_eos)
+
+    @property
+    def headline(self) -> dict[str, Any]:
+        return {"loss": self.pair_loss.name, **dict(self.pair_loss.numbers)}
+
+    def target(self, batch: Batch, rollout: Rollout | None, scores: Scores | None) -> tuple[Pairs, Sums]:
+        assert rollout is not None
+        assert scores is not None
+        pairs = best_and_worst(rollout, scores, missing_eos=self.missing_eos)
+        return jax.lax.stop_gradient((pairs, annotator_metrics(rollout, scores, pairs)))
+
+    def loss(self, predicted: Logps, target: Pairs) -> Loss:
+        return pair_loss(predicted, target, self.pair_loss)

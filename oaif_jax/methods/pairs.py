@@ -1,0 +1,103 @@
+"""What preference methods share: the best and the worst completion of a prompt, and a pairwise loss of their log-ratios."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from oaif_jax import losses
+from oaif_jax.base.errors import UserError
+from oaif_jax.config import Config
+from oaif_jax.losses import LogRatios, PairLoss
+from oaif_jax.methods.base import Loss, Sums, mean_of
+from oaif_jax.types import Logps, Rollout, Scores
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Which completion of each prompt is preferred to which other one."""
+
+    chosen: Int[Array, " P"]
+    rejected: Int[Array, " P"]
+    weight: Float[Array, " P"]  # 0: not decided, or the two are identical
+
+
+def loss_of(cfg: Config) -> PairLoss:
+    """The pairwise loss that a config names, with its numbers; UserError for a number that it doesn't take."""
+    taken = losses.numbers_of(cfg.loss.name)
+    for field in dataclasses.fields(cfg.loss):
+        value = getattr(cfg.loss, field.name)
+        if field.name not in ("name", *taken) and value != field.default:
+            raise UserError(f"config.loss.{field.name}={value!r}: the loss {cfg.loss.name} doesn't take it")
+    return PairLoss(cfg.loss.name, tuple((name, getattr(cfg.loss, name)) for name in taken))
+
+
+def best_and_worst(rollout: Rollout, scores: Scores, *, missing_eos: str) -> Pairs:
+    """The best and the worst completion of each prompt by their scores; of equals the earlier one is the better.
+
+    With missing_eos="loses", one that ends is better than one that was cut off, whatever the scores say. The weight is 0 where
+    fewer than two scores are known, where best and worst score the same, and where they are the same tokens.
+    """
+    value, known, finished = scores.value, scores.known, rollout.finished
+    ends = finished if missing_eos == "loses" else jnp.ones_like(finished)
+    any_ends, any_cut = jnp.any(known & ends, axis=-1, keepdims=True), jnp.any(known & ~ends, axis=-1, keepdims=True)
+    # Of those that end, the best; of those that were cut off, where there are any, the worst.
+    best = jnp.argmax(jnp.where(known & (ends | ~any_ends), value, -jnp.inf), axis=-1)
+    worst = jnp.argmin(jnp.where(known & (~ends | ~any_cut), value, jnp.inf), axis=-1)
+    worst = jnp.where(worst == best, (best + 1) % value.shape[-1], worst)  # all score the same, or only one is known
+    at = lambda x, index: jnp.take_along_axis(x, index[:, None], axis=1)[:, 0]  # noqa: E731
+    is_decided = (at(value, best) > at(value, worst)) | (at(ends, best) & ~at(ends, worst))
+    is_decided &= at(known, best) & at(known, worst)
+    weight = jnp.where(is_decided & ~same(rollout, best, worst), 1.0, 0.0)
+    return Pairs(best.astype(jnp.int32), worst.astype(jnp.int32), weight)
+
+
+def same(rollout: Rollout, first: Int[Array, " P"], second: Int[Array, " P"]) -> Bool[Array, " P"]:
+    """Whether two completions of each prompt are the same tokens."""
+    at = lambda x, index: jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]  # noqa: E731
+    one, other = at(rollout.mask, first), at(rollout.mask, second)
+    equal = (at(rollout.tokens, first) == at(rollout.tokens, second)) | ~one
+    return jnp.all(one == other, axis=-1) & jnp.all(equal, axis=-1)
+
+
+def annotator_metrics(rollout: Rollout, scores: Scores, pairs: Pairs) -> Sums:
+    """How sure the annotator is, and what it decided."""
+    identical = same(rollout, pairs.chosen, pairs.rejected)
+    sums = {
+        "identical": mean_of(identical),
+        "abstained": mean_of(~identical & (pairs.weight == 0)),
+        "finished": mean_of(jnp.mean(rollout.finished, axis=-1)),
+    }
+    if scores.orders is None:
+        return sums
+    one, other, p_first = scores.orders[..., 0], scores.orders[..., 1], jnp.mean(scores.orders, axis=-1)
+    different = jnp.broadcast_to(~identical[:, None], p_first.shape)
+    return sums | {
+        "annotator.order_agreement": mean_of((one > 0.5) == (other > 0.5), different),
+        "annotator.confidence": mean_of(jnp.maximum(p_first, 1 - p_first), different),
+    }
+
+
+def pair_loss(logps: Logps, pairs: Pairs, loss: PairLoss) -> Loss:
+    """A pairwise loss of the log-ratios of chosen and rejected completions."""
+    log_ratios = logps.policy.sum(-1) if logps.reference is None else logps.policy.sum(-1) - logps.reference.sum(-1)
+    lengths = jnp.sum(logps.mask, axis=-1).astype(jnp.float32)
+    at = lambda x, index: jnp.take_along_axis(x, index[:, None], axis=1)[:, 0]  # noqa: E731
+    ratios = LogRatios(
+        chosen=at(log_ratios, pairs.chosen),
+        rejected=at(log_ratios, pairs.rejected),
+        chosen_length=at(lengths, pairs.chosen),
+        rejected_length=at(lengths, pairs.rejected),
+    )
+    metrics = {
+        "margin": mean_of(ratios.margin, pairs.weight),
+        "accuracy": mean_of(ratios.margin > 0, pairs.weight),
+        "length": mean_of(jnp.mean(lengths, axis=-1)),
+        "length_difference": mean_of(ratios.chosen_length - ratios.rejected_length, pairs.weight),
+        "kl": mean_of(jnp.mean(log_ratios, axis=-1)),
+    }
+    # Where, not times: a loss that isn't finite in a pair without weight must not make the sum nan.
+    per_row = jnp.where(pairs.weight > 0, loss(ratios) * pairs.weight, 0.0)
+    return Loss(per_row, pairs.weight, metrics)

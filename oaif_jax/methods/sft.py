@@ -1,0 +1,33 @@
+"""Supervised fine-tuning: the negative log-likelihood of references, a mean over tokens."""
+
+import dataclasses
+from typing import Self
+
+import jax.numpy as jnp
+
+from oaif_jax.config import Config
+from oaif_jax.data.dataset import DataSet
+from oaif_jax.methods.base import Loss, Method, Sums
+from oaif_jax.types import DATA, Batch, Logps, Rollout, Scores
+
+
+@dataclasses.dataclass(frozen=True)
+class SFT(Method):
+    """Fine-tuning on one reference to each prompt."""
+
+    by = (DATA,)
+    reads = "references"
+    has_reference = False
+    evaluation = "likelihood"
+
+    @classmethod
+    def of(cls, cfg: Config, data: DataSet) -> Self:
+        del cfg, data
+        return cls()
+
+    def target(self, batch: Batch, rollout: Rollout | None, scores: Scores | None) -> tuple[None, Sums]:
+        return None, {}
+
+    def loss(self, predicted: Logps, target: None) -> Loss:
+        tokens = jnp.sum(predicted.mask, axis=(1, 2)).astype(jnp.float32)
+        return Loss(-jnp.sum(predicted.policy, axis=(1, 2)), tokens, {})

@@ -1,0 +1,298 @@
+"""All that a config names, opened and checked: data, models, annotator, judge. What can be wrong with them raises here."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Mapping
+
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from oaif_jax import config, methods
+from oaif_jax.annotate import prompts, python
+from oaif_jax.annotate.base import Annotator, MeshAnnotator
+from oaif_jax.annotate.llm import HostLLMAnnotator, LLMAnnotator, on_host
+from oaif_jax.annotate.questions import Questions, fitted
+from oaif_jax.base.errors import UserError
+from oaif_jax.config import Config
+from oaif_jax.data import open as open_data
+from oaif_jax.data.dataset import DataSet
+from oaif_jax.data.voice import Voice
+from oaif_jax.methods.base import Method, Models
+from oaif_jax.models import sharding
+from oaif_jax.models.config import ComputeConfig, Kernel
+from oaif_jax.rollout import Sampler
+from oaif_jax.step import Frozen
+from oaif_jax.stored.open import (
+    POLICY,
+    Model,
+    Source,
+    home,
+    on_mesh,
+    open_frozen,
+    open_model,
+    read_run,
+    source_of,
+    step_of,
+    voice_of,
+    with_lora,
+)
+from oaif_jax.tiny import data as tiny
+
+EVALUATED = ("validation", "test")
+PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}  # kernel -> what runs it
+OVER_THE_HOST = "the annotator has another tokenizer than the policy: responses go to it as texts, over the host"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A run's parts. The policy's parameters are those that training begins with; the state takes them over."""
+
+    cfg: Config
+    mesh: Mesh
+    method: Method
+    data: DataSet
+    compute: ComputeConfig
+    policy: Model
+    reference: Model | None  # None: the method has none
+    annotator: Annotator | None  # None: the method asks nobody, and nobody's agreement is measured
+    mesh_annotator: MeshAnnotator | None  # the same one, where it can be asked within the step
+    measured: Mapping[str, Annotator]  # by instruction: the annotator, whose agreement evaluations measure
+    judge: Annotator | None
+    annotated_by: str  # who annotates, for reports
+    judged_by: str  # who judges, and by which instruction
+    notes: tuple[str, ...]  # what a user should know before the run begins
+
+    @property
+    def models(self) -> Models:
+        """The shapes of policy and reference."""
+        reference = self.policy.cfg if self.reference is None else self.reference.cfg
+        return Models(self.policy.cfg, reference, self.compute)
+
+    @functools.cached_property
+    def frozen(self) -> Frozen:
+        """The parameters that a step reads. Under LoRA the base is the reference, unless that is another model."""
+        frozen = {} if self.policy.base is None else {"base": self.policy.base}
+        if self.reference is not None and self.reference.params is not self.policy.base:
+            frozen["reference"] = self.reference.params
+        if self.mesh_annotator is not None:
+            frozen["annotator"] = self.mesh_annotator.params
+        return frozen
+
+    def sampler(self, temperature: float) -> Sampler:
+        """The run's sampler at a temperature."""
+        return sampler_of(self.cfg, self.data.voice, temperature)
+
+    def place(self, batch: PyTree) -> PyTree:
+        """A host batch on the mesh."""
+        return sharding.place_batch(batch, self.mesh)
+
+
+def open_setup(cfg: Config, mesh: Mesh) -> Setup:
+    """Opens all that a config names; UserError for whatever of it can't be used."""
+    kind = methods.named(cfg.method)
+    check(cfg, kind, mesh)
+    source = source_of(POLICY, cfg.policy)
+    voice = voice_of(source, cfg.policy.chat)
+    data = _data(cfg, kind, source, voice)
+    method = kind.of(cfg, data)
+    compute = compute_of(cfg, mesh)
+    policy = _policy(cfg, source, voice, mesh)
+    reference = _reference(cfg, policy, mesh) if kind.has_reference else None
+
+    notes = data.notes
+    model, annotator, on_the_mesh, measured = None, None, None, {}
+    if kind.has_reference and (kind.asks or cfg.judge.init == "annotator"):
+        if cfg.annotator.init.startswith(python.PREFIX):
+            annotator = python.open_annotator(cfg.annotator.init)
+            measured = {annotator.name: annotator}
+        else:
+            model = _open_frozen(cfg, "annotator", cfg.annotator, mesh, cfg.annotator.quant)
+            asked = _asks(cfg, model, cfg.annotator.instruction, data, compute, ("train", *EVALUATED))
+            annotator = _on_host(asked, data, mesh)
+            on_the_mesh = asked if annotator.reads_policy_ids else None
+            notes = notes if on_the_mesh is not None or not kind.asks else (*notes, OVER_THE_HOST)
+            measured = _measured(cfg, asked, model, data, mesh)
+    judge, judged_by = None, ""
+    if kind.has_reference and cfg.judge.init != "none":
+        judge, judged_by = _judge(cfg, model, annotator, data, compute, mesh)
+    return Setup(
+        cfg=cfg,
+        mesh=mesh,
+        method=method,
+        data=data,
+        compute=compute,
+        policy=policy,
+        reference=reference,
+        annotator=annotator,
+        mesh_annotator=on_the_mesh if kind.asks else None,
+        measured=measured if kind.asks else {},
+        judge=judge,
+        annotated_by="" if annotator is None else _said(source_of("annotator", cfg.annotator)),
+        judged_by=judged_by,
+        notes=notes,
+    )
+
+
+def check(cfg: Config, kind: type[Method], mesh: Mesh) -> None:
+    """UserError for settings that don't go together with the method or the mesh."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, count in (("prompts", cfg.eval.prompts), ("final_prompts", cfg.eval.final_prompts)):
+        if count % parts:
+            raise UserError(f"config.eval.{name}={count} doesn't divide over data x fsdp = {parts} devices")
+    if cfg.async_steps and not kind.asks:
+        raise UserError(f"config.async_steps={cfg.async_steps}: method {cfg.method} collects no pairs, wanted 0")
+    if cfg.eval.final == "last":
+        return
+    there = {"judge.score": cfg.judge.init != "none", "gold.score": cfg.data.name == "tiny"}
+    measured = [name for name, is_there in there.items() if is_there] if kind.has_reference else ["validation_loss"]
+    if cfg.eval.best not in measured:
+        wanted = f"wanted {' or '.join([*measured, 'config.eval.final=last'])} for method {cfg.method}"
+        raise UserError(f"config.eval.best={cfg.eval.best!r}, {wanted}")
+
+
+def compute_of(cfg: Config, mesh: Mesh | None = None) -> ComputeConfig:
+    """How models are computed; without a mesh, with no accelerator's kernel. UserError for a kernel of other devices."""
+    names = [field.name for field in dataclasses.fields(ComputeConfig) if field.name not in ("kernel", "mesh")]
+    compute = ComputeConfig(**{name: getattr(cfg.compute, name) for name in names}, mesh=mesh)
+    if mesh is None or cfg.compute.attention == "parts":
+        return compute
+    platform, wanted = mesh.devices.flat[0].platform, PLATFORMS[cfg.compute.attention]
+    if platform != wanted:
+        raise UserError(
+            f"config.compute.attention={cfg.compute.attention!r} is for devices of type {wanted}, and the mesh has {platform}: "
+            "wanted 'parts'"
+        )
+    return dataclasses.replace(compute, kernel=Kernel(cfg.compute.attention, mesh))
+
+
+def sampler_of(cfg: Config, voice: Voice, temperature: float) -> Sampler:
+    """A config's sampler at a temperature, for a voice's stop ids."""
+    return Sampler(
+        temperature=temperature,
+        top_k=cfg.sample.top_k,
+        top_p=cfg.sample.top_p,
+        max_tokens=cfg.data.response_tokens,
+        stop_ids=voice.stop_ids,
+        pad_id=voice.tokenizer.pad_id,
+    )
+
+
+def eval_chunk(cfg: Config) -> int:
+    """Examples at a time in evaluations: one program then serves validation and the end."""
+    return math.gcd(cfg.eval.prompts, cfg.eval.final_prompts)
+
+
+# ------------------------------------------------------------------------------------------------ data and models
+
+
+def _data(cfg: Config, kind: type[Method], source: Source, voice: Voice) -> DataSet:
+    section = cfg.data
+    if section.name != "tiny":
+        if home(source) is None:
+            raise UserError(
+                f"{source}: wanted init=hf and path=DIRECTORY, or a run that began with one, for data from files"
+            )
+        return open_data.texts(section, cfg.eval, voice, kind.reads)
+    if home(source) is not None:
+        raise UserError(
+            "config.data.name='tiny': the tiny world has a tokenizer of its own, wanted policy.init=tiny:NAME"
+        )
+    return tiny.dataset(
+        kind.reads,
+        seed=section.seed,
+        train_posts=section.train_posts,
+        prompt_tokens=section.prompt_tokens,
+        response_tokens=section.response_tokens,
+        writer=section.writer,
+        pairs=section.pairs,
+    )
+
+
+def _policy(cfg: Config, source: Source, voice: Voice, mesh: Mesh) -> Model:
+    """The model that is trained, or a frozen base and what is trained beside it."""
+    is_lora = cfg.policy.lora.rank > 0
+    dtype = cfg.compute.frozen if is_lora else cfg.compute.trained
+    model = open_model(source, voice, mesh, dtype, shape=cfg.policy.shape, seed=cfg.seed)
+    return with_lora(on_mesh(model, mesh, dtype), cfg.policy, mesh, cfg.seed) if is_lora else model
+
+
+def _reference(cfg: Config, policy: Model, mesh: Mesh) -> Model:
+    """The model that the policy is compared with: under LoRA the base serves both."""
+    if cfg.reference.init != "policy":
+        source = source_of("reference", cfg.reference)
+        voice = voice_of(source, cfg.policy.chat)
+        ours, theirs = policy.voice.tokenizer.path, voice.tokenizer.path
+        if not policy.voice.same_ids(voice):
+            raise UserError(f"{source} has another tokenizer ({theirs}) than the policy ({ours}), wanted the same")
+        return open_frozen(source, policy.voice, mesh, cfg.compute.frozen)
+    if policy.base is not None:
+        return dataclasses.replace(policy, params=policy.base, base=None)
+    return dataclasses.replace(policy, params=sharding.place(policy.params, mesh, cfg.compute.frozen))
+
+
+# ------------------------------------------------------------------------------------------------ annotator and judge
+
+
+def _open_frozen(cfg: Config, key: str, section: config.Annotator | config.Judge, mesh: Mesh, quant: str) -> Model:
+    source = source_of(key, section)
+    return open_frozen(source, voice_of(source, section.chat), mesh, cfg.compute.frozen, quant)
+
+
+def _asks(
+    cfg: Config, model: Model, instruction: str, data: DataSet, compute: ComputeConfig, splits: tuple[str, ...]
+) -> LLMAnnotator:
+    """A model asked under an instruction by name or path; the tiny world's models know its own instructions."""
+    text = tiny.instruction(instruction) if home(model.source) is None else prompts.read_instruction(instruction)
+    questions = fitted(Questions(model.voice, text, cfg.annotator.question_tokens), data, splits)
+    return LLMAnnotator(questions, model.cfg, model.params, compute, data.voice.stop_ids)
+
+
+def _on_host(annotator: LLMAnnotator, data: DataSet, mesh: Mesh) -> HostLLMAnnotator:
+    return on_host(annotator, data.voice, functools.partial(sharding.place_batch, mesh=mesh))
+
+
+def _measured(cfg: Config, own: LLMAnnotator, model: Model, data: DataSet, mesh: Mesh) -> dict[str, Annotator]:
+    """The annotator under its own instruction, and under each other one that the gold judge knows, as far as it is of that
+    world: its agreement is measured under them."""
+    known = data.gold.instructions if data.gold is not None and home(model.source) is None else ()
+    found = {name: _asks(cfg, model, name, data, own.compute, EVALUATED) for name in known}
+    found |= {name_of(cfg.annotator.instruction): own}
+    return {name: _on_host(each, data, mesh) for name, each in found.items()}
+
+
+def name_of(instruction: str) -> str:
+    """In: "mine/brief.txt" -> Out: "brief"."""
+    return pathlib.Path(instruction).stem
+
+
+def _judge(
+    cfg: Config, model: Model | None, annotator: Annotator | None, data: DataSet, compute: ComputeConfig, mesh: Mesh
+) -> tuple[Annotator, str]:
+    """Who compares policy and reference in evaluations, and its name for reports."""
+    if cfg.judge.init == "annotator" and model is None:
+        assert annotator is not None
+        return annotator, cfg.annotator.init
+    if cfg.judge.init != "annotator":
+        model = _open_frozen(cfg, "judge", cfg.judge, mesh, "none")
+    assert model is not None
+    judge = _asks(cfg, model, cfg.judge.instruction, data, compute, EVALUATED)
+    judged_by = f"{_said(model.source)}, {name_of(cfg.judge.instruction)}"
+    return _on_host(judge, data, mesh), judged_by
+
+
+def _said(source: Source) -> str:
+    """A model's origin as reports name it."""
+    return source.path if source.init == "hf" else source.init
+
+
+# ------------------------------------------------------------------------------------------------ what a run has made
+
+
+def stored_model(workdir: str | pathlib.Path, which: str) -> tuple[Config, int, Model]:
+    """A run's config, and its whole model by checkpoint `which` (best, last or a step), with the step; additions merged."""
+    cfg, _, source = read_run(workdir, which)
+    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
+    voice = voice_of(source, cfg.policy.chat)
+    return cfg, step_of(source), open_model(source, voice, mesh, cfg.compute.frozen)
