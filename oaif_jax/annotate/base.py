@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array, PyTree
@@ -29,6 +29,7 @@ def asks_of(examples: Sequence[Example], tokens: np.ndarray, mask: np.ndarray, v
     return Asks(examples, tokens, mask, texts)
 
 
+@runtime_checkable
 class Annotator(Protocol):
     """Scores completions on the host, at any speed. A completion it can't score isn't known; it raises where it is broken."""
 
@@ -42,6 +43,7 @@ class Annotator(Protocol):
         ...
 
 
+@runtime_checkable
 class MeshAnnotator(Protocol):
     """Scores completions within the jitted step, from the policy's own token ids."""
 

@@ -1,7 +1,6 @@
 """Training a language model to judge pairs of responses, with dense targets beside the answer."""
 
 import dataclasses
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +48,7 @@ class AnnotatorTraining(Method):
     marks: tuple[int, ...]
 
     @classmethod
-    def of(cls, cfg: Config, data: DataSet) -> Self:
+    def of(cls, cfg: Config, data: DataSet) -> "AnnotatorTraining":
         if data.judged is None:
             raise UserError(
                 f"config.data.name={cfg.data.name!r}: annotators are trained in the tiny world, wanted 'tiny'"

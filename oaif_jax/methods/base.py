@@ -4,7 +4,7 @@ step.py takes one step of any method; a method is what is special about it, on o
 """
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ class Method:
     evaluation: ClassVar[str] = "comparison"  # how it is measured: a name in evals.EVALUATIONS
 
     @classmethod
-    def of(cls, cfg: Config, data: DataSet) -> Self:
+    def of(cls, cfg: Config, data: DataSet) -> "Method":
         """The method with the config's numbers; UserError for numbers that it has no use for."""
         raise NotImplementedError(cls)
 

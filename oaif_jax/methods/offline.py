@@ -1,7 +1,7 @@
 """Offline DPO, IPO and SLiC: the same losses on a data set's pairs, labelled once."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import jax
 
@@ -23,7 +23,7 @@ class Offline(Method):
     pair_loss: PairLoss
 
     @classmethod
-    def of(cls, cfg: Config, data: DataSet) -> Self:
+    def of(cls, cfg: Config, data: DataSet) -> "Offline":
         del data
         return cls(loss_of(cfg))
 

@@ -1,7 +1,7 @@
 """OAIF (Guo et al. 2024, algorithm 1): two samples of the policy as it is now, an annotator's preference, one step on a loss."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import jax
 
@@ -25,7 +25,7 @@ class Online(Method):
     missing_eos: str  # "loses" against a response that ends, or "ignore"
 
     @classmethod
-    def of(cls, cfg: Config, data: DataSet) -> Self:
+    def of(cls, cfg: Config, data: DataSet) -> "Online":
         del data
         if cfg.sample.temperature == 0:
             raise UserError(

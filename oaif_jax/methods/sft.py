@@ -1,7 +1,6 @@
 """Supervised fine-tuning: the negative log-likelihood of references, a mean over tokens."""
 
 import dataclasses
-from typing import Self
 
 import jax.numpy as jnp
 
@@ -21,7 +20,7 @@ class SFT(Method):
     evaluation = "likelihood"
 
     @classmethod
-    def of(cls, cfg: Config, data: DataSet) -> Self:
+    def of(cls, cfg: Config, data: DataSet) -> "SFT":
         del cfg, data
         return cls()
 
