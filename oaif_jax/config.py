@@ -283,7 +283,15 @@ MAY_CHANGE = (
 
 def parse(values: Any) -> Config:
     """Checks every key of a nested mapping (a ConfigDict, or a run's config.json) and returns the run's Config."""
-    config = section(Config, values, "")
+    from experiments.common import base  # PARTIAL: until defaults are in the dataclasses
+
+    def over(below, above):
+        return {k: over(v, above[k]) if isinstance(v, Mapping) and k in above else above.get(k, v) for k, v in below.items()} | {
+            k: v for k, v in above.items() if k not in below
+        }
+
+    values = values.to_dict() if hasattr(values, "to_dict") else values
+    config = section(Config, over(base().to_dict(), values), "")
     _check_together(config)
     return config
 

@@ -6,7 +6,6 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from oaif_jax.annotate.base import Annotator, Asks
-from oaif_jax.annotate.orders import compared
 from oaif_jax.data.dataset import DataSet, context_of
 from oaif_jax.evals import drawing, verdicts
 from oaif_jax.evals.drawing import Drawn
@@ -109,10 +108,9 @@ def evaluate(
 
 
 def orders(scores: Scores) -> np.ndarray:
-    """P(the first of two is better) by each presentation order, [B, 2]; of an annotator that scores, what its scores say, twice,
-    and 1/2 where it doesn't know."""
-    if scores.orders is not None:
-        assert scores.orders.shape[1] == len(compared(2))
+    """P(the first completion is better than the second) by each presentation order, [B, 2]; of an annotator that scores, what its
+    scores say, twice, and 1/2 where it doesn't know."""
+    if scores.orders is not None:  # of all pairs, the first of which that is
         return np.asarray(scores.orders)[:, 0]
     value, known = np.asarray(scores.value), np.asarray(scores.known)
     said = np.where(known.all(-1), 0.5 + 0.5 * np.sign(value[:, 0] - value[:, 1]), 0.5)

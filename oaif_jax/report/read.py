@@ -59,10 +59,15 @@ class Run:
         return str(self.config.get("method", ""))
 
     @property
+    def is_comparison(self) -> bool:
+        """Whether its evaluations compare a policy's samples with a reference model's."""
+        return any("reference_length" in found for found in (*self.evals, self.summary))
+
+    @property
     def sides(self) -> tuple[str, str]:
-        """What a sample's reference and policy are called: fine-tuning is compared with the written references."""
-        if self.method == "sft":
-            return ("Reference", "SFT")
+        """What a sample's reference and policy are called; without a reference model, the data's own texts are beside it."""
+        if not self.is_comparison:
+            return ("Reference", self.method.upper() or "Model")
         return ("SFT" if self.is_tiny else "Reference", "Policy")
 
     @property

@@ -27,10 +27,6 @@ PLACED = (
 )  # fmt: skip
 
 
-SUPERVISED = ("sft", "annotator")
-PREFERENCE = ("beta", "instruction")  # settings that supervised training has, but doesn't look at
-
-
 @dataclasses.dataclass(frozen=True)
 class Table:
     """Cells as text; columns of numbers are set to the right. Two columns are facts, shown without a header."""
@@ -183,7 +179,8 @@ def _annotator_table(run: Run) -> Table:
     kinds = {"gold_agreement": "Agrees with gold", "order_agreement": "Its two orders agree"}
     kinds = {kind: title for kind, title in kinds.items() if any(kind in at for _, at in measured)}
     rows = tuple((readable(name), *(_cell(at.get(kind), percent) for kind in kinds)) for name, at in measured)
-    title = "Annotator, on held-out pairs" if run.method == "annotator" else "Annotator, on the policy's own pairs"
+    whose = "the policy's own" if run.is_comparison else "held-out"
+    title = f"Annotator, on {whose} pairs"
     note = "Agreement with gold leaves ties out." if "gold_agreement" in kinds else ""
     return Table(title, ("Pairs", *kinds.values()), rows, note)
 
@@ -205,15 +202,15 @@ def _run_table(run: Run) -> Table:
         ("cores", "cores", plain),
         ("params_sha256", "parameters (SHA-256)", lambda digest: str(digest)[:12]),
     ):
-        if key in found and not (key in PREFERENCE and run.method in SUPERVISED):
+        if key in found:
             rows.append((name, show(found[key])))
     return Table("Run", ("What", "Value"), tuple(rows))
 
 
 def method(run: Run) -> str:
     """What was done: "online dpo", "sft"."""
-    loss = run.config.get("loss", {}).get("name", "")
-    return run.method if run.method in SUPERVISED else f"{run.method} {loss}".strip()
+    loss = run.config.get("loss", {}).get("name", "") if run.is_comparison else ""
+    return f"{run.method} {loss}".strip()
 
 
 def _last_step(run: Run) -> int:

@@ -72,10 +72,13 @@ class Setup:
 
     @functools.cached_property
     def frozen(self) -> Frozen:
-        """The parameters that a step reads. Under LoRA the base is the reference, unless that is another model."""
+        """The parameters that a step reads. Under LoRA the base is the reference, unless that is another model, or will be: where
+        rounds move it, it is the base with a copy of the additions."""
         frozen = {} if self.policy.base is None else {"base": self.policy.base}
         if self.reference is not None and self.reference.params is not self.policy.base:
             frozen["reference"] = self.reference.params
+        elif self.reference is not None and self.cfg.rounds.count > 1:
+            frozen["reference"] = sharding.place(self.policy.params, self.mesh, self.cfg.compute.frozen)
         if self.mesh_annotator is not None:
             frozen["annotator"] = self.mesh_annotator.params
         return frozen
@@ -143,6 +146,14 @@ def check(cfg: Config, kind: type[Method], mesh: Mesh) -> None:
             raise UserError(f"config.eval.{name}={count} doesn't divide over data x fsdp = {parts} devices")
     if cfg.async_steps and not kind.asks:
         raise UserError(f"config.async_steps={cfg.async_steps}: method {cfg.method} collects no pairs, wanted 0")
+    if cfg.rounds.count > 1:
+        moved = f"config.rounds.count={cfg.rounds.count}: each round's reference is the policy of the one before, wanted"
+        if not kind.has_reference:
+            raise UserError(f"config.rounds.count={cfg.rounds.count}: method {cfg.method} has no reference, wanted 1")
+        if cfg.reference.init != "policy":
+            raise UserError(f"{moved} config.reference.init='policy', not {cfg.reference.init!r}")
+        if cfg.async_steps:
+            raise UserError(f"{moved} config.async_steps=0")
     if cfg.eval.final == "last":
         return
     there = {"judge.score": cfg.judge.init != "none", "gold.score": cfg.data.name == "tiny"}

@@ -1,0 +1,145 @@
+"""A method with three completions and rounds, as SELM will be one: what it takes to add it is in this file and nowhere else."""
+
+import dataclasses
+import io
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from oaif_jax import collect, losses, methods, train
+from oaif_jax.methods.base import Loss, Method
+from oaif_jax.methods.pairs import annotator_metrics, best_and_worst, pair_loss
+from oaif_jax.stored.checkpoint import load_params
+from oaif_jax.types import DATA, REFERENCE
+
+
+@dataclasses.dataclass(frozen=True)
+class Exploring(Method):
+    """One response by the round's reference and the data's two; best and worst by the annotator, and a bonus on the first."""
+
+    by = (REFERENCE, DATA, DATA)
+    reads = "pairs"
+    asks = True
+
+    beta: float = 0.1
+    alpha: float = 0.0
+
+    @classmethod
+    def of(cls, cfg, data):
+        return cls(cfg.loss.beta)
+
+    def target(self, batch, rollout, scores):
+        pairs = best_and_worst(rollout, scores, missing_eos="ignore")
+        return pairs, annotator_metrics(rollout, scores, pairs)
+
+    def loss(self, predicted, target):
+        found = pair_loss(predicted, target, losses.PairLoss("dpo", (("beta", self.beta),)))
+        bonus = (predicted.policy - predicted.reference)[:, 0].sum(-1)
+        return dataclasses.replace(found, per_row=found.per_row + self.alpha * self.beta * target.weight * bonus)
+
+
+CONFIG = {
+    "method": "exploring",
+    "steps": 3,
+    "rounds": {"count": 2, "lr": "1e-3,2e-4", "portions": True},
+    "policy": {"init": "scratch", "shape": {"width": 16, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 8, "mlp": 16}},
+    "judge": {"init": "none"},
+    "data": {"batch": 8},
+    "optimizer": {"lr": 1e-3, "schedule": "constant", "warmup": 0},
+    "mesh": {"cpu_devices": 0, "data": -1},
+    "eval": {"every": 6, "prompts": 8, "final_prompts": 8, "final": "last"},
+    "checkpoint": {"every": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def exploring(monkeypatch):
+    monkeypatch.setitem(methods.METHODS, "exploring", Exploring)
+
+
+def run(workdir: pathlib.Path, changes: dict | None = None) -> dict:
+    return train.run(CONFIG | (changes or {}), workdir, console=Console(file=io.StringIO()))
+
+
+def lines(workdir: pathlib.Path, kind: str = "train") -> list[dict]:
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["kind"] == kind]
+
+
+def test_rounds_from_start_to_end(tmp_path):
+    """At a round's start the policy is its own reference, at that round's learning rate, on its own portion of the data."""
+    summary = run(tmp_path / "whole")
+    taken = lines(tmp_path / "whole")
+    assert [line["step"] for line in taken] == [1, 2, 3, 4, 5, 6]
+    assert summary["steps"] == 6
+    assert [line["round"] for line in taken] == [0, 0, 0, 1, 1, 1]
+    assert [line["lr"] for line in taken] == pytest.approx([1e-3] * 3 + [2e-4] * 3)
+    assert [line["kl"] == pytest.approx(0, abs=1e-6) for line in taken] == [True, False, False, True, False, False]
+    assert taken[0]["loss"] == taken[3]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    params, _ = load_params(tmp_path / "whole" / "checkpoints", "6")
+    assert params["embedding"].dtype == np.float32
+
+
+@pytest.mark.parametrize("at", [3, 4, 5])
+def test_a_run_that_was_stopped_in_any_round_goes_on_exactly(tmp_path, monkeypatch, at):
+    """Stopped before the last step of the first round, between the rounds, and within the second."""
+    whole = run(tmp_path / "whole")
+    get = collect.Batches.get
+
+    def stop(self, number, *args):
+        if number == at:
+            raise RuntimeError("stopped")
+        return get(self, number, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(collect.Batches, "get", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(tmp_path / "stopped")
+    assert run(tmp_path / "stopped")["params_sha256"] == whole["params_sha256"]
+    keys = ("step", "loss", "kl", "lr", "round", "grad_norm")
+    assert [[line[key] for key in keys] for line in lines(tmp_path / "stopped")] == [
+        [line[key] for key in keys] for line in lines(tmp_path / "whole")
+    ]
+
+
+def test_with_lora_the_reference_is_a_copy_of_the_additions(tmp_path):
+    changes = {"policy": CONFIG["policy"] | {"lora": {"rank": 2}}}
+    run(tmp_path / "lora", changes)
+    taken = lines(tmp_path / "lora")
+    assert [line["kl"] == pytest.approx(0, abs=1e-6) for line in taken] == [True, False, False, True, False, False]
+
+
+def test_three_completions_by_their_writers():
+    """The annotator sees all three, and an unscored one is never a label."""
+    from fakes import left_padded, right_padded
+
+    from oaif_jax.types import Prompts, Rollout, Scores
+
+    tokens, valid = left_padded(0, 4, 5)
+    responses, mask = right_padded(1, (4, 3, 6))
+    rollout = Rollout(Prompts(tokens, valid, jnp.arange(4)), responses, mask, jnp.ones((4, 3), bool), Exploring.by)
+    value = jnp.array([[0.9, 0.5, 0.1], [0.1, 0.5, 0.9], [0.5, 0.5, 0.5], [0.3, 0.9, 0.1]])
+    known = jnp.ones((4, 3), bool).at[3, 1].set(False)
+    pairs, _ = Exploring().target(None, rollout, Scores(value, known))
+    assert pairs.chosen.tolist()[:2] == [0, 2]
+    assert pairs.rejected.tolist()[:2] == [2, 0]
+    assert pairs.weight.tolist() == [1, 1, 0, 1]
+    assert (int(pairs.chosen[3]), int(pairs.rejected[3])) == (0, 2)
+
+
+def test_the_bonus_is_on_the_first_completion():
+    from oaif_jax.methods.pairs import Pairs
+    from oaif_jax.types import Logps
+
+    rng = np.random.default_rng(0)
+    policy, reference = (jnp.asarray(rng.normal(size=(2, 3, 4)), jnp.float32) for _ in range(2))
+    logps = Logps(policy, reference, jnp.ones((2, 3, 4), bool))
+    pairs = Pairs(jnp.array([1, 2]), jnp.array([0, 1]), jnp.ones(2))
+    plain: Loss = Exploring(beta=0.5).loss(logps, pairs)
+    explored: Loss = Exploring(beta=0.5, alpha=0.2).loss(logps, pairs)
+    difference = 0.2 * 0.5 * (policy - reference)[:, 0].sum(-1)
+    np.testing.assert_allclose(explored.per_row - plain.per_row, difference, rtol=1e-5)
