@@ -7,6 +7,11 @@ mask that includes the stop token where one was sampled, and nothing after it.
 import dataclasses
 import math
 
+if __name__ == "__main__":  # before JAX is imported
+    import runpy
+
+    runpy.run_module("oaif_jax.respond", run_name="__main__", alter_sys=True)
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -189,9 +194,3 @@ def restrict(logits: Float[Array, "M V"], top_k: int, top_p: float) -> Float[Arr
         least = jnp.min(jnp.where(kept, ordered, math.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < least, MASKED, logits)
     return logits
-
-
-if __name__ == "__main__":
-    from oaif_jax import respond
-
-    respond.main()

@@ -18,16 +18,24 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from absl import flags
+from rich.console import Console
+
+from oaif_jax.base import cli
+from oaif_jax.base.errors import UserError
+
+if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
+    cli.define_config()
+    cli.define_workdir()
+    cli.parse()
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from rich.console import Console
 
 from oaif_jax import config, export, report, step, tasks
-from oaif_jax.base import cli
-from oaif_jax.base.errors import UserError
 from oaif_jax.base.files import atomic_write_json, sha256_of_tree
 from oaif_jax.collecting import Batches
 from oaif_jax.config import Config
@@ -307,10 +315,9 @@ def summarise(cfg: Config, metrics: Mapping[str, Any], history: dict, environmen
 
 
 def main() -> None:
-    """The command line."""
-    config_flag, workdir_flag = cli.define_config(), cli.define_workdir()
-    cli.run_main(lambda: run(config_flag.value, workdir_flag.value))
+    """Trains as the command line says."""
+    run(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":
-    main()
+    cli.call(main)
