@@ -75,19 +75,24 @@ def define_checkpoint() -> flags.FlagHolder:
     return options.define("checkpoint", "best", options.Kind("best|last|STEP", which, convert), "which of the run's")
 
 
-def run_main(main: Callable[[], object]) -> None:
-    """Parses sys.argv, calls `main()` and exits, see `call`."""
-    parse()
+def run_main(main: Callable[[], object], command: str = "") -> None:
+    """Parses sys.argv, calls `main()` and exits, see `parse` and `call`."""
+    parse(command)
     call(main)
 
 
-def parse() -> None:
-    """Parses sys.argv; --help and what can't be used end the program (0, 2)."""
+def parse(command: str = "") -> None:
+    """Parses sys.argv; --help and what can't be used end the program (0, 2). `command` was taken off it, for --help."""
     with user_errors():
-        if words := parse_flags(sys.argv[1:]):
-            raise UserError(f"{words[0]!r} is not a flag; wanted --NAME=VALUE")
+        no_words(parse_flags(sys.argv[1:], words=command))
         if FLAGS["verbosity"].using_default_value:
             FLAGS.verbosity = logging.WARNING  # absl would set INFO, and Orbax would write into the progress bar
+
+
+def no_words(words: Sequence[str]) -> None:
+    """UserError for words of a command line where only flags are wanted."""
+    if words:
+        raise UserError(f"{words[0]!r} is not a flag; wanted --NAME=VALUE")
 
 
 def call(main: Callable[[], object]) -> None:
@@ -246,9 +251,9 @@ def _expanded(match: re.Match) -> str:
 
 
 def _said(error: Exception) -> str:
-    """In: "flag --prompts=x: wanted a whole number". Out: the same without "flag"."""
+    """In: "flag --prompts=x: wanted a whole number". Out: the same without "flag". absl's words on a bool are replaced."""
     text = str(error).removeprefix("flag ")
-    return re.sub(r": Non-boolean argument to boolean flag: .*", ": wanted true or false", text)
+    return re.sub(r": [^:]*Non-boolean argument to boolean flag.*", ": wanted true or false", text)
 
 
 def _check_values(arguments: Sequence[str], values: flags.FlagValues) -> None:

@@ -130,6 +130,7 @@ def define(
     parser, serializer = _Parser(kind, kind.wanted or wanted), flags.ArgumentSerializer()
     option = (Options if repeatable else Option)(parser, serializer, name, default, wanted)
     option.required = required
+    option.help = wanted  # absl adds to that of a repeatable one
     return flags.DEFINE_flag(option, values)
 
 
@@ -177,7 +178,7 @@ def help_text(values: flags.FlagValues, words: str = "") -> str:
     spec = getattr(main, "__spec__", None)
     program = f"-m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
     own = own_flags(values)
-    given = [shown(flag) for flag in own if is_required(flag)]
+    given = [shown(flag) if "|" not in shown(flag) else f"--{flag.name}=..." for flag in own if is_required(flag)]
     usage = " ".join(part for part in ("usage: python", program, words, *given, "[--FLAG=VALUE ...]") if part)
     entries = [f"  {shown(flag)}  ({_notes(flag)})\n      {flag.help}" for flag in own]
     keys = ["", KEYS] if "config" in values else []

@@ -20,7 +20,8 @@ from oaif_jax.base.errors import UserError
 
 if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
     options.define("workdir", "runs/assets", options.DIR, "where the stages are trained")
-    options.define("only", "", options.TEXT, "one stage: tokenizer, sft, annotator, judge or pairs; else all of them")
+    stages = options.choice(("tokenizer", "sft", "annotator", "judge", "pairs"))
+    options.define("only", None, stages, "one stage; else all of them")
     cli.parse()
 
 import jax
@@ -151,7 +152,7 @@ def build(workdir: pathlib.Path, only: str = "") -> None:
 
 def main() -> None:
     """Builds what the command line asks for."""
-    build(pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.only)
+    build(pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.only or "")
 
 
 if __name__ == "__main__":
