@@ -1,4 +1,4 @@
-"""How fast an online step is, by phases, beside what this very device allows.
+"""Measures how fast an online step is, by phases, beside what this very device allows.
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m launch.bench --config=experiments/bench_18m.py --out=bench.json
 
@@ -30,17 +30,26 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 from absl import flags
 from rich.console import Console
 from rich.table import Table
+
+from oaif_jax.base import cli, options
+from oaif_jax.base.errors import UserError
+
+if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
+    cli.define_config()
+    options.define("out", None, options.FILE, "a file for the report as JSON")
+    options.define("profile", None, options.DIR, "a directory for a trace of each phase")
+    options.define("repeats", 5, options.integer(least=5), "rounds that are measured; medians of fewer say little")
+    cli.parse()
+
+import jax
 
 from launch import bench_count, bench_rates, bench_setup
 from launch.bench_count import Work
 from launch.bench_setup import Arena, Bench
 from oaif_jax import config, pairs, step
-from oaif_jax.base import cli
-from oaif_jax.base.errors import UserError
 from oaif_jax.base.files import atomic_write_json
 from oaif_jax.sample import Responses
 from oaif_jax.update import state
@@ -57,7 +66,6 @@ PHASES = {
     "optimizer": ("optimizer",),
     "step": ("decode", "annotate", "reference", "update", "optimizer"),
 }
-LEAST_REPEATS = 5
 
 Measured = dict[str, list[float]]  # name -> a measurement for each round
 
@@ -305,31 +313,22 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         console.print(text, markup=False, highlight=False)
 
 
-def check_flags(repeats: int, out: str) -> None:
-    """UserError for what would be noticed too late, or not at all."""
-    if repeats < LEAST_REPEATS:
-        raise UserError(f"--repeats={repeats}, wanted at least {LEAST_REPEATS}: medians of fewer say little")
+def check_out(out: str | None) -> None:
+    """UserError for a file that can't be written, which would be noticed too late."""
     if out and not pathlib.Path(out).absolute().parent.is_dir():
         raise UserError(f"--out={out}: there's no directory {pathlib.Path(out).parent}, wanted one that exists")
 
 
 def main() -> None:
-    """The command line."""
-    config_flag = cli.define_config()
-    out = flags.DEFINE_string("out", "", "a file for the report as JSON")
-    profile = flags.DEFINE_string("profile", "", "a directory for a trace")
-    repeats = flags.DEFINE_integer("repeats", LEAST_REPEATS, "rounds that are measured")
-
-    def start() -> None:
-        check_flags(repeats.value, out.value)
-        bench = bench_setup.parse(config_flag.value.to_dict())
-        report = run(bench, repeats.value, pathlib.Path(profile.value) if profile.value else None)
-        show(report, Console())
-        if out.value:
-            atomic_write_json(pathlib.Path(out.value), report)
-
-    cli.run_main(start)
+    """Measures what the command line asks for."""
+    given = flags.FLAGS
+    check_out(given.out)
+    bench = bench_setup.parse(given.config.to_dict())
+    report = run(bench, given.repeats, pathlib.Path(given.profile) if given.profile else None)
+    show(report, Console())
+    if given.out:
+        atomic_write_json(pathlib.Path(given.out), report)
 
 
 if __name__ == "__main__":
-    main()
+    cli.call(main)

@@ -1,6 +1,6 @@
 """Compiles a training step for TPUs that aren't here, and says what it would do there.
 
-    python -m launch.plan --config=experiments/oaif_tldr_online_dpo.py --topology=v5e:4x4 \
+    python -m launch.plan --config=experiments/oaif_tldr_online_dpo.py --topology=v5e:4x4 \\
         --config.policy.path=DIR --config.annotator.path=DIR2 --out=plan.json --hlo=step.hlo
 
 Needs libtpu (pip install libtpu) and no TPU. No weights are read: of the models' directories config.json is enough.
@@ -28,30 +28,41 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from oaif_jax.base import cli, options
+from oaif_jax.base.errors import UserError
+
+if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
+    cli.define_config()
+    options.define(
+        "topology", "v5e:4x4", options.Kind("KIND:SHAPE", "a TPU's, such as v5e:4x4", str), "the TPUs to compile for"
+    )
+    options.define("out", None, options.FILE, "a file for the report as JSON")
+    options.define("hlo", None, options.FILE, "a file for the compiled program's text")
+    cli.parse()
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh
 from jaxtyping import PyTree
-from rich.console import Console
-from rich.table import Table
+from oaif_jax.tasks import base
 
 from launch import bench_count, hlo, hlo_report
 from oaif_jax import config, step, train
 from oaif_jax.annotate.llm import Template
 from oaif_jax.annotate.prompts import read_instruction
-from oaif_jax.base import cli
-from oaif_jax.base.errors import UserError
 from oaif_jax.base.files import atomic_write_json
 from oaif_jax.config import Config
 from oaif_jax.models import sharding
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.stored import hf
 from oaif_jax.stored.hf.directory import abstract_params
-from oaif_jax.tasks import base
 from oaif_jax.update import optim, state
 from oaif_jax.update.state import TrainState
 
@@ -338,13 +349,10 @@ def run(values: Any, topology: str, out: str, text_file: str, console: Console) 
 
 
 def main() -> None:
-    """The command line."""
-    config_flag = cli.define_config()
-    topology = flags.DEFINE_string("topology", "v5e:4x4", "the TPUs to compile for: KIND:SHAPE")
-    out = flags.DEFINE_string("out", "", "a file for the report as JSON")
-    text = flags.DEFINE_string("hlo", "", "a file for the compiled program's text")
-    cli.run_main(lambda: run(config_flag.value, topology.value, out.value, text.value, Console()))
+    """Compiles what the command line asks for."""
+    given = flags.FLAGS
+    run(given.config, given.topology, given.out or "", given.hlo or "", Console())
 
 
 if __name__ == "__main__":
-    main()
+    cli.call(main)

@@ -9,7 +9,6 @@ has finished isn't run again, one that was stopped goes on. One that fails doesn
 end, and the exit code is 1. WORKDIR/sweep.md has the table with means and 95 % intervals, sweep.json all results.
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -20,13 +19,23 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
+from absl import flags
 from rich.console import Console
 
 from oaif_jax import config
-from oaif_jax.base import cli, files
-from oaif_jax.base.errors import UserError, near
+from oaif_jax.base import cli, files, options
+from oaif_jax.base.errors import UserError
 from oaif_jax.report import tables
 
+
+def _seeds(text: str) -> str:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ValueError
+    return text
+
+
+SEEDS = options.Kind("0,1,2", "whole numbers, such as 0,1,2", _seeds)
+SETTING = options.Kind("KEY=A,B", "KEY=A,B", str)
 Pair = tuple[str, str]  # a key of the config and its value as text
 TRAINER = (sys.executable, "-m", "oaif_jax.train")
 
@@ -85,28 +94,26 @@ def _read_config(path: pathlib.Path) -> config.Config:
 
 def parse_flags(arguments: Sequence[str]) -> tuple[list[Run], pathlib.Path]:
     """The runs of a command line, all of them checked, and the sweep's directory; UserError for what can't be run."""
-    parser = _Parser("python -m launch.sweep", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="an experiment; repeatable")
-    parser.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="where the runs go")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=A,B", help="values of a key; repeatable")
-    parser.add_argument("--run", action="append", default=[], metavar="KEY=A...", help="settings; repeatable")
-    parser.add_argument("--seeds", default="0", metavar="0,1,2", help="values of config.seed")
-    flags, rest = parser.parse_known_args(arguments)
-    fixed = [_setting(_override(text)) for text in rest]
-    if not (flags.config and flags.workdir):
-        raise UserError("--config=FILE and --workdir=DIR are wanted, such as in the --help")
-    if not re.fullmatch(r"\d+(,\d+)*", flags.seeds):
-        raise UserError(f"--seeds={flags.seeds}: wanted whole numbers, such as 0,1,2")
-    choices = [[_setting(part) for part in text.split()] for text in flags.run] or [[]]
-    for key, values in map(_setting, flags.set):
-        choices = [[*choice, (key, value)] for choice in choices for value in values.split(",")]
-    products = itertools.product(flags.config, choices, map(int, flags.seeds.split(",")))
-    runs = [make_run(flags.workdir, file, fixed, choice, seed) for file, choice, seed in products]
+    fixed = [_override(text) for text in arguments if _is_override(text)]
+    values = flags.FlagValues()
+    options.define("config", None, options.FILE, "an experiment's file", required=True, repeatable=True, values=values)
+    options.define("workdir", None, options.DIR, "the directory of all runs", required=True, values=values)
+    options.define("set", [], SETTING, "values of a key, each of which is tried", repeatable=True, values=values)
+    options.define(
+        "run", [], options.TEXT, 'settings that are tried together, "KEY=A KEY=B"', repeatable=True, values=values
+    )
+    options.define("seeds", "0", SEEDS, "values of config.seed", values=values)
+    cli.no_words(cli.parse_flags([text for text in arguments if not _is_override(text)], values))
+    workdir = pathlib.Path(values.workdir)
+    choices = [[_setting(part) for part in text.split()] for text in values.run] or [[]]
+    for key, texts in map(_setting, values.set):
+        choices = [[*choice, (key, text)] for choice in choices for text in texts.split(",")]
+    products = itertools.product(values.config, choices, map(int, values.seeds.split(",")))
+    runs = [make_run(workdir, file, fixed, choice, seed) for file, choice, seed in products]
     for i, run in enumerate(runs):
         if any(run.workdir == earlier.workdir for earlier in runs[:i]):
             raise UserError(f"two runs would be in {run.workdir}, wanted other settings, seeds or names of files")
-    return runs, flags.workdir
+    return runs, workdir
 
 
 def make_run(workdir: pathlib.Path, file: str, fixed: Sequence[Pair], choice: Sequence[Pair], seed: int) -> Run:
@@ -124,17 +131,15 @@ def make_run(workdir: pathlib.Path, file: str, fixed: Sequence[Pair], choice: Se
     return Run(name, file, overrides, seed, workdir / directory / f"seed_{seed}", config.parse(values.to_dict()))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(message)
+def _is_override(text: str) -> bool:
+    """--config.KEY=VALUE, which applies to all runs."""
+    return re.match(r"--?config\.", text) is not None
 
 
-def _override(text: str) -> str:
-    """--config.KEY=VALUE without the flag; UserError for what else argparse didn't know."""
-    if not text.startswith("--config."):
-        known = ("--config", "--workdir", "--set", "--run", "--seeds", "--config.KEY=VALUE")
-        raise UserError(f"{text} doesn't exist{near(text.split('=')[0], known)}")
-    return text.removeprefix("--config.")
+def _override(text: str) -> Pair:
+    if not re.fullmatch(r"[^=]+=.+", text, re.DOTALL):
+        raise UserError(f"{text} has no value, wanted --config.KEY=VALUE")
+    return _setting(text.lstrip("-"))
 
 
 def _setting(text: str) -> Pair:
@@ -209,10 +214,9 @@ def _write_json(path: pathlib.Path, runs: Sequence[Run], summaries: Sequence[dic
 
 
 def main() -> None:
-    """Runs the sweep of the command line."""
+    """Runs the sweep of the command line; 1 if a run failed."""
     with cli.user_errors():
-        failed = sweep(*parse_flags(sys.argv[1:]), Console())
-    sys.exit(1 if failed else 0)
+        sys.exit(1 if sweep(*parse_flags(sys.argv[1:]), Console()) else 0)
 
 
 if __name__ == "__main__":

@@ -286,9 +286,9 @@ def parse(values: Any) -> Config:
     from experiments.common import base  # PARTIAL: until defaults are in the dataclasses
 
     def over(below, above):
-        return {k: over(v, above[k]) if isinstance(v, Mapping) and k in above else above.get(k, v) for k, v in below.items()} | {
-            k: v for k, v in above.items() if k not in below
-        }
+        return {
+            k: over(v, above[k]) if isinstance(v, Mapping) and k in above else above.get(k, v) for k, v in below.items()
+        } | {k: v for k, v in above.items() if k not in below}
 
     values = values.to_dict() if hasattr(values, "to_dict") else values
     config = section(Config, over(base().to_dict(), values), "")

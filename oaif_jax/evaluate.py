@@ -12,7 +12,15 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from oaif_jax.base import cli
+from oaif_jax.base import cli, options
+
+if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
+    cli.define_workdir()
+    options.define("split", "test", options.choice(("train", "validation", "test")), "which posts")
+    options.define("prompts", 256, options.integer(least=1), "how many posts")
+    cli.define_checkpoint()
+    cli.parse()
+
 from oaif_jax.base.files import atomic_write_json, atomic_write_text
 from oaif_jax.evals.of_run import Evaluations
 from oaif_jax.models import sharding
@@ -41,21 +49,14 @@ def run(workdir: str | pathlib.Path, *, split: str = "test", prompts: int = 256,
 
 
 def main() -> None:
-    """The command line."""
-    workdir = cli.define_workdir()
-    split = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "which posts")
-    prompts = flags.DEFINE_integer("prompts", 256, "how many posts", lower_bound=1)
-    which = flags.DEFINE_string("checkpoint", "best", "best, last or a step")
-
-    def call() -> None:
-        found = run(workdir.value, split=split.value, prompts=prompts.value, which=which.value)
-        table = Table("metric", "value", box=None)
-        for name, value in flatten({k: v for k, v in found.items() if k != "split"}):
-            table.add_row(name, f"{value:.4g}")
-        Console().print(table)
-
-    cli.run_main(call)
+    """Prints the metrics that the command line asks for."""
+    given = flags.FLAGS
+    found = run(given.workdir, split=given.split, prompts=given.prompts, which=given.checkpoint)
+    table = Table("metric", "value", box=None)
+    for name, value in flatten({k: v for k, v in found.items() if k != "split"}):
+        table.add_row(name, f"{value:.4g}")
+    Console().print(table)
 
 
 if __name__ == "__main__":
-    main()
+    cli.call(main)

@@ -1,15 +1,26 @@
-"""A run's model for other programs: a Hugging Face directory with config, safetensors and tokenizer, additions merged.
+"""Writes a run's model, LoRA's additions merged, as a Hugging Face directory: config, safetensors and tokenizer.
 
-python -m oaif_jax.export --workdir=runs/online_dpo --out=exported --dtype=bfloat16
+    python -m oaif_jax.export --workdir=runs/online_dpo --out=exported --dtype=bfloat16
+
+The directory is one that transformers and others load.
 """
 
 import pathlib
 
 from absl import flags
+
+from oaif_jax.base import cli, options
+from oaif_jax.base.errors import UserError
+
+if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
+    cli.define_workdir()
+    options.define("out", None, options.DIR, "the directory to write, which isn't there yet", required=True)
+    options.define("dtype", "bfloat16", options.choice(("bfloat16", "float32")), "of the parameters")
+    cli.define_checkpoint()
+    cli.parse()
+
 from jaxtyping import PyTree
 
-from oaif_jax.base import cli
-from oaif_jax.base.errors import UserError
 from oaif_jax.run.setup import stored_model
 from oaif_jax.stored import hf
 from oaif_jax.stored.open import Model
@@ -37,18 +48,11 @@ def run(workdir: str | pathlib.Path, out: str | pathlib.Path, *, dtype: str = "b
 
 
 def main() -> None:
-    """The command line."""
-    workdir = cli.define_workdir()
-    out = flags.DEFINE_string("out", None, "directory to write", required=True)
-    dtype = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "of the parameters")
-    which = flags.DEFINE_string("checkpoint", "best", "best, last or a step")
-
-    def call() -> None:
-        run(workdir.value, out.value, dtype=dtype.value, which=which.value)
-        print(f"exported to {out.value}")
-
-    cli.run_main(call)
+    """Exports what the command line asks for."""
+    given = flags.FLAGS
+    run(given.workdir, given.out, dtype=given.dtype, which=given.checkpoint)
+    print(f"exported to {given.out}")
 
 
 if __name__ == "__main__":
-    main()
+    cli.call(main)

@@ -1,18 +1,30 @@
-"""Responses of a run's model to any prompt: what `python -m oaif_jax.sample` does.
+"""Prints responses of a run's model to any prompt.
 
-python -m oaif_jax.sample --workdir=runs/online_dpo --prompt="we talked about the river. i worry about the exam."
+    python -m oaif_jax.sample --workdir=runs/online_dpo --prompt="we talked about the river. i worry about the exam."
+
+In the tiny world a prompt is a post to summarise, else what a user says.
 """
 
-import math
 import pathlib
+
+from absl import flags
+
+from oaif_jax.base import cli, options
+from oaif_jax.base.errors import UserError
+
+if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
+    cli.define_workdir()
+    options.define("prompt", None, options.TEXT, "the post to summarise, or what a user says", required=True)
+    options.define("samples", 2, options.integer(least=1, most=1024), "how many responses")
+    options.define("temperature", 0.9, options.number(least=0, most=100), "of sampling; 0 is greedy")
+    options.define("seed", 0, options.integer(least=0, most=2**31 - 1), "of the draw")
+    cli.define_checkpoint()
+    cli.parse()
 
 import jax
 import numpy as np
-from absl import flags
 
 from oaif_jax import methods
-from oaif_jax.base import cli
-from oaif_jax.base.errors import UserError
 from oaif_jax.data.records import Example, Message
 from oaif_jax.data.tokenizer import left_pad
 from oaif_jax.evals import drawing
@@ -51,31 +63,18 @@ def run(
 
 
 def main() -> None:
-    """The command line."""
-    workdir = cli.define_workdir()
-    prompt = flags.DEFINE_string("prompt", None, "the post to summarise", required=True)
-    samples = flags.DEFINE_integer("samples", 2, "how many responses", lower_bound=1, upper_bound=1024)
-    temperature = flags.DEFINE_float("temperature", 0.9, "0 is greedy", lower_bound=0.0, upper_bound=100.0)
-    seed = flags.DEFINE_integer("seed", 0, "of the draw", lower_bound=0, upper_bound=2**31 - 1)
-    which = flags.DEFINE_string("checkpoint", "best", "best, last or a step")
-
-    def call() -> None:
-        if math.isnan(temperature.value):
-            raise UserError("--temperature=nan, wanted a number")
-        if not prompt.value.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt.value):
-            raise UserError("--prompt isn't UTF-8, wanted a text")
-        responses = run(
-            workdir.value,
-            prompt.value,
-            samples=samples.value,
-            temperature=temperature.value,
-            seed=seed.value,
-            which=which.value,
-        )
-        print("\n".join(responses))
-
-    cli.run_main(call)
+    """Prints the responses that the command line asks for."""
+    given = flags.FLAGS
+    responses = run(
+        given.workdir,
+        given.prompt,
+        samples=given.samples,
+        temperature=given.temperature,
+        seed=given.seed,
+        which=given.checkpoint,
+    )
+    print("\n".join(responses))
 
 
 if __name__ == "__main__":
-    main()
+    cli.call(main)

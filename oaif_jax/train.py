@@ -337,10 +337,9 @@ def summarise(
 
 
 def main() -> None:
-    """The command line."""
-    config_flag, workdir_flag = cli.define_config(), cli.define_workdir()
-    cli.run_main(lambda: run(config_flag.value, workdir_flag.value))
+    """Trains as the command line says."""
+    run(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":
-    main()
+    cli.call(main)

@@ -236,18 +236,18 @@ def test_section_is_wanted():
 
 
 def test_flags_are_checked(tmp_path):
-    bench.check_flags(5, str(tmp_path / "b.json"))
+    bench.check_out(str(tmp_path / "b.json"))
     with pytest.raises(
         UserError, match=r"^--out=no/such/b\.json: there's no directory no/such, wanted one that exists$"
     ):
-        bench.check_flags(5, "no/such/b.json")
+        bench.check_out("no/such/b.json")
 
 
 def test_error_is_one_line():
     command = [sys.executable, "-m", "launch.bench", "--config=experiments/bench_tiny.py", "--repeats=4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "error: --repeats=4, wanted at least 5: medians of fewer say little\n"
+    assert done.stderr == "error: --repeats=4: wanted a whole number of at least 5\n"
 
 
 # --- one run

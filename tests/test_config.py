@@ -320,12 +320,12 @@ DIR = "--workdir={tmp}/run"
         ((GIVEN, DIR, GIVEN), ("--config is given 2 times",)),
         (("--config.loss.beta=1", GIVEN, DIR), ("--config.loss.beta=1", "before")),
         ((GIVEN,), ("--workdir is missing", "wanted the directory of the run")),
-        ((GIVEN, "--workdir="), ("--workdir is missing",)),
-        ((GIVEN, "--workdir"), ("Missing value for flag --workdir",)),
+        ((GIVEN, "--workdir="), ("--workdir=: wanted the directory of the run",)),
+        ((GIVEN, "--workdir"), ("--workdir has no value, wanted the directory of the run",)),
         ((DIR,), ("--config is missing", "experiments/tiny_tldr_online_dpo.py")),
         ((DIR, "--config.loss.beta=1"), ("--config is missing",)),
-        ((DIR, "--config"), ("Missing value for flag --config",)),
-        ((DIR, "--config", "--verbosity=1"), ("--config is missing",)),
+        ((DIR, "--config"), ("--config has no value, wanted an experiment's file",)),
+        ((DIR, "--config", "--verbosity=1"), ("--config has no value",)),
         ((DIR, "--config="), ("--config=: there's no such file",)),
         ((DIR, f"--config={ROOT}/experiments/tiny_tldr_online_dop.py"), ("there's no such file", "online_dpo.py'?")),
         ((DIR, "--config={tmp}"), ("there's no such file",)),
@@ -402,7 +402,7 @@ if __name__ == "__main__":
         (("--config.loss.beta=3",), 0, "3.0 1 DIR\n", ()),
         (("--config.los.beta=3",), 2, "", ("error: --config.los.beta=3",)),
         (("--config.log.every=0",), 1, "", ("Traceback", "ZeroDivisionError")),
-        (("--help",), 1, "A program.\nflags:", ()),  # absl's --help exits with 1
+        (("--help",), 0, "A program.\n\nusage: python ", ()),
     ],
 )
 def test_in_a_process_of_its_own(tmp_path, arguments, code, out, err):

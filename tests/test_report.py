@@ -611,11 +611,11 @@ def test_show_prints_tables_posts_and_paths(online):
 
 
 def test_the_command_rebuilds_each_run_and_names_what_it_cannot_read(workdir, capsys):
-    assert command.main([str(workdir / "nowhere"), str(workdir)]) == 2
+    assert command.draw(*command.parse_flags([str(workdir / "nowhere"), f"--workdir={workdir}"])) == 2
     shown = capsys.readouterr()
     assert shown.err == f"error: {workdir / 'nowhere'}: no such directory; wanted the workdir of a run\n"
     assert shown.out.splitlines() == [str(workdir / "curve.png"), str(workdir / "report.html")]
-    assert command.main([str(workdir), "--markdown"]) == 0
+    assert command.draw(*command.parse_flags([str(workdir), "--markdown"])) == 0
     assert "| validation loss | 0.8123 |" in capsys.readouterr().out
 
 

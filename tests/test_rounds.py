@@ -46,7 +46,10 @@ CONFIG = {
     "method": "exploring",
     "steps": 3,
     "rounds": {"count": 2, "lr": "1e-3,2e-4", "portions": True},
-    "policy": {"init": "scratch", "shape": {"width": 16, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 8, "mlp": 16}},
+    "policy": {
+        "init": "scratch",
+        "shape": {"width": 16, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 8, "mlp": 16},
+    },
     "judge": {"init": "none"},
     "data": {"batch": 8},
     "optimizer": {"lr": 1e-3, "schedule": "constant", "warmup": 0},

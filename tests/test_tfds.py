@@ -48,7 +48,7 @@ PROGRAM = """
 import json, runpy, sys
 
 root, out = sys.argv[1:]
-sys.argv = ["data", "prepare", "--format=hh", f"--path={root}", f"--data_dir={out}"]
+sys.argv = ["data", "prepare", "--format=hh", f"--path={root}", f"--out={out}"]
 try:
     runpy.run_module("oaif_jax.data", run_name="__main__", alter_sys=False)
 except SystemExit as end:

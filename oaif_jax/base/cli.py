@@ -7,13 +7,18 @@
     if __name__ == "__main__":
         main()
 
+A program that needs JAX takes seconds to import it, for which --help and a wrong flag shouldn't wait: it defines its flags
+in an `if __name__ == "__main__":` before these imports, ends that with cli.parse(), and its last line is cli.call(main).
+
 Flags are defined by calls, not at import, so that a program has only its own. ml_collections parses the config's flags;
 what it would answer with a traceback is looked for beforehand, by the functions that the sweep uses too.
 """
 
 import contextlib
 import difflib
+import errno
 import importlib.machinery
+import os
 import pathlib
 import re
 import shlex
@@ -27,15 +32,15 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from oaif_jax.base import options
 from oaif_jax.base.errors import UserError, near
 
 FLAGS = flags.FLAGS
-flags.disclaim_key_flags()  # the flags below belong to the program that asks for them, whose --help shows them
+flags.disclaim_key_flags()  # the flags below belong to the program that asks for them
 
-_WANTED = {
-    "config": "an experiment's file, such as --config=experiments/tiny_tldr_online_dpo.py",
-    "workdir": "the directory of the run, such as --workdir=runs/online_dpo",
-}
+HELP = ("-h", "-help", "--help", "-?", "--?", "-helpshort", "--helpshort")
+_CONFIG = "an experiment's file, such as --config=experiments/tiny_tldr_online_dpo.py"
+_WORKDIR = "the directory of the run, such as --workdir=runs/online_dpo"
 _PARSERS = {
     bool: (flags.BooleanParser(), "true or false"),
     int: (flags.IntegerParser(), "a whole number"),
@@ -48,40 +53,91 @@ def define_config() -> flags.FlagHolder:
     """Defines --config=FILE, required, and --config.KEY=VALUE; `.value` of the result is the locked ConfigDict."""
     with user_errors():
         try:
-            return config_flags.DEFINE_config_file("config", help_string=_WANTED["config"], lock_config=True)
+            return config_flags.DEFINE_config_file("config", help_string=_CONFIG, lock_config=True)
         except flags.Error as error:  # it reads sys.argv, and so a --flagfile, at once
             raise UserError(str(error)) from error
 
 
-def define_workdir() -> flags.FlagHolder:
+def define_workdir(wanted: str = _WORKDIR) -> flags.FlagHolder:
     """Defines --workdir=DIR, required."""
-    return flags.DEFINE_string("workdir", None, _WANTED["workdir"])
+    return options.define("workdir", None, options.DIR, wanted, required=True)
 
 
-def run_main(main: Callable[[], object]) -> None:
-    """Parses sys.argv, calls `main()` and exits: 0; 2 and one line for the user's errors; 130 when interrupted.
+def define_checkpoint() -> flags.FlagHolder:
+    """Defines --checkpoint=best, last or a step."""
+
+    def convert(text: str) -> str:
+        if text not in ("best", "last") and not re.fullmatch(r"\d+", text):
+            raise ValueError
+        return text
+
+    which = "best, last or a step"
+    return options.define("checkpoint", "best", options.Kind("best|last|STEP", which, convert), "which of the run's")
+
+
+def run_main(main: Callable[[], object], command: str = "") -> None:
+    """Parses sys.argv, calls `main()` and exits, see `parse` and `call`."""
+    parse(command)
+    call(main)
+
+
+def parse(command: str = "") -> None:
+    """Parses sys.argv; --help and what can't be used end the program (0, 2). `command` was taken off it, for --help."""
+    with user_errors():
+        no_words(parse_flags(sys.argv[1:], words=command))
+        if FLAGS["verbosity"].using_default_value:
+            FLAGS.verbosity = logging.WARNING  # absl would set INFO, and Orbax would write into the progress bar
+
+
+def no_words(words: Sequence[str]) -> None:
+    """UserError for words of a command line where only flags are wanted."""
+    if words:
+        raise UserError(f"{words[0]!r} is not a flag; wanted --NAME=VALUE")
+
+
+def call(main: Callable[[], object]) -> None:
+    """Calls `main()`, flags being parsed, and exits: 0; 2 and one line for the user's errors; 130 when interrupted.
 
     What else `main` raises is a bug and shows its traceback (exit 1).
     """
 
-    def call(_: list[str]) -> None:
+    def without_result(_: list[str]) -> None:
         main()  # its result is not handed on: absl would take it for an exit code
 
     with user_errors():
-        app.run(call, flags_parser=_parse_flags)
+        app.run(without_result, flags_parser=lambda argv: argv[:1])
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Turns UserError and Ctrl-C into one line on stderr and an exit code (2, 130)."""
+    """Turns UserError and Ctrl-C into one line on stderr and an exit code (2, 130), and see _output_errors."""
+    with _output_errors():
+        try:
+            yield
+        except UserError as error:
+            print(f"error: {_line(error)}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; the same command goes on from here: {shlex.join(sys.orig_argv)}", file=sys.stderr)
+            sys.exit(130)
+
+
+@contextlib.contextmanager
+def _output_errors() -> Iterator[None]:
+    """Ends a program whose stdout was closed (`... | head -1`) without a word, and one on a full disk with one line (1)."""
     try:
-        yield
-    except UserError as error:
-        print(f"error: {_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command goes on from here: {shlex.join(sys.orig_argv)}", file=sys.stderr)
-        sys.exit(130)
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:  # as it is under >&-
+                sys.stdout.flush()  # here and not at the interpreter's end, where an error is a traceback
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
+            raise
+        if error.errno != errno.EPIPE:
+            print(f"error: {error.strerror}: {error.filename or 'standard output or a file'}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer goes there at the end
+        sys.exit(1)
 
 
 def load_config(file: str) -> ml_collections.ConfigDict:
@@ -90,6 +146,7 @@ def load_config(file: str) -> ml_collections.ConfigDict:
     Raises UserError when there's no such file, when it fails, or when it has no such function.
     """
     path, *argument = file.split(":", 1)
+    path = os.path.expanduser(path)
     if not pathlib.Path(path).is_file():
         there = [str(other) for other in sorted(pathlib.Path(path).parent.glob("*.py")) if other.stem != "__init__"]
         raise UserError(f"--config={file}: there's no such file{near(path, there)}")
@@ -158,25 +215,53 @@ def _typed(old: Any, text: str, shown: str) -> Any:
         raise UserError(f"{shown}: wanted {wanted}, as the {old!r} in the config file") from None
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses argv into FLAGS; UserError for what can't be used."""
+def parse_flags(arguments: Sequence[str], values: flags.FlagValues = FLAGS, words: str = "") -> list[str]:
+    """Parses a program's arguments into `values`; what is left are words, such as the DIRs that `words` names.
+
+    --help prints what the program takes, and exits (0). Raises UserError for what can't be used.
+    """
+    before = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
+    if set(HELP) & set(before):
+        print(options.help_text(values, words))
+        sys.exit(0)
+    if {"-helpfull", "--helpfull"} & set(before):
+        print(options.help_text(values, words), values.get_help(), sep="\n")
+        sys.exit(0)
+    values.set_gnu_getopt()  # flags may come after words
+    arguments = [re.sub(r"^(--?config=)(~.*)", _expanded, text) for text in arguments]
     try:
-        arguments = FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
-        if "config" in FLAGS:
-            _check_config(arguments)
-        positional = FLAGS(argv)[1:]
+        given = values.read_flags_from_files(arguments, force_gnu=False)
+        _check_values(given, values)
+        if options.is_config(values):
+            _check_config(given)
+        left = values(["", *arguments])[1:]
     except flags.UnrecognizedFlagError as error:
-        raise UserError(f"--{error.flagname} doesn't exist{near(error.flagname, _own_flags())}") from error
+        own = [flag.name for flag in options.own_flags(values)]
+        raise UserError(f"--{error.flagname} doesn't exist{near(error.flagname, own)}") from error
     except (flags.Error, ValueError) as error:
-        raise error if isinstance(error, UserError) else UserError(str(error)) from error
-    if positional:
-        raise UserError(f"{positional[0]!r} is not a flag; wanted --NAME=VALUE")
-    for name in _WANTED:
-        if name in FLAGS and not (isinstance(FLAGS[name].value, str | ml_collections.ConfigDict) and FLAGS[name].value):
-            raise UserError(f"--{name} is missing, wanted {_WANTED[name]}")
-    if FLAGS["verbosity"].using_default_value:
-        FLAGS.verbosity = logging.WARNING  # absl would set INFO, and Orbax would write into the progress bar
-    return [argv[0]]
+        raise error if isinstance(error, UserError) else UserError(_said(error)) from error
+    for flag in options.own_flags(values):
+        if options.is_required(flag) and not flag.present:
+            raise UserError(f"--{flag.name} is missing, wanted {flag.help}")
+    return left
+
+
+def _expanded(match: re.Match) -> str:
+    return match[1] + os.path.expanduser(match[2])
+
+
+def _said(error: Exception) -> str:
+    """In: "flag --prompts=x: wanted a whole number". Out: the same without "flag". absl's words on a bool are replaced."""
+    text = str(error).removeprefix("flag ")
+    return re.sub(r": [^:]*Non-boolean argument to boolean flag.*", ": wanted true or false", text)
+
+
+def _check_values(arguments: Sequence[str], values: flags.FlagValues) -> None:
+    """UserError for a flag without a value: absl would take the next flag for it."""
+    for name, value in _flag_values(arguments):
+        if name in values and value is None and not values[name].boolean:
+            flag = values[name]
+            raise UserError(f"--{name} has no value, wanted {flag.help}: {options.shown(flag)}")
 
 
 def _check_config(arguments: Sequence[str]) -> None:
@@ -187,7 +272,7 @@ def _check_config(arguments: Sequence[str]) -> None:
     if len(files) > 1:
         raise UserError(f"--config is given {len(files)} times, wanted once: {', '.join(files)}")
     if not files and overrides:
-        raise UserError(f"--config is missing, wanted {_WANTED['config']}")
+        raise UserError(f"--config is missing, wanted {_CONFIG}")
     if files:
         config = load_config(files[0])
         for name, value in overrides:
@@ -223,19 +308,6 @@ def _flag_values(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
             takes = value is None and following is not None and not re.match(r"--?[A-Za-z]", following)
             found.append((name, following if takes else value))
     return found
-
-
-# Libraries that define flags of their own when they are imported.
-LIBRARIES = ("absl", "array_record", "grain", "jax", "orbax", "tensorflow_datasets")
-
-
-def _own_flags() -> list[str]:
-    """Names of the program's own flags."""
-    modules = FLAGS.flags_by_module_dict()
-    own = [
-        flag.name for module, defined in modules.items() if module.split(".")[0] not in LIBRARIES for flag in defined
-    ]
-    return [name for name in own if "." not in name]  # an override is a flag, too
 
 
 def _where(error: Exception, path: str) -> str:

@@ -1,7 +1,7 @@
-"""Shows what data files hold, and prepares the papers' as array_record for TFDS.
+"""Shows what data files hold, or prepares the papers' as array_record for TFDS.
 
     python -m oaif_jax.data show --format=hh --path=hh-rlhf/helpful-base --split=train
-    python -m oaif_jax.data prepare --format=hh --path=hh-rlhf --data_dir=OUT
+    python -m oaif_jax.data prepare --format=hh --path=hh-rlhf --out=OUT
 
 What prepare prints is read with --format=tfds.
 """
@@ -13,7 +13,7 @@ from absl import flags
 from rich.console import Console
 from rich.markup import escape
 
-from oaif_jax.base import cli
+from oaif_jax.base import cli, options
 from oaif_jax.base.errors import UserError, near
 from oaif_jax.data import readers
 from oaif_jax.data.records import Example
@@ -23,50 +23,45 @@ WIDTH = 400  # characters of a text that are shown
 
 
 def main() -> None:
+    """Runs the command that the command line asks for."""
     with cli.user_errors():
         command = _command()
-    _define_flags(command)
-    cli.run_main(COMMANDS[command])
+        _define_flags(command)
+    cli.run_main(COMMANDS[command], command)
 
 
 def _command() -> str:
-    """Takes the command from sys.argv, which absl then parses; it has no commands."""
-    words = [i for i, argument in enumerate(sys.argv) if i and not argument.startswith("-")]
-    if not words or words[0] != 1:
-        if {"--help", "-h", "--helpfull"} & set(sys.argv):
-            print(__doc__)
-            sys.exit(0)
-        raise UserError("no command, wanted `python -m oaif_jax.data show ...` or `prepare ...`")
-    command = sys.argv.pop(1)
-    if command not in COMMANDS:
-        raise UserError(f"{command!r} is no command{near(command, COMMANDS)}")
-    return command
+    """Takes the command from sys.argv, which absl then parses; it has no commands. Without one, --help is about both."""
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):
+        command = sys.argv.pop(1)
+        if command not in COMMANDS:
+            raise UserError(f"{command!r} is no command{near(command, COMMANDS)}")
+        return command
+    if set(cli.HELP) & set(sys.argv):
+        _define_flags("show|prepare")
+        cli.parse("show|prepare")
+    raise UserError("no command, wanted `python -m oaif_jax.data show ...` or `prepare ...`")
 
 
 def _define_flags(command: str) -> None:
-    flags.DEFINE_string("format", None, "one of " + ", ".join(readers.FORMATS))
-    flags.DEFINE_string("path", None, "the file, or the directory in its original layout")
-    flags.DEFINE_string("on_error", "raise", "raise, or skip and count what is malformed")
-    if command == "show":
-        flags.DEFINE_string("split", "", "which files of a directory")
-    else:
-        flags.DEFINE_string("data_dir", None, "where TFDS keeps prepared data")
-
-
-def _path(name: str) -> pathlib.Path:
-    return pathlib.Path(_given(name)).expanduser()
-
-
-def _given(name: str) -> str:
-    value = flags.FLAGS[name].value
-    if not value:
-        raise UserError(f"--{name} is missing, wanted {flags.FLAGS[name].help}")
-    return value
+    which = {"show": " (of show)", "prepare": " (of prepare)"} if "|" in command else {"show": "", "prepare": ""}
+    path = "the file, or the directory in its original layout"
+    options.define("format", None, options.choice(list(readers.FORMATS)), "the files' format", required=True)
+    options.define("path", None, options.FILE, path, required=True)
+    options.define(
+        "on_error", "raise", options.choice(("raise", "skip")), "stop at what is malformed, or skip and count it"
+    )
+    if "show" in command:
+        options.define("split", "", options.TEXT, f"which files of a directory{which['show']}")
+    if "prepare" in command:
+        wanted = f"the directory where TFDS keeps prepared data{which['prepare']}"
+        options.define("out", None, options.DIR, wanted, required=True)
 
 
 def show() -> None:
     """Prints the counts of a split and its first examples."""
-    loaded = readers.read(_given("format"), _path("path"), flags.FLAGS.split, flags.FLAGS.on_error)
+    given = flags.FLAGS
+    loaded = readers.read(given.format, pathlib.Path(given.path), given.split, given.on_error)
     console = Console(highlight=False)
     console.print(f"[bold]{loaded.counts}[/bold]")
     for example in loaded.examples[:SHOWN]:
@@ -87,13 +82,12 @@ def _print(console: Console, example: Example) -> None:
 
 def prepare() -> None:
     """Prepares each data set of a format whose files are there; prints where it is, and the counts of its splits."""
-    if flags.FLAGS.on_error not in ("raise", "skip"):
-        raise UserError(f"--on_error={flags.FLAGS.on_error!r}, wanted raise or skip")
+    given, root = flags.FLAGS, pathlib.Path(flags.FLAGS.path)
     from oaif_jax.data.tfds import builders  # TFDS takes seconds to start
 
-    for builder in builders.builders_for(_given("format"), _path("path"), _path("data_dir")):
-        builder.on_error = flags.FLAGS.on_error
-        print(builders.prepare(builder, _path("path")))
+    for builder in builders.builders_for(given.format, root, pathlib.Path(given.out)):
+        builder.on_error = given.on_error
+        print(builders.prepare(builder, root))
         for split, counts in builder.counts.items():
             print(f"  {split}: {counts}")
 

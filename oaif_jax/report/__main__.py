@@ -1,20 +1,42 @@
-"""Draws the reports of runs again: `python -m oaif_jax.report DIR [DIR ...]`."""
+"""Draws the reports of runs again: curve.png and report.html.
 
-import argparse
+    python -m oaif_jax.report runs/online_dpo
+
+A DIR is the workdir of a run, finished or not.
+"""
+
+import os
 import sys
+from collections.abc import Sequence
+
+from absl import flags
 
 from oaif_jax import report
+from oaif_jax.base import cli, options
+from oaif_jax.base.errors import UserError
 from oaif_jax.report import tables
 
+WANTED = "the workdir of a run, finished or not"
 
-def main(arguments: list[str] | None = None) -> int:
+
+def parse_flags(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """The workdirs, and whether their tables are wanted in Markdown."""
+    values = flags.FlagValues()
+    options.define("workdir", [], options.DIR, f"{WANTED}, as DIR is", repeatable=True, values=values)
+    options.define_switch("markdown", "print the final tables in Markdown, for a README", values=values)
+    words = cli.parse_flags(arguments, values, "DIR ...")
+    workdirs = [*map(os.path.expanduser, words), *values.workdir]
+    if not all(workdirs):
+        raise UserError(f"DIR is '', wanted {WANTED}")
+    if not workdirs:
+        raise UserError(f"DIR is missing, wanted {WANTED}, such as runs/online_dpo")
+    return workdirs, values.markdown
+
+
+def draw(workdirs: Sequence[str], markdown: bool) -> int:
     """Rebuilds curve.png and report.html of each run; 2 if one of them couldn't be read."""
-    parser = argparse.ArgumentParser(prog="python -m oaif_jax.report", description="Rebuild curve.png and report.html.")
-    parser.add_argument("workdirs", nargs="+", metavar="DIR", help="workdir of a run, finished or not")
-    parser.add_argument("--markdown", action="store_true", help="print the final tables in Markdown, for a README")
-    flags = parser.parse_args(arguments)
     failed = 0
-    for workdir in flags.workdirs:
+    for workdir in workdirs:
         try:
             run = report.write(workdir, finished=False)
         except report.ReportError as error:
@@ -22,11 +44,17 @@ def main(arguments: list[str] | None = None) -> int:
             failed = 2
             continue
         for name in (report.CURVE, report.PAGE):
-            print(run.workdir / name, file=sys.stderr if flags.markdown else sys.stdout)
-        if flags.markdown:
+            print(run.workdir / name, file=sys.stderr if markdown else sys.stdout)
+        if markdown:
             print(tables.final_table_markdown(run), tables.side_by_side_markdown(run), sep="\n")
     return failed
 
 
+def main() -> None:
+    """Draws what the command line asks for."""
+    with cli.user_errors():
+        sys.exit(draw(*parse_flags(sys.argv[1:])))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -147,7 +147,9 @@ def check(cfg: Config, kind: type[Method], mesh: Mesh) -> None:
     if cfg.async_steps and not kind.asks:
         raise UserError(f"config.async_steps={cfg.async_steps}: method {cfg.method} collects no pairs, wanted 0")
     if cfg.rounds.count > 1:
-        moved = f"config.rounds.count={cfg.rounds.count}: each round's reference is the policy of the one before, wanted"
+        moved = (
+            f"config.rounds.count={cfg.rounds.count}: each round's reference is the policy of the one before, wanted"
+        )
         if not kind.has_reference:
             raise UserError(f"config.rounds.count={cfg.rounds.count}: method {cfg.method} has no reference, wanted 1")
         if cfg.reference.init != "policy":

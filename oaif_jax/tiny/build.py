@@ -12,14 +12,22 @@ import json
 import pathlib
 from collections.abc import Callable
 
-import jax
-import numpy as np
 from absl import flags
 from rich.console import Console
 
-from oaif_jax import train
-from oaif_jax.base import cli
+from oaif_jax.base import cli, options
 from oaif_jax.base.errors import UserError
+
+if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
+    options.define("workdir", "runs/assets", options.DIR, "where the stages are trained")
+    stages = options.choice(("tokenizer", "sft", "annotator", "judge", "pairs"))
+    options.define("only", None, stages, "one stage; else all of them")
+    cli.parse()
+
+import jax
+import numpy as np
+
+from oaif_jax import train
 from oaif_jax.data.jsonl import TextPair, write_pairs
 from oaif_jax.data.tokenizer import left_pad
 from oaif_jax.evals import drawing
@@ -142,11 +150,9 @@ def build(workdir: pathlib.Path, only: str = "") -> None:
 
 
 def main() -> None:
-    """The command line."""
-    workdir = flags.DEFINE_string("workdir", "runs/assets", "where the stages are trained")
-    only = flags.DEFINE_string("only", "", f"one stage: {', '.join(STAGES)}")
-    cli.run_main(lambda: build(pathlib.Path(workdir.value), only.value))
+    """Builds what the command line asks for."""
+    build(pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.only or "")
 
 
 if __name__ == "__main__":
-    main()
+    cli.call(main)
