@@ -105,7 +105,7 @@ def contribution(params: PyTree, frozen: Frozen, batch: Batch, key: Array, *, st
                 policy_of(params, frozen), reference, batch, rollout, models=models, prefilled=prefilled
             )
             found = method.loss(predicted, target)
-            return jnp.sum(found.per_row), found
+            return found.total, found
 
         with jax.named_scope("update"):
             (loss, found), (gradients, of_prompts) = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(
@@ -115,7 +115,7 @@ def contribution(params: PyTree, frozen: Frozen, batch: Batch, key: Array, *, st
                 gradients = jax.tree.map(jnp.add, gradients, pull_back(of_prompts)[0])
         metrics = jax.lax.stop_gradient(metrics | found.metrics)
         outputs = {"scores": scores} if method.asks else {}
-        return Contribution(gradients, loss, jax.lax.stop_gradient(jnp.sum(found.weight)), metrics, outputs)
+        return Contribution(gradients, loss, jax.lax.stop_gradient(found.weight), metrics, outputs)
 
     if not method.asks:
         return annotate_and_update(rollout)

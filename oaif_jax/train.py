@@ -18,15 +18,23 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from absl import flags
+from rich.console import Console
+
+from oaif_jax.base import cli
+from oaif_jax.base.errors import UserError
+
+if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
+    cli.define_config()
+    cli.define_workdir()
+    cli.parse()
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
-from rich.console import Console
 
 from oaif_jax import collect, config, export, report, step
-from oaif_jax.base import cli
-from oaif_jax.base.errors import UserError
 from oaif_jax.base.files import atomic_write_json, sha256_of_tree
 from oaif_jax.collect import Batches
 from oaif_jax.config import Config

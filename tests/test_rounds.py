@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from oaif_jax import collect, losses, methods, train
-from oaif_jax.methods.base import Loss, Method
+from oaif_jax.methods.base import Loss, Method, over_rows
 from oaif_jax.methods.pairs import annotator_metrics, best_and_worst, pair_loss
 from oaif_jax.stored.checkpoint import load_params
 from oaif_jax.types import DATA, REFERENCE
@@ -37,9 +37,9 @@ class Exploring(Method):
         return pairs, annotator_metrics(rollout, scores, pairs)
 
     def loss(self, predicted, target):
-        found = pair_loss(predicted, target, losses.PairLoss("dpo", (("beta", self.beta),)))
+        per_row, metrics = pair_loss(predicted, target, losses.PairLoss("dpo", (("beta", self.beta),)))
         bonus = (predicted.policy - predicted.reference)[:, 0].sum(-1)
-        return dataclasses.replace(found, per_row=found.per_row + self.alpha * self.beta * target.weight * bonus)
+        return over_rows(per_row + self.alpha * self.beta * bonus, target.weight, metrics)
 
 
 CONFIG = {
@@ -145,4 +145,5 @@ def test_the_bonus_is_on_the_first_completion():
     plain: Loss = Exploring(beta=0.5).loss(logps, pairs)
     explored: Loss = Exploring(beta=0.5, alpha=0.2).loss(logps, pairs)
     difference = 0.2 * 0.5 * (policy - reference)[:, 0].sum(-1)
-    np.testing.assert_allclose(explored.per_row - plain.per_row, difference, rtol=1e-5)
+    np.testing.assert_allclose(explored.total - plain.total, difference.sum(), rtol=1e-5)
+    assert explored.weight == plain.weight == 2

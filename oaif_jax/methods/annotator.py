@@ -106,7 +106,8 @@ class AnnotatorTraining(Method):
             "marks": jnp.stack([mark_right, mark_count]),
             "answer_loss": mean_of(jnp.mean(answer, axis=1), decided[:, 0]),
         }
-        return Loss(per_pair + dense[None], jnp.ones_like(per_pair), jax.lax.stop_gradient(metrics))
+        total = jnp.sum(per_pair) + len(per_pair) * dense
+        return Loss(total, jnp.array(float(len(per_pair))), jax.lax.stop_gradient(metrics))
 
 
 def _chosen(logits: Array, targets: Array) -> tuple[Array, Array, Array]:

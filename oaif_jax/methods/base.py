@@ -32,10 +32,10 @@ class Models:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """The loss of each row, times what the row counts; and metrics."""
+    """A micro-batch's loss: the update is by the sum of losses over the sum of weights."""
 
-    per_row: Float[Array, " P"]
-    weight: Float[Array, " P"]  # pairs, or tokens; the update is by the sum of losses over the sum of weights
+    total: Float[Array, ""]  # summed over what counts
+    weight: Float[Array, ""]  # how many pairs, or tokens, that is
     metrics: Sums
 
 
@@ -87,6 +87,12 @@ class Method:
     def loss(self, predicted: Any, target: Any) -> Loss:
         """The loss of what `predict` gave."""
         raise NotImplementedError(type(self))
+
+
+def over_rows(per_row: Float[Array, " P"], weight: Float[Array, " P"], metrics: Sums) -> Loss:
+    """The loss of rows, each times its weight. Where, not times: a loss that isn't finite in a row without weight must not make
+    the sum nan."""
+    return Loss(jnp.sum(jnp.where(weight > 0, per_row * weight, 0.0)), jnp.sum(weight), metrics)
 
 
 def mean_of(values: Float[Array, "..."] | Bool[Array, "..."], weight: Array | None = None) -> Float[Array, "2"]:

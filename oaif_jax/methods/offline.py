@@ -8,7 +8,7 @@ import jax
 from oaif_jax.config import Config
 from oaif_jax.data.dataset import DataSet
 from oaif_jax.losses import PairLoss
-from oaif_jax.methods.base import Loss, Method, Sums
+from oaif_jax.methods.base import Loss, Method, Sums, over_rows
 from oaif_jax.methods.pairs import Pairs, best_and_worst, loss_of, pair_loss
 from oaif_jax.types import DATA, Batch, Logps, Rollout, Scores
 
@@ -37,4 +37,5 @@ class Offline(Method):
         return jax.lax.stop_gradient((best_and_worst(rollout, scores, missing_eos="ignore"), {}))
 
     def loss(self, predicted: Logps, target: Pairs) -> Loss:
-        return pair_loss(predicted, target, self.pair_loss)
+        per_row, metrics = pair_loss(predicted, target, self.pair_loss)
+        return over_rows(per_row, target.weight, metrics)

@@ -9,7 +9,7 @@ from oaif_jax.base.errors import UserError
 from oaif_jax.config import Config
 from oaif_jax.data.dataset import DataSet
 from oaif_jax.losses import PairLoss
-from oaif_jax.methods.base import Loss, Method, Sums
+from oaif_jax.methods.base import Loss, Method, Sums, over_rows
 from oaif_jax.methods.pairs import Pairs, annotator_metrics, best_and_worst, loss_of, pair_loss
 from oaif_jax.types import POLICY, Batch, Logps, Rollout, Scores
 
@@ -44,4 +44,5 @@ class Online(Method):
         return jax.lax.stop_gradient((pairs, annotator_metrics(rollout, scores, pairs)))
 
     def loss(self, predicted: Logps, target: Pairs) -> Loss:
-        return pair_loss(predicted, target, self.pair_loss)
+        per_row, metrics = pair_loss(predicted, target, self.pair_loss)
+        return over_rows(per_row, target.weight, metrics)

@@ -10,7 +10,7 @@ from oaif_jax import losses
 from oaif_jax.base.errors import UserError
 from oaif_jax.config import Config
 from oaif_jax.losses import LogRatios, PairLoss
-from oaif_jax.methods.base import Loss, Sums, mean_of
+from oaif_jax.methods.base import Sums, mean_of
 from oaif_jax.types import Logps, Rollout, Scores
 
 
@@ -80,8 +80,8 @@ def annotator_metrics(rollout: Rollout, scores: Scores, pairs: Pairs) -> Sums:
     }
 
 
-def pair_loss(logps: Logps, pairs: Pairs, loss: PairLoss) -> Loss:
-    """A pairwise loss of the log-ratios of chosen and rejected completions."""
+def pair_loss(logps: Logps, pairs: Pairs, loss: PairLoss) -> tuple[Float[Array, " P"], Sums]:
+    """A pairwise loss of the log-ratios of chosen and rejected completions, by row; and metrics."""
     log_ratios = logps.policy.sum(-1) if logps.reference is None else logps.policy.sum(-1) - logps.reference.sum(-1)
     lengths = jnp.sum(logps.mask, axis=-1).astype(jnp.float32)
     at = lambda x, index: jnp.take_along_axis(x, index[:, None], axis=1)[:, 0]  # noqa: E731
@@ -98,6 +98,4 @@ def pair_loss(logps: Logps, pairs: Pairs, loss: PairLoss) -> Loss:
         "length_difference": mean_of(ratios.chosen_length - ratios.rejected_length, pairs.weight),
         "kl": mean_of(jnp.mean(log_ratios, axis=-1)),
     }
-    # Where, not times: a loss that isn't finite in a pair without weight must not make the sum nan.
-    per_row = jnp.where(pairs.weight > 0, loss(ratios) * pairs.weight, 0.0)
-    return Loss(per_row, pairs.weight, metrics)
+    return loss(ratios), metrics

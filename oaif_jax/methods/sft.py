@@ -28,5 +28,4 @@ class SFT(Method):
         return None, {}
 
     def loss(self, predicted: Logps, target: None) -> Loss:
-        tokens = jnp.sum(predicted.mask, axis=(1, 2)).astype(jnp.float32)
-        return Loss(-jnp.sum(predicted.policy, axis=(1, 2)), tokens, {})
+        return Loss(-jnp.sum(predicted.policy), jnp.sum(predicted.mask).astype(jnp.float32), {})
