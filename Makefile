@@ -9,7 +9,7 @@ WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
-CONFIG := experiments/tiny_tldr_online_dpo.py
+CONFIG := experiments/tiny.py:tldr,online,dpo
 export WORKDIR
 
 .DEFAULT_GOAL := help

@@ -1,26 +1,45 @@
-"""What the SELM experiments share (Zhang et al. 2024, arXiv 2405.19332): the first stage, as far as it can be run today.
+"""SELM (Zhang et al. 2024, arXiv 2405.19332): the first stage, as far as it can be run today.
 
-SELM goes in stages. In each the policy answers the prompts of one portion of UltraFeedback, a ranker orders its answer
-and the data set's two, and one epoch follows of DPO on the best and the worst, with a bonus of weight alpha. Own answers,
-ranker, bonus and the loop are not there yet. What runs is one epoch of plain DPO on the data set's own pairs of the first
-portion: for Zephyr the paper's first stage, for the others its first iteration without answers, ranker and bonus.
+    python -m oaif_jax.train --config=experiments/selm.py:zephyr --workdir=runs/selm_zephyr \
+        --config.policy.path=ZEPHYR_7B_SFT --config.data.path=ULTRAFEEDBACK_BINARIZED
 
-A file's STAGES names all stages with the paper's numbers, for the loop to come; nothing reads it today. Its keys: iteration
-(0 is before SELM), loss, lr, alpha, and portion, which counts the equal portions, as many as there are stages.
+SELM goes in stages. In each the policy answers the prompts of one portion of UltraFeedback, a ranker orders its answer and the
+data set's two, and one epoch follows of DPO on the best and the worst, with a bonus of weight alpha. What runs here is one epoch
+of plain DPO on the data set's own pairs of the first portion: for Zephyr the paper's first stage, for the others its first
+iteration without answers, ranker and bonus.
 
 [?] marks what the paper doesn't report. Memory is arithmetic: none of this has been run on a TPU.
 """
 
 from ml_collections import ConfigDict
 
-from experiments import common
+from experiments import family
 
 PAIRS = 61_135  # of train_prefs
+MODELS = {  # equal portions of the data, pairs a batch, name
+    "zephyr": (
+        4,
+        256,
+        "Zephyr-7B-SFT (Mistral)",
+    ),  # 61,135 / 4 = 15,283; / 256 = 60 steps, of which 0.1 = 6 are warm-up
+    "llama3": (3, 128, "Llama-3-8B-Instruct"),  # 61,135 / 3 = 20,378; / 128 = 160 steps, of which 16 are warm-up
+    "phi3": (3, 128, "Phi-3-mini-4k-instruct"),
+}
+MEMBERS = {name: f"SELM's first stage, plain dpo: {model}" for name, (_, _, model) in MODELS.items()}
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+    """A member of the family, locked."""
+    (name,) = family.parts("selm", argument, MEMBERS)
+    portions, batch, _ = MODELS[name]
+    config = first_stage(portions, batch)
+    config.optimizer.lr = 5e-7
+    return config.lock()
 
 
 def first_stage(portions: int, batch: int) -> ConfigDict:
     """One epoch of DPO on the first of equal portions, in batches of pairs."""
-    config = common.base()
+    config = family.base()
     config.method = "offline"
     config.seed = 42
     config.steps = -(-(PAIRS // portions) // batch)  # one epoch, the last batch filled up from a second one

@@ -1,6 +1,6 @@
 """Measures how fast an online step is, by phases, beside what this very device allows.
 
-    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m launch.bench --config=experiments/bench_18m.py --out=bench.json
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m launch.bench --config=experiments/bench.py:18m --out=bench.json
 
 Models are random, prompts have one length, and the stop token is none that can be drawn, so that every response has all
 its tokens. Each of --repeats rounds runs every phase once and measures the device's matrix rate and bandwidth beside; medians

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
+from oaif_jax.tasks.base import compute_of, place
 
 from launch import bench_count
 from oaif_jax import config, step, train
@@ -18,7 +19,6 @@ from oaif_jax.config import Config, ConfigError, Shape, at_least
 from oaif_jax.models import sharding, transformer
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.sample import Sampler
-from oaif_jax.tasks.base import compute_of, place
 from oaif_jax.update import optim, state
 
 
@@ -102,7 +102,7 @@ class Arena:
 def parse(values: Mapping[str, Any]) -> Bench:
     """A config file's values with the section `bench`; ConfigError for what can't be run."""
     if "bench" not in values:
-        raise ConfigError("config.bench is missing, wanted an experiment such as experiments/bench_tiny.py")
+        raise ConfigError("config.bench is missing, wanted an experiment such as experiments/bench.py:tiny")
     cfg = config.parse({name: value for name, value in values.items() if name != "bench"})
     section = config.section(Section, values["bench"], "bench.")
     shape = section.annotator

@@ -1,6 +1,6 @@
 """Compiles a training step for TPUs that aren't here, and says what it would do there.
 
-    python -m launch.plan --config=experiments/oaif_tldr_online_dpo.py --topology=v5e:4x4 \\
+    python -m launch.plan --config=experiments/oaif.py:tldr,online,dpo --topology=v5e:4x4 \\
         --config.policy.path=DIR --config.annotator.path=DIR2 --out=plan.json --hlo=step.hlo
 
 Needs libtpu (pip install libtpu) and no TPU. No weights are read: of the models' directories config.json is enough.

@@ -1,6 +1,6 @@
 """Runs a list of settings one after another, each over seeds, and compares them.
 
-    python -m launch.sweep --workdir=runs/lr --config=experiments/tiny_tldr_online_dpo.py --seeds=0,1,2 \\
+    python -m launch.sweep --workdir=runs/lr --config=experiments/tiny.py:tldr,online,dpo --seeds=0,1,2 \\
         --set "loss.beta=0.05,0.1,0.3" --set "optimizer.lr=1e-4,3e-4" --config.eval.final_split=validation
 
 Runs the product of all --config, --run "KEY=A KEY=B" (settings that belong together), --set (values of one key) and
@@ -72,7 +72,8 @@ class Run:
                 f"{self.workdir} has finished with {', '.join(changed)}; wanted these, or another --workdir"
             )
         summary = _read(self.workdir / "summary.json")
-        return summary if summary["steps"] == self.config.steps else None  # else it was going on to more steps
+        steps = self.config.steps * self.config.rounds.count
+        return summary if summary["steps"] == steps else None  # else it was going on to more steps
 
 
 def _read(path: pathlib.Path) -> dict:
@@ -83,10 +84,7 @@ def _read(path: pathlib.Path) -> dict:
 
 
 def _read_config(path: pathlib.Path) -> config.Config:
-    try:
-        return config.parse(_read(path))
-    except config.ConfigError as error:
-        raise UserError(f"{path}: {error}") from error
+    return config.read(path)[0]
 
 
 # ------------------------------------------------------------------------------------------------ flags to runs
@@ -126,9 +124,25 @@ def make_run(workdir: pathlib.Path, file: str, fixed: Sequence[Pair], choice: Se
     overrides = dict((*fixed, *choice))
     values = cli.load_config(file)
     cli.override(values, {**overrides, "seed": str(seed)})
-    name = " ".join([pathlib.Path(file).stem, *(f"{key}={value}" for key, value in choice)])
+    name = " ".join([name_of(file), *(f"{key}={value}" for key, value in choice)])
     directory = re.sub(r"[^A-Za-z0-9._=+-]+", "_", name.replace(" ", "__"))
-    return Run(name, file, overrides, seed, workdir / directory / f"seed_{seed}", config.parse(values.to_dict()))
+    return Run(name, file, overrides, seed, workdir / directory / f"seed_{seed}", _checked(values.to_dict()))
+
+
+def name_of(file: str) -> str:
+    """In: "experiments/tiny.py:tldr,online,dpo" -> Out: "tiny_tldr_online_dpo"."""
+    path, _, argument = file.partition(":")
+    return "_".join([pathlib.Path(path).stem, *(part for part in argument.split(",") if part)])
+
+
+def _checked(values: Mapping) -> config.Config:
+    """The run's config, its method and loss among those that there are."""
+    from oaif_jax import losses, methods  # they import JAX, for whose seconds --help and wrong flags don't wait
+
+    cfg = config.parse(values)
+    methods.named(cfg.method)
+    losses.numbers_of(cfg.loss.name)
+    return cfg
 
 
 def _is_override(text: str) -> bool:

@@ -105,9 +105,10 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
         raise UserError(f"config.steps={cfg.steps}, but {taken} were taken in {workdir}; wanted at least that")
     if changes and taken is not None:  # what the run before left is given up now: not for one that can't go on
         reader.verify(taken)
+    notes = resume.stored_config(workdir)[1] if (workdir / "config.json").exists() else ()
     for change in resume.claim(workdir, cfg):
         console.print(change)
-    for note in setup.notes:
+    for note in (*notes, *setup.notes):
         console.print(note, markup=False, highlight=False)
     with resume.owned(workdir):
         return _train(setup, workdir, console, began)

@@ -244,7 +244,7 @@ def test_flags_are_checked(tmp_path):
 
 
 def test_error_is_one_line():
-    command = [sys.executable, "-m", "launch.bench", "--config=experiments/bench_tiny.py", "--repeats=4"]
+    command = [sys.executable, "-m", "launch.bench", "--config=experiments/bench.py:tiny", "--repeats=4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: --repeats=4: wanted a whole number of at least 5\n"

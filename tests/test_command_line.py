@@ -10,7 +10,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-DPO = "--config=experiments/tiny_tldr_online_dpo.py"
+DPO = "--config=experiments/tiny.py:tldr,online,dpo"
 
 # Program -> the file that holds its docstring, its required flags, its other flags, and arguments that it would take.
 PROGRAMS = {

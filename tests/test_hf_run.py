@@ -13,26 +13,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oaif_jax.data.texts import TextQuestions
+from oaif_jax.tasks import data
+from oaif_jax.tasks.base import frozen_model, place
 from rich.console import Console
 
 from oaif_jax import config, evaluate, export, respond, start, step, tasks, train
 from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
-from oaif_jax.data.texts import TextQuestions
 from oaif_jax.data.tokenizer import right_pad
 from oaif_jax.evals import preference
 from oaif_jax.models import heads, sharding, transformer
 from oaif_jax.models.rows import trunk
 from oaif_jax.stored import hf
 from oaif_jax.stored.checkpoint import load_params
-from oaif_jax.tasks import data
-from oaif_jax.tasks.base import frozen_model, place
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning"
 )  # of torch and its friends
 
-FILE = "experiments/hf_dir_online_dpo.py"
+FILE = "experiments/own.py:online"
 SMALL = {
     "steps": "2", "checkpoint.every": "1", "eval.every": "1", "data.batch": "8", "data.held_out": "8",
     "eval.prompts": "8", "eval.final_prompts": "8", "data.prompt_tokens": "96", "data.response_tokens": "8",

@@ -107,7 +107,7 @@ def summary_of(last: dict[str, float], first: dict[str, float]) -> dict:
             "order_agreement": 0.91, "gold_agreement": 0.924, "start": agreements(first), "end": agreements(last)
         },
         "evaluated_step": STEPS, "seconds": 161.2, "params_sha256": "0123456789abcdef" * 4,
-        "command": "python -m oaif_jax.train --config=experiments/tiny_tldr_online_dpo.py --workdir=runs/online_dpo",
+        "command": "python -m oaif_jax.train --config=experiments/tiny.py:tldr,online,dpo --workdir=runs/online_dpo",
     }  # fmt: skip
 
 

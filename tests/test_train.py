@@ -538,7 +538,7 @@ def test_bad_pairs(base, tmp_path, capsys, monkeypatch, text, named):
 def test_the_command_line_says_one_line_and_exits_with_2(tmp_path):
     """The whole way, in a process of its own."""
     workdir = tmp_path / "run"
-    command = [sys.executable, "-m", "oaif_jax.train", f"--config={ROOT}/experiments/tiny_tldr_sft.py"]
+    command = [sys.executable, "-m", "oaif_jax.train", f"--config={ROOT}/experiments/tiny.py:tldr,sft"]
     command += [f"--workdir={workdir}", "--config.policy.init=tiny:nothing"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2

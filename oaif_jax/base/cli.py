@@ -39,7 +39,7 @@ FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # the flags below belong to the program that asks for them
 
 HELP = ("-h", "-help", "--help", "-?", "--?", "-helpshort", "--helpshort")
-_CONFIG = "an experiment's file, such as --config=experiments/tiny_tldr_online_dpo.py"
+_CONFIG = "an experiment's file, such as --config=experiments/tiny.py:tldr,online,dpo"
 _WORKDIR = "the directory of the run, such as --workdir=runs/online_dpo"
 _PARSERS = {
     bool: (flags.BooleanParser(), "true or false"),

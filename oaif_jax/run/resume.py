@@ -14,7 +14,7 @@ import jax
 
 from oaif_jax import config
 from oaif_jax.base.errors import UserError
-from oaif_jax.base.files import atomic_write_json, read_json
+from oaif_jax.base.files import atomic_write_json
 from oaif_jax.config import Config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -97,11 +97,17 @@ def _nearest(path: pathlib.Path) -> pathlib.Path:
     return next(parent for parent in path.absolute().parents if os.path.lexists(parent))
 
 
-def _changes(path: pathlib.Path, cfg: Config) -> list[str]:
+def stored_config(workdir: pathlib.Path) -> tuple[Config, tuple[str, ...]]:
+    """The config of a workdir's run, and notes on keys that came or went since it was written; UserError for one that can't be
+    gone on with."""
     try:
-        before = config.flatten(config.parse(read_json(path)))
+        return config.read(workdir / "config.json")
     except config.ConfigError as error:
-        raise UserError(f"{path} isn't a config of this version ({error}); take another --workdir") from error
+        raise UserError(f"{error}; it isn't a config of this version, take another --workdir") from error
+
+
+def _changes(path: pathlib.Path, cfg: Config) -> list[str]:
+    before = config.flatten(stored_config(path.parent)[0])
     now = config.flatten(cfg)
     changed = [name for name in now if before[name] != now[name]]
     # The last step of a run collects no pairs ahead for one that isn't taken.

@@ -10,7 +10,6 @@ from jaxtyping import PyTree
 
 from oaif_jax import config
 from oaif_jax.base.errors import UserError
-from oaif_jax.base.files import read_json
 from oaif_jax.config import Config
 from oaif_jax.data.chat import open_template
 from oaif_jax.data.tokenizer import Tokenizer, open_tokenizer
@@ -184,7 +183,7 @@ def run_config(source: Source) -> Config:
     path = workdir / "config.json"
     if not (workdir / "checkpoints").is_dir() or not path.is_file():
         raise UserError(f"{source}: no run there ({workdir / 'checkpoints'} doesn't exist), {WANTED}")
-    return config.parse(read_json(path))
+    return config.read(path)[0]
 
 
 def read_run(workdir: str | pathlib.Path, which: str) -> tuple[Config, PyTree, Source]:
@@ -197,7 +196,7 @@ def read_run(workdir: str | pathlib.Path, which: str) -> tuple[Config, PyTree, S
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"--workdir={workdir}: this run has no checkpoint yet")
     params, meta = checkpoint.load_params(workdir / "checkpoints", which)
-    return config.parse(read_json(path)), params, Source(POLICY, f"{workdir}@{meta['step']}", "")
+    return config.read(path)[0], params, Source(POLICY, f"{workdir}@{meta['step']}", "")
 
 
 def step_of(source: Source) -> int:

@@ -60,7 +60,7 @@ WRITERS = (
     Writer("careful", "tiny:sft", "careful", 13, 800, 0.7),
 )
 PAIRS = 7680  # 240 steps of 32: what an online run sees
-MODELS = {"sft": "tiny_tldr_sft", "annotator": "tiny_annotator", "judge": "tiny_judge"}
+MODELS = {"sft": "tldr,sft", "annotator": "annotator", "judge": "judge"}  # members of experiments/tiny.py
 
 
 def build_tokenizer(workdir: pathlib.Path) -> None:
@@ -72,7 +72,7 @@ def build_tokenizer(workdir: pathlib.Path) -> None:
 
 def build_model(name: str, workdir: pathlib.Path) -> None:
     """NAME.safetensors: an experiment's best checkpoint, in bfloat16."""
-    file = f"experiments/{MODELS[name]}.py"
+    file = f"experiments/tiny.py:{MODELS[name]}"
     train.run(cli.load_config(file), workdir / name)
     _, step, best = stored_model(workdir / name, "best")
     recipe = f"python -m oaif_jax.train --config={file} (step {step})"
@@ -82,7 +82,7 @@ def build_model(name: str, workdir: pathlib.Path) -> None:
 def build_pairs(workdir: pathlib.Path) -> None:
     """pairs.jsonl.gz: two different writers' summaries of each post, labelled by the raters' majority; with its recipe."""
     for writer in WRITERS:
-        config = cli.load_config(f"experiments/{MODELS['sft']}.py")
+        config = cli.load_config(f"experiments/tiny.py:{MODELS['sft']}")
         overrides = {"policy.init": writer.init, "data.writer": writer.style}
         overrides |= {"seed": str(writer.seed), "steps": str(writer.steps)}
         cli.override(config, overrides)

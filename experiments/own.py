@@ -1,0 +1,59 @@
+"""Your own model from a Hugging Face directory, and your own file: one JSON object to a line.
+
+    python -m oaif_jax.train --config=experiments/own.py:online --workdir=runs/mine \
+        --config.policy.path=POLICY --config.annotator.path=ANNOTATOR --config.data.path=prompts.jsonl
+    python -m oaif_jax.train --config=experiments/own.py:offline --workdir=runs/mine \
+        --config.policy.path=POLICY --config.data.path=pairs.jsonl
+    python -m oaif_jax.train --config=experiments/own.py:sft --workdir=runs/mine \
+        --config.policy.path=POLICY --config.data.path=references.jsonl
+
+    online    {"prompt": "..."}
+    offline   {"prompt": "...", "chosen": "...", "rejected": "..."}
+    sft       {"prompt": "...", "response": "..."}
+
+WORKDIR/export is loaded by transformers. Online, the annotator is the judge of the evaluations as well, since nothing else is at
+hand: set judge.init and judge.path for one of its own. Offline nobody judges, and the last checkpoint is taken.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import family
+
+MEMBERS = {
+    "online": "online dpo of any model, annotated by any other, on prompts of your own",
+    "offline": "offline dpo of any model on pairs of your own",
+    "sft": "fine-tuning of any model on references of your own",
+}
+
+
+def get_config(argument: str = "online") -> ConfigDict:
+    """A member of the family, locked."""
+    config = family.base()
+    (config.method,) = family.parts("own", argument, MEMBERS)
+    config.steps = 100
+    config.policy.init = "hf"
+    config.data.train_posts = 0
+    config.data.held_out = 64
+    config.data.batch = 8
+    config.data.prompt_tokens = 512
+    config.data.response_tokens = 128
+    config.optimizer.lr = 5e-6
+    config.optimizer.schedule = "constant"
+    config.eval.every = 20
+    config.eval.prompts = 32
+    config.eval.final_prompts = 64
+    config.export.at_end = True
+    match config.method:
+        case "online":
+            config.data.name = "prompts"
+            config.annotator.init = "hf"
+            config.judge.init = "annotator"
+            config.judge.instruction = "helpful_judge"
+        case "offline":
+            config.data.name = "pairs"
+            config.judge.init = "none"
+            config.eval.final = "last"
+        case "sft":
+            config.data.name = "references"
+            config.eval.best = "validation_loss"
+    return config.lock()

@@ -1,0 +1,68 @@
+"""The tiny world: every method in minutes on a laptop.
+
+    python -m oaif_jax.train --config=experiments/tiny.py:tldr,online,dpo --workdir=runs/online_dpo
+
+Members are listed by `python -m experiments tiny`. Betas and learning rates were tuned on validation posts with another seed
+(docs/notes/tiny_world.md); the paper's betas are 0.1 for DPO, 1.0 for IPO, 0.002 for SLiC.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import family
+
+LOSSES = ("dpo", "ipo", "slic")
+MEMBERS = {
+    **{
+        f"tldr,online,{loss}": f"online {loss}: a language model prefers one of two samples, at every step"
+        for loss in LOSSES
+    },
+    **{
+        f"tldr,offline,{loss}": f"offline {loss}: other policies' pairs, labelled once by simulated raters"
+        for loss in LOSSES
+    },
+    "tldr,sft": "fine-tuning from scratch on noisy references; the start of the preference runs",
+    "annotator": "the annotator: one model that judges pairs under several instructions",
+    "judge": "the judge: as the annotator, trained apart with another seed, for evaluations only",
+}
+ONLINE_BETA = {"dpo": 0.03, "ipo": 0.05, "slic": 0.02}
+OFFLINE_BETA = {"dpo": 0.1, "ipo": 0.05, "slic": 0.1}
+
+
+def get_config(argument: str = "tldr,online,dpo") -> ConfigDict:
+    """A member of the family, locked."""
+    config = family.base()
+    match family.parts("tiny", argument, MEMBERS):
+        case ["tldr", "online", loss]:
+            config.method = "online"
+            config.loss.name, config.loss.beta = loss, ONLINE_BETA[loss]
+        case ["tldr", "offline", loss]:
+            config.method = "offline"
+            config.loss.name, config.loss.beta = loss, OFFLINE_BETA[loss]
+            config.optimizer.lr = 2e-4
+        case ["tldr", "sft"]:
+            _from_scratch(config, steps=3000, lr=2e-3, warmup=100)
+            config.method = "sft"
+        case ["annotator"]:
+            _judging(config, layers=5)
+        case ["judge"]:
+            _judging(config, layers=6)
+            config.seed = 1
+    return config.lock()
+
+
+def _from_scratch(config: ConfigDict, *, steps: int, lr: float, warmup: int) -> None:
+    config.steps = steps
+    config.policy.init = "scratch"
+    config.optimizer.lr = lr
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup = warmup
+    config.eval.every = 200
+    config.eval.best = "validation_loss"
+    config.checkpoint.every = 200
+
+
+def _judging(config: ConfigDict, *, layers: int) -> None:
+    _from_scratch(config, steps=1600, lr=1e-3, warmup=200)
+    config.method = "annotator"
+    config.policy.shape.layers = layers
+    config.optimizer.b2 = 0.98

@@ -1,0 +1,27 @@
+"""Bounds of a key's value: functions of a value that say what was wanted instead, or nothing."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+Check = Callable[[Any], str | None]
+
+
+def one_of(*choices: str) -> Check:
+    """A check that a value is among the choices."""
+    return lambda value: None if value in choices else f"one of {', '.join(choices)}"
+
+
+def at_least(low: float) -> Check:
+    """A check that a number is finite and not below `low`."""
+    return lambda value: None if math.isfinite(value) and value >= low else f"a number of at least {low:g}"
+
+
+def above(low: float) -> Check:
+    """A check that a number is finite and above `low`."""
+    return lambda value: None if math.isfinite(value) and value > low else f"a number above {low:g}"
+
+
+def within(low: float, high: float) -> Check:
+    """A check that a number lies in [low, high]."""
+    return lambda value: None if low <= value <= high else f"a number from {low:g} to {high:g}"

@@ -1,0 +1,261 @@
+"""Every key of a run: its name, type, bounds, default and meaning. This is the one place of a key.
+
+The defaults are online DPO in the tiny world. Any key is set on the command line: --config.loss.beta=0.3. There are no None and
+no lists, which couldn't be.
+"""
+
+import dataclasses
+from typing import Annotated
+
+from oaif_jax.config.checks import above, at_least, one_of, within
+
+DATA = (
+    "tiny", "prompts", "references", "pairs", "tldr_posts", "tldr_comparisons", "hh", "ultrafeedback", "tfds",
+)  # fmt: skip
+DTYPES = ("float32", "bfloat16")
+QUANT = ("none", "int8", "nf4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """Rounds: at each one's start the reference becomes the policy, and optimizer and schedule begin anew."""
+
+    count: Annotated[int, at_least(1)] = 1  # each of config.steps updates
+    lr: str = ""  # learning rates by round, such as 5e-7,3e-7,1e-7; empty: optimizer.lr in each
+    portions: bool = False  # each round trains on its own of `count` equal portions of the training data, in file order
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """The preference loss and its numbers; beta belongs to the loss, since the losses' betas differ by a factor of 500."""
+
+    name: str = "dpo"  # dpo, ipo (summed log-ratios), ipo_mean (per token), slic; see losses.py
+    beta: Annotated[float, above(0)] = 0.1  # dpo and ipo about 0.1, slic about 0.002
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model from scratch; others bring their own."""
+
+    width: Annotated[int, at_least(1)] = 96  # of the residual stream
+    layers: Annotated[int, at_least(1)] = 3  # blocks of attention and mlp
+    heads: Annotated[int, at_least(1)] = 4  # query heads
+    kv_heads: Annotated[int, at_least(1)] = 4  # key/value heads, of which `heads` is a multiple
+    head_dim: Annotated[int, at_least(2)] = 24  # width of a head, even
+    mlp: Annotated[int, at_least(1)] = 288  # width inside the gated mlp
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank additions, trained in place of the parameters; the base is then the reference."""
+
+    rank: Annotated[int, at_least(0)] = 0  # 0: off, all parameters are trained
+    alpha: Annotated[float, above(0)] = 16.0  # the additions are scaled by alpha / rank
+    targets: str = "q,k,v,out,gate,up,down"  # the projections that get one
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The model that is trained."""
+
+    init: str = "tiny:sft"  # tiny:NAME (an asset), hf (path), scratch (shape), WORKDIR[@best | @last | @STEP] (a run)
+    path: str = ""  # hf: a directory with config.json, *.safetensors and the tokenizer's files
+    chat: str = "auto"  # hf: auto (the tokenizer's own chat template), none (plain text), or a .jinja file
+    shape: Shape = Shape()
+    lora: Lora = Lora()
+    quant: Annotated[str, one_of(*QUANT)] = "none"  # of the frozen base under LoRA: none, int8, nf4
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The fixed model that the policy is kept near to and compared with."""
+
+    init: str = "policy"  # policy (a copy of its start), or as policy.init
+    path: str = ""  # as policy.path
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotator:
+    """Who prefers one of several responses (online)."""
+
+    init: str = (
+        "tiny:annotator"  # as policy.init, or python:MODULE.FUNCTION (a function of yours, see annotate/python.py)
+    )
+    path: str = ""  # as policy.path; its tokenizer may be another than the policy's
+    chat: str = "auto"  # as policy.chat
+    quant: Annotated[str, one_of(*QUANT)] = "none"  # none, int8, nf4
+    instruction: str = "helpful"  # tiny: helpful, short, very_short; else see annotate/instructions; or a path
+    question_tokens: Annotated[int, at_least(0)] = 0  # limit of instruction and prompt; 0: the longest that there is
+    missing_eos: Annotated[str, one_of("loses", "ignore")] = "loses"  # a response cut at the limit: loses, or is let be
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """The model that compares the policy with the reference in evaluations; it takes no part in training."""
+
+    init: str = "tiny:judge"  # as policy.init, annotator (the same model), or none; tiny's was trained apart
+    path: str = ""  # as policy.path
+    chat: str = "auto"  # as policy.chat
+    instruction: str = "helpful"  # as annotator.instruction
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The examples. Files at `path`: prompts, references, pairs (your own JSON lines), tldr_posts, tldr_comparisons, hh,
+    ultrafeedback (as distributed), tfds (what `python -m oaif_jax.data prepare` wrote)."""
+
+    name: Annotated[str, one_of(*DATA)] = "tiny"  # tiny (the embedded world), or the form of the files at `path`
+    path: str = ""  # a file, or a directory in the data set's own layout
+    train: str = ""  # files: name of the split to train on, where path is a directory
+    validation: str = ""  # files: name of the split to validate on; "": held out from train
+    test: str = ""  # files: name of the split for the end; "": held out from train
+    held_out: Annotated[int, at_least(1)] = 256  # files: examples held out for each of these two
+    on_error: Annotated[str, one_of("raise", "skip")] = "raise"  # a line that can't be read: raise, skip (and count)
+    seed: Annotated[int, at_least(0)] = 0  # of the examples and their order
+    train_posts: Annotated[int, at_least(0)] = 20000  # training examples, in a new order each epoch; 0: all there are
+    batch: Annotated[int, at_least(1)] = 32  # prompts, pairs or references a step, over all devices
+    prompt_tokens: Annotated[int, at_least(1)] = 56  # limit of a prompt; longer ones are left out
+    response_tokens: Annotated[int, at_least(1)] = 16  # limit of a response, with its end
+    writer: Annotated[str, one_of("reference", "careless", "careful")] = (
+        "reference"  # tiny, sft: who wrote the references
+    )
+    pairs: str = "tiny:pairs"  # tiny, offline: tiny:NAME (an asset), or a path to JSONL
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """How responses are drawn, in training and in evaluation."""
+
+    temperature: Annotated[float, at_least(0)] = 0.9  # 0: greedy
+    top_k: Annotated[int, at_least(0)] = 0  # most likely tokens kept; 0: all
+    top_p: Annotated[float, within(0, 1)] = 1.0  # probability mass kept; 1: all
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """The optimizer and its schedule."""
+
+    name: Annotated[str, one_of("adamw", "adafactor")] = "adamw"
+    lr: Annotated[float, above(0)] = 5e-4  # after the warm-up
+    schedule: Annotated[str, one_of("constant", "linear", "cosine")] = "linear"  # the last two end at 0 after `steps`
+    warmup: Annotated[int, at_least(0)] = 10  # steps from lr 0 to lr
+    clip: Annotated[float, at_least(0)] = 1.0  # largest norm of the gradient; 0: off
+    b1: Annotated[float, within(0, 0.9999)] = 0.9  # adamw's decay of the first moment
+    b2: Annotated[float, within(0, 0.99999)] = 0.99  # adamw's decay of the second moment
+    eps: Annotated[float, above(0)] = 1e-8  # adamw's, added to the root of the second moment
+    weight_decay: Annotated[float, at_least(0)] = 0.0  # decoupled; a step in which no pair counts doesn't decay
+    scale_by_parameters: bool = False  # adafactor: updates relative to the parameter's RMS
+    moments: Annotated[str, one_of(*DTYPES)] = "float32"  # type of adamw's first moment
+    accumulate: Annotated[int, at_least(1)] = 1  # micro-batches a step, each data.batch / accumulate
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; their product is the number of devices."""
+
+    cpu_devices: Annotated[int, at_least(0)] = 2  # without accelerators: parts that the CPU is made; 0: left as it is
+    data: int = -1  # copies of the parameters, over which the batch is split; -1: what is left
+    fsdp: Annotated[int, at_least(1)] = 1  # parts of each parameter, over which the batch is split as well
+    tensor: Annotated[int, at_least(1)] = 1  # parts of heads, mlp and vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """Types and memory of the computation; results agree to rounding."""
+
+    dtype: Annotated[str, one_of(*DTYPES)] = (
+        "float32"  # of activations and products: float32 (CPU), bfloat16 (accelerators)
+    )
+    trained: Annotated[str, one_of(*DTYPES)] = (
+        "float32"  # of trained parameters; a bfloat16 one doesn't move at small rates
+    )
+    frozen: Annotated[str, one_of(*DTYPES)] = "float32"  # of reference, annotator and judge, as dtype
+    remat: Annotated[str, one_of("none", "dots", "layer")] = "none"  # computed again backward: all but products, or all
+    attention: Annotated[str, one_of("parts", "cudnn", "splash")] = "parts"  # XLA's products; a kernel of GPUs, of TPUs
+    decode: Annotated[str, one_of("scanned", "unrolled")] = (
+        "unrolled"  # layers in the token loop; unrolled is faster on CPU
+    )
+    lengths: Annotated[int, within(1, 3)] = (
+        1  # annotate and update at so many widths (R, R/2, R/4), by the longest response
+    )
+    head_chunk: Annotated[int, at_least(1)] = 1024  # tokens whose logits exist at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Evaluation on held-out examples, policy against reference."""
+
+    every: Annotated[int, at_least(1)] = 40  # steps; a multiple of checkpoint.every
+    prompts: Annotated[int, at_least(1)] = 128  # validation examples
+    final_prompts: Annotated[int, at_least(1)] = 256  # examples at the end
+    final_split: Annotated[str, one_of("validation", "test")] = "test"  # of these; validation is for tuning
+    final: Annotated[str, one_of("best", "last")] = "best"  # parameters at the end: best (by the next key), last
+    best: Annotated[str, one_of("judge.score", "gold.score", "validation_loss")] = "judge.score"  # which step is best
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Checkpoints, from which a run goes on when started again."""
+
+    every: Annotated[int, at_least(1)] = 20  # steps between them
+    keep: Annotated[int, at_least(1)] = 2  # last ones kept, beside the best
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What the run leaves for other programs."""
+
+    at_end: bool = False  # write WORKDIR/export, which transformers loads (policy.init=hf)
+    dtype: Annotated[str, one_of(*DTYPES)] = "bfloat16"  # of what is exported
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """Training metrics."""
+
+    every: Annotated[int, at_least(1)] = 1  # steps between lines of metrics.jsonl
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    method: str = (
+        "online"  # online, offline (fixed pairs), sft (references), annotator (pairs with answers); see methods/
+    )
+    seed: Annotated[int, at_least(0)] = 0  # of what is random: a policy from scratch, the order of examples, samples
+    steps: Annotated[int, at_least(1)] = 240  # updates of the policy, in each round
+    async_steps: Annotated[int, within(0, 1)] = 0  # 1: responses are drawn and scored a step ahead
+    rounds: Rounds = Rounds()
+    loss: Loss = Loss()
+    policy: Policy = Policy()
+    reference: Reference = Reference()
+    annotator: Annotator = Annotator()
+    judge: Judge = Judge()
+    data: Data = Data()
+    sample: Sample = Sample()
+    optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    compute: Compute = Compute()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    export: Export = Export()
+    log: Log = Log()
+
+
+# What may differ when a run goes on in its workdir: nothing of it changes the steps already taken.
+MAY_CHANGE = (
+    "steps",  # where the schedule doesn't depend on it
+    "log.every",
+    "eval.every",
+    "eval.prompts",
+    "eval.final_prompts",
+    "eval.final_split",
+    "eval.final",
+    "checkpoint.keep",
+    "export.at_end",
+    "export.dtype",
+)
+
+# Keys that there once were, with their defaults: a stored config may still have them.
+REMOVED = {"compute.unroll": 1}
