@@ -1,24 +1,26 @@
 """Config and command line: everything that can't be run is one line with the name, the value and what was wanted."""
 
+import ast
 import copy
 import dataclasses
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 from absl import flags
 
-from oaif_jax import config
+from oaif_jax import config, losses, methods
 from oaif_jax.base import cli, errors
 
 # ml_collections loads a config file by a function that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-FILE = str(ROOT / "experiments" / "tiny_tldr_online_dpo.py")
+FILE = str(ROOT / "experiments" / "tiny.py") + ":tldr,online,dpo"
 BASE = cli.load_config(FILE).to_dict()
 FLAT = config.flatten(config.parse(BASE))
 WRONG_TYPES = {
@@ -28,7 +30,8 @@ WRONG_TYPES = {
     str: (1, 0.5, True, None, ["a"]),
 }
 WRONG_TEXTS = {bool: ("maybe", "2", ""), int: ("1.5", "abc", "1e3", ""), float: ("abc", "0,1", "")}
-FREE_TEXTS = ("policy.init", "policy.path", "policy.chat", "policy.lora.targets", "reference.path", "annotator.path",
+FREE_TEXTS = ("method", "loss.name",  # checked where methods and losses are named
+              "policy.init", "policy.path", "policy.chat", "policy.lora.targets", "reference.path", "annotator.path",
               "annotator.chat", "judge.path", "judge.chat", "data.path", "data.train", "data.validation", "data.test",
               "reference.init", "annotator.init", "annotator.instruction", "judge.init",
               "judge.instruction", "data.pairs")  # fmt: skip
@@ -115,18 +118,89 @@ def test_unknown_key_names_the_near_one(key):
 
 
 @pytest.mark.parametrize("key", FLAT)
-def test_missing_key_is_named(key):
+def test_a_missing_key_has_its_default(key):
     values = copy.deepcopy(BASE)
     section, name = section_of(values, key)
     del section[name]
-    assert refusal(values) == f"config.{key} is missing"
+    defaults = config.flatten(config.Config())
+    assert config.flatten(config.parse(values)) == FLAT | {key: defaults[key]}
+
+
+def test_defaults():
+    assert config.parse({}) == config.Config() == config.parse(config.defaults())
+    assert config.parse({"loss": {"beta": 0.3}}).loss == dataclasses.replace(config.Config().loss, beta=0.3)
+
+
+def test_every_key_has_a_comment_and_a_default():
+    """In keys.py a key's line says what it means, unless it is a section, whose docstring does."""
+    source = (ROOT / "oaif_jax" / "config" / "keys.py").read_text()
+    lines, keys = source.split("\n"), []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            assert ast.get_docstring(node), node.name
+        if isinstance(node, ast.AnnAssign) and not isinstance(node.value, ast.Call):
+            keys.append(node.target.id)
+            assert node.value is not None, f"{node.target.id} has no default"
+            assert "  # " in lines[node.lineno - 1] or node.target.id == "name", f"{node.target.id} has no comment"
+    assert sorted(keys) == sorted(key.split(".")[-1] for key in FLAT)
+
+
+# ------------------------------------------------------------------------------------------------ stored configs
+
+
+def stored(tmp_path: pathlib.Path, values: dict) -> pathlib.Path:
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    return tmp_path / "config.json"
+
+
+@pytest.mark.parametrize("key", FLAT)
+def test_a_run_that_was_made_before_a_key_is_read(tmp_path, key):
+    values = copy.deepcopy(BASE)
+    section, name = section_of(values, key)
+    del section[name]
+    read, notes = config.read(stored(tmp_path, values))
+    default = config.flatten(config.Config())[key]
+    assert config.flatten(read) == FLAT | {key: default}
+    assert len(notes) == 1
+    assert notes[0].startswith(f"config.{key} isn't in {tmp_path}")
+    assert repr(default) in notes[0]
+
+
+def test_a_run_that_was_made_before_a_section_is_read(tmp_path):
+    values = copy.deepcopy(BASE)
+    del values["rounds"]
+    read, notes = config.read(stored(tmp_path, values))
+    assert read == config.parse(BASE)
+    assert len(notes) == 3
+
+
+@pytest.mark.parametrize(("value", "said"), [(1, 0), (4, 1)])
+def test_a_key_that_was_removed_is_left_out(tmp_path, value, said):
+    """With a note if it had another value than by default."""
+    values = copy.deepcopy(BASE)
+    values["compute"]["unroll"] = value
+    read, notes = config.read(stored(tmp_path, values))
+    assert read == config.parse(BASE)
+    assert len(notes) == said
+    assert all("config.compute.unroll=4" in note for note in notes)
+    assert "config.compute.unroll doesn't exist" in refusal(values)  # in a new config it is an error
+
+
+@pytest.mark.parametrize(
+    ("text", "named"), [("[1]", "holds a list"), ('{"los": {}}', "config.los doesn't exist"), ("{", "can't be read")]
+)
+def test_a_stored_config_that_cannot_be_read(tmp_path, text, named):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(errors.UserError, match=re.escape(str(tmp_path))) as caught:
+        config.read(tmp_path / "config.json")
+    assert named in str(caught.value)
 
 
 def test_value_in_place_of_a_section():
     """In a process of its own: the tests' type checks would stop the call."""
     program = """
 import json, sys
-from oaif_jax import config
+from oaif_jax import config, losses, methods
 values, sections = json.load(sys.stdin)
 for section in sections:
     try:
@@ -143,8 +217,15 @@ for section in sections:
 
 
 def test_near_choice_is_named():
-    assert "did you mean 'slic'?" in refusal(changed(loss__name="slci"))
-    assert "one of online, offline, sft, annotator" in refusal(changed(method="ppo"))
+    assert "did you mean 'adafactor'?" in refusal(changed(optimizer__name="adafactr"))
+
+
+def test_methods_and_losses_are_known_by_name():
+    with pytest.raises(errors.UserError, match="one of online, offline, sft, annotator"):
+        methods.named("ppo")
+    with pytest.raises(errors.UserError, match="did you mean 'slic'"):
+        losses.numbers_of("slci")
+    assert {methods.named(name).reads for name in methods.METHODS} == {"prompts", "pairs", "references", "judged"}
 
 
 @pytest.mark.parametrize(
@@ -155,7 +236,10 @@ def test_near_choice_is_named():
         ({"sample__top_p": 0.0}, ("config.sample.top_p=0.0", "above 0")),
         ({"policy__shape__kv_heads": 3}, ("config.policy.shape.heads=4", "config.policy.shape.kv_heads=3")),
         ({"policy__shape__head_dim": 7}, ("config.policy.shape.head_dim=7",)),
-        ({"sample__temperature": 0.0}, ("config.sample.temperature=0.0", "above 0")),
+        ({"rounds__lr": "1e-3,2e-3"}, ("config.rounds.lr='1e-3,2e-3'", "wanted 1 numbers")),
+        ({"rounds__lr": "1e-3,"}, ("config.rounds.lr='1e-3,'",)),
+        ({"rounds__lr": "0"}, ("config.rounds.lr='0'", "above 0")),
+        ({"rounds__lr": "nan"}, ("config.rounds.lr='nan'",)),
         ({"checkpoint__every": 30}, ("config.eval.every=40", "config.checkpoint.every=30")),
     ],
 )
@@ -170,6 +254,7 @@ def test_combinations_that_are_fine():
     for changes in (
         {"method": "offline", "sample__temperature": 0.0},  # greedy samples hurt online training only
         {"eval__final": "last", "checkpoint__every": 30},
+        {"rounds__count": 2, "rounds__lr": "1e-3,5e-4"},
         {"policy__shape__kv_heads": 2},
         {"optimizer__accumulate": 4},
     ):
@@ -311,7 +396,10 @@ DIR = "--workdir={tmp}/run"
         ((GIVEN, DIR, "--config.loss.beta"), ("--config.loss.beta has no value",)),
         ((GIVEN, DIR, "--config.steps"), ("--config.steps has no value",)),
         ((GIVEN, DIR, "--noconfig.steps"), ("--noconfig.steps", "wanted --config.steps=VALUE")),
-        ((GIVEN, DIR, "--config.loss.name=dqo"), ("config.loss.name='dqo'", "one of", "did you mean 'dpo'?")),
+        (
+            (GIVEN, DIR, "--config.optimizer.name=adm"),
+            ("config.optimizer.name='adm'", "one of", "did you mean 'adamw'?"),
+        ),
         ((GIVEN, DIR, "--config.loss.beta=-1"), ("config.loss.beta=-1.0", "wanted a number above 0")),
         ((GIVEN, DIR, "--config.loss.beta=nan"), ("config.loss.beta=nan", "wanted a number above 0")),
         ((GIVEN, DIR, "--workdri=x"), ("--workdri doesn't exist", "did you mean 'workdir'?")),
@@ -327,7 +415,8 @@ DIR = "--workdir={tmp}/run"
         ((DIR, "--config"), ("--config has no value, wanted an experiment's file",)),
         ((DIR, "--config", "--verbosity=1"), ("--config has no value",)),
         ((DIR, "--config="), ("--config=: there's no such file",)),
-        ((DIR, f"--config={ROOT}/experiments/tiny.py:tldr,online,dop"), ("there's no such file", "online_dpo.py'?")),
+        ((DIR, f"--config={ROOT}/experiments/tinny.py"), ("there's no such file", "experiments/tiny.py'?")),
+        ((DIR, f"--config={ROOT}/experiments/tiny.py:tldr,online,dop"), ("did you mean 'tldr,online,dpo'?",)),
         ((DIR, "--config={tmp}"), ("there's no such file",)),
         ((DIR, "--config={tmp}/nowhere/x.py"), ("--config={tmp}/nowhere/x.py: there's no such file",)),
         ((DIR, "--config={tmp}/empty.py"), ("--config={tmp}/empty.py has no function get_config()",)),

@@ -78,9 +78,7 @@ class Reference:
 class Annotator:
     """Who prefers one of several responses (online)."""
 
-    init: str = (
-        "tiny:annotator"  # as policy.init, or python:MODULE.FUNCTION (a function of yours, see annotate/python.py)
-    )
+    init: str = "tiny:annotator"  # as policy.init, or python:MODULE.FUNCTION (see annotate/python.py)
     path: str = ""  # as policy.path; its tokenizer may be another than the policy's
     chat: str = "auto"  # as policy.chat
     quant: Annotated[str, one_of(*QUANT)] = "none"  # none, int8, nf4
@@ -116,9 +114,7 @@ class Data:
     batch: Annotated[int, at_least(1)] = 32  # prompts, pairs or references a step, over all devices
     prompt_tokens: Annotated[int, at_least(1)] = 56  # limit of a prompt; longer ones are left out
     response_tokens: Annotated[int, at_least(1)] = 16  # limit of a response, with its end
-    writer: Annotated[str, one_of("reference", "careless", "careful")] = (
-        "reference"  # tiny, sft: who wrote the references
-    )
+    writer: Annotated[str, one_of("reference", "careless", "careful")] = "reference"  # tiny, sft: of references
     pairs: str = "tiny:pairs"  # tiny, offline: tiny:NAME (an asset), or a path to JSONL
 
 
@@ -163,21 +159,13 @@ class Mesh:
 class Compute:
     """Types and memory of the computation; results agree to rounding."""
 
-    dtype: Annotated[str, one_of(*DTYPES)] = (
-        "float32"  # of activations and products: float32 (CPU), bfloat16 (accelerators)
-    )
-    trained: Annotated[str, one_of(*DTYPES)] = (
-        "float32"  # of trained parameters; a bfloat16 one doesn't move at small rates
-    )
+    dtype: Annotated[str, one_of(*DTYPES)] = "float32"  # of activations and products; bfloat16 on accelerators
+    trained: Annotated[str, one_of(*DTYPES)] = "float32"  # of trained parameters; bfloat16 hardly moves
     frozen: Annotated[str, one_of(*DTYPES)] = "float32"  # of reference, annotator and judge, as dtype
     remat: Annotated[str, one_of("none", "dots", "layer")] = "none"  # computed again backward: all but products, or all
     attention: Annotated[str, one_of("parts", "cudnn", "splash")] = "parts"  # XLA's products; a kernel of GPUs, of TPUs
-    decode: Annotated[str, one_of("scanned", "unrolled")] = (
-        "unrolled"  # layers in the token loop; unrolled is faster on CPU
-    )
-    lengths: Annotated[int, within(1, 3)] = (
-        1  # annotate and update at so many widths (R, R/2, R/4), by the longest response
-    )
+    decode: Annotated[str, one_of("scanned", "unrolled")] = "unrolled"  # layers in the token loop (CPU: unrolled)
+    lengths: Annotated[int, within(1, 3)] = 1  # response widths (R, R/2, R/4) to annotate and update at
     head_chunk: Annotated[int, at_least(1)] = 1024  # tokens whose logits exist at a time
 
 
@@ -220,9 +208,7 @@ class Log:
 class Config:
     """One run."""
 
-    method: str = (
-        "online"  # online, offline (fixed pairs), sft (references), annotator (pairs with answers); see methods/
-    )
+    method: str = "online"  # online, offline (fixed pairs), sft (references), annotator (judged pairs)
     seed: Annotated[int, at_least(0)] = 0  # of what is random: a policy from scratch, the order of examples, samples
     steps: Annotated[int, at_least(1)] = 240  # updates of the policy, in each round
     async_steps: Annotated[int, within(0, 1)] = 0  # 1: responses are drawn and scored a step ahead
