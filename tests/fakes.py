@@ -11,6 +11,7 @@ import numpy as np
 from oaif_jax.data.tokenizer import Tokenizer
 from oaif_jax.models import transformer
 from oaif_jax.models.config import ComputeConfig, ModelConfig
+from oaif_jax.types import DATA, Prompts, Rollout
 
 # Odd numbers where nothing needs them even, so that no two dimensions are mistaken for each other.
 MODEL = ModelConfig(vocab_size=43, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=24)
@@ -72,3 +73,16 @@ def right_padded(
     mask = np.arange(shape[-1]) < lengths[..., None]
     tokens = np.where(mask, rng.integers(3, vocab_size, shape), 0)
     return jnp.asarray(tokens, jnp.int32), jnp.asarray(mask)
+
+
+def prompts_of(seed: int, rows: int, slots: int, first_row: int = 0) -> Prompts:
+    """Random prompts of every length."""
+    tokens, valid = left_padded(seed, rows, slots)
+    return Prompts(tokens, valid, jnp.arange(first_row, first_row + rows, dtype=jnp.int32))
+
+
+def rollout_of(prompts: Prompts, seed: int, completions: int, tokens: int, by: str = DATA) -> Rollout:
+    """Random completions of prompts."""
+    responses, mask = right_padded(seed, (len(prompts.tokens), completions, tokens))
+    finished = jnp.ones(responses.shape[:2], bool)
+    return Rollout(prompts, responses, mask, finished, (by,) * completions)

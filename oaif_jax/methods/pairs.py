@@ -38,18 +38,18 @@ def best_and_worst(rollout: Rollout, scores: Scores, *, missing_eos: str) -> Pai
     """The best and the worst completion of each prompt by their scores; of equals the earlier one is the better.
 
     With missing_eos="loses", one that ends is better than one that was cut off, whatever the scores say. The weight is 0 where
-    fewer than two scores are known, where best and worst score the same, and where they are the same tokens.
+    best and worst score the same or one's score isn't known, unless just one of them ends; and where they are the same tokens.
     """
-    value, known, finished = scores.value, scores.known, rollout.finished
-    ends = finished if missing_eos == "loses" else jnp.ones_like(finished)
-    any_ends, any_cut = jnp.any(known & ends, axis=-1, keepdims=True), jnp.any(known & ~ends, axis=-1, keepdims=True)
-    # Of those that end, the best; of those that were cut off, where there are any, the worst.
-    best = jnp.argmax(jnp.where(known & (ends | ~any_ends), value, -jnp.inf), axis=-1)
-    worst = jnp.argmin(jnp.where(known & (~ends | ~any_cut), value, jnp.inf), axis=-1)
-    worst = jnp.where(worst == best, (best + 1) % value.shape[-1], worst)  # all score the same, or only one is known
+    ends = rollout.finished if missing_eos == "loses" else jnp.ones_like(rollout.finished)
+    any_ends, any_cut = jnp.any(ends, axis=-1, keepdims=True), jnp.any(~ends, axis=-1, keepdims=True)
+    # Of those that end, the best; of those that were cut off, where there are any, the worst. What isn't known comes last.
+    least = jnp.finfo(scores.value.dtype).min
+    best = jnp.argmax(jnp.where(ends | ~any_ends, jnp.where(scores.known, scores.value, least), -jnp.inf), axis=-1)
+    worst = jnp.argmin(jnp.where(~ends | ~any_cut, jnp.where(scores.known, scores.value, -least), jnp.inf), axis=-1)
+    worst = jnp.where(worst == best, (best + 1) % scores.value.shape[-1], worst)  # all score the same, or one is known
     at = lambda x, index: jnp.take_along_axis(x, index[:, None], axis=1)[:, 0]  # noqa: E731
-    is_decided = (at(value, best) > at(value, worst)) | (at(ends, best) & ~at(ends, worst))
-    is_decided &= at(known, best) & at(known, worst)
+    is_better = at(scores.value, best) > at(scores.value, worst)
+    is_decided = is_better & at(scores.known, best) & at(scores.known, worst) | (at(ends, best) & ~at(ends, worst))
     weight = jnp.where(is_decided & ~same(rollout, best, worst), 1.0, 0.0)
     return Pairs(best.astype(jnp.int32), worst.astype(jnp.int32), weight)
 

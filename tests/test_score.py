@@ -12,18 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oaif_jax import step
+from oaif_jax.losses import PairLoss
+from oaif_jax.methods.base import Models
+from oaif_jax.methods.offline import Offline
+from oaif_jax.methods.pairs import Pairs
 from oaif_jax.models import heads, rows, sharding, transformer
 from oaif_jax.models.config import ComputeConfig, ModelConfig
-from oaif_jax.pairs import response_logprobs
+from oaif_jax.rollout import score
+from oaif_jax.types import Batch, Prompts, Rollout
 
 CLOSE = {"rtol": 2e-5, "atol": 5e-5}
 CFG, COMPUTE = fakes.MODEL, fakes.COMPUTE
 SLOTS, TOKENS = 5, 4  # S, R
 
-logprobs_of = functools.partial(
-    jax.jit(response_logprobs, static_argnames=("cfg", "compute")), cfg=CFG, compute=COMPUTE
-)
+
+@jax.jit
+def logprobs_of(params, prompts, valid, responses, mask):
+    asked = Prompts(prompts, valid, jnp.arange(len(prompts)))
+    finished = jnp.ones(responses.shape[:2], bool)
+    rollout = Rollout(asked, responses, mask, finished, ("data",) * responses.shape[1])
+    return score(params, rollout, cfg=CFG, compute=COMPUTE)
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +119,15 @@ CHUNK, RESPONSE_TOKENS = 32, 4 * 2 * 13
 def pair_gradient() -> list[hlo.Instruction]:
     """The gradient of the pair loss as it is trained on, policy and reference."""
     params = jax.eval_shape(functools.partial(transformer.init, cfg=WIDE), jax.random.key(0))
-    batch = dict(zip(("prompts", "prompt_valid"), fakes.left_padded(0, 4, 5), strict=True))
-    pair = step.Pairs(*fakes.right_padded(0, (4, 2, 13)), jnp.ones(4, bool), jnp.ones(4))
-    objective = step.PairObjective("dpo", 0.1, WIDE, WIDE, ComputeConfig(head_chunk=CHUNK))
-    loss = functools.partial(step.pair_loss, objective=objective)
-    compiled = jax.jit(jax.grad(loss, has_aux=True)).lower(params, params, batch, pair).compile()
+    rollout = fakes.rollout_of(fakes.prompts_of(0, 4, 5), 0, 2, 13)
+    pairs = Pairs(jnp.zeros(4, jnp.int32), jnp.ones(4, jnp.int32), jnp.ones(4))
+    method, models = Offline(PairLoss("dpo", (("beta", 0.1),))), Models(WIDE, WIDE, ComputeConfig(head_chunk=CHUNK))
+
+    def loss(policy, reference, rollout, pairs):
+        logps = method.predict(policy, reference, Batch(), rollout, models=models, prefilled=None)
+        return method.loss(logps, pairs).total
+
+    compiled = jax.jit(jax.grad(loss)).lower(params, params, rollout, pairs).compile()
     return hlo.everything(hlo.parse(compiled.as_text()))
 
 

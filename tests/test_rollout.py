@@ -16,8 +16,8 @@ import scipy.stats
 from oaif_jax.models import heads, rows, sharding, transformer
 from oaif_jax.models.attention import MASKED
 from oaif_jax.models.config import ModelConfig
-from oaif_jax.pairs import predictors
-from oaif_jax.sample import Responses, Sampler, categorical, restrict, sample
+from oaif_jax.rollout import Sampler, categorical, named_key, restrict, sample
+from oaif_jax.types import Prompts, Rollout
 
 CFG, COMPUTE = fakes.MODEL, fakes.COMPUTE
 PROMPTS, SLOTS, COMPLETIONS, TOKENS = 6, 5, 3, 9  # P, S, C, R
@@ -39,40 +39,44 @@ def params() -> dict:
     return params | {"final_norm": {"scale": params["final_norm"]["scale"] - 0.5}}
 
 
-def prompts_of(seed: int = 8, count: int = PROMPTS) -> tuple[jax.Array, jax.Array]:
-    return fakes.left_padded(seed, count, SLOTS)
+def prompts_of(seed: int = 8, count: int = PROMPTS) -> Prompts:
+    return fakes.prompts_of(seed, count, SLOTS)
 
 
-def keys_of(seed: int, count: int = PROMPTS) -> jax.Array:
-    return jax.random.split(jax.random.key(seed), count)
+def key_of(seed: int) -> jax.Array:
+    return jax.random.key(seed)
 
 
-def draw(params, prompts, keys, sampler: Sampler, completions: int = COMPLETIONS) -> Responses:
-    """Responses on the host."""
-    made = compiled(params, *prompts, keys, sampler=sampler, completions=completions, cfg=CFG, compute=COMPUTE)
+def draw(params, prompts: Prompts, key, sampler: Sampler, completions: int = COMPLETIONS) -> Rollout:
+    """Completions on the host."""
+    made = compiled(params, prompts, key, sampler=sampler, completions=completions, cfg=CFG, compute=COMPUTE)
     return jax.tree.map(np.asarray, made)
 
 
 @jax.jit
-def logits_of(params, prompts, valid, tokens, mask):
+def logits_of(params, prompts: Prompts, tokens, mask):
     """The logits that each response token should be drawn from, [P, C, R, V], by a full forward pass."""
-    hidden, _ = transformer.forward(params, rows.branch(prompts, valid, tokens, mask), cfg=CFG, compute=COMPUTE)
-    slots = prompts.shape[1]
-    hidden = predictors(hidden[:, slots - 1 : slots], hidden[:, slots:], tokens.shape[1])
+    laid_out = rows.branch(prompts.tokens, prompts.valid, tokens, mask)
+    hidden, _ = transformer.forward(params, laid_out, cfg=CFG, compute=COMPUTE)
+    slots, (count, completions, width) = prompts.tokens.shape[1], tokens.shape
+    own = hidden[:, slots:].reshape(count, completions, width, -1)[:, :, :-1]
+    first = jnp.broadcast_to(hidden[:, None, slots - 1 : slots], (count, completions, 1, hidden.shape[-1]))
+    hidden = jnp.concatenate([first, own], axis=2)
     return heads.logits(params, hidden.reshape(-1, CFG.width), cfg=CFG).reshape(*tokens.shape, -1)
 
 
 @jax.jit
-def uniform(keys, like):
-    """The random number of each token of `like` [P, C, R], from fold_in(fold_in(prompt's key, completion), token)."""
+def uniform(key, numbers, like):
+    """The random number of each token of `like` [P, C, R], from the key folded with row, completion and token."""
 
-    def one(key, c, t):
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, c), t))
+    def one(row, c, t):
+        of_row = jax.random.fold_in(key, row)
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(of_row, c), t))
 
     over_tokens = jax.vmap(one, (None, None, 0))
     over_completions = jax.vmap(over_tokens, (None, 0, None))
     completions, tokens = (jnp.arange(size) for size in like.shape[1:3])
-    return jax.vmap(over_completions, (0, None, None))(keys, completions, tokens)
+    return jax.vmap(over_completions, (0, None, None))(numbers, completions, tokens)
 
 
 def inverse(uniform: np.ndarray, logits: np.ndarray) -> np.ndarray:
@@ -83,8 +87,8 @@ def inverse(uniform: np.ndarray, logits: np.ndarray) -> np.ndarray:
 
 def test_greedy_is_the_largest_logit_of_the_full_forward(params):
     prompts = prompts_of()
-    made = draw(params, prompts, keys_of(0), GREEDY)
-    logits = np.asarray(logits_of(params, *prompts, made.tokens, made.mask))
+    made = draw(params, prompts, key_of(0), GREEDY)
+    logits = np.asarray(logits_of(params, prompts, made.tokens, made.mask))
     np.testing.assert_array_equal(made.tokens, logits.argmax(-1))
     assert len(np.unique(made.tokens)) > 5
     # Two largest logits nearer than rounding would make this a matter of luck.
@@ -95,16 +99,18 @@ def test_greedy_is_the_largest_logit_of_the_full_forward(params):
 def test_each_token_has_its_key_and_the_full_forward_distribution(params):
     """Teacher-forced logits over the temperature, and the documented key, give each token: cache, temperature and keys
     are right at every position."""
-    prompts, keys = prompts_of(), keys_of(1)
-    made = draw(params, prompts, keys, ENDLESS)
-    logits = logits_of(params, *prompts, made.tokens, made.mask) / ENDLESS.temperature
-    np.testing.assert_array_equal(made.tokens, inverse(np.asarray(uniform(keys, made.tokens)), np.asarray(logits)))
+    prompts, key = prompts_of(), key_of(1)
+    made = draw(params, prompts, key, ENDLESS)
+    logits = logits_of(params, prompts, made.tokens, made.mask) / ENDLESS.temperature
+    np.testing.assert_array_equal(
+        made.tokens, inverse(np.asarray(uniform(key, prompts.rows, made.tokens)), np.asarray(logits))
+    )
     assert (made.tokens != np.asarray(logits).argmax(-1)).any()
 
 
 def test_after_the_end(params):
     """Up to the first stop token, which is included, and nothing after it."""
-    made = [draw(params, prompts_of(seed), keys_of(seed), SAMPLED) for seed in range(20)]
+    made = [draw(params, prompts_of(seed), key_of(seed), SAMPLED) for seed in range(20)]
     tokens, mask, finished = (
         np.concatenate([getattr(m, name) for m in made]) for name in ("tokens", "mask", "finished")
     )
@@ -118,28 +124,15 @@ def test_after_the_end(params):
     assert 0.1 < finished.mean() < 1.0
 
 
-def test_steps_are_the_longest_response(params):
-    lengths = []
-    for seed in range(20):
-        made = draw(params, prompts_of(seed), keys_of(seed), SAMPLED)
-        assert made.steps == made.mask.sum(-1).max()
-        single = draw(params, prompts_of(seed), keys_of(seed), SAMPLED, completions=1)
-        assert single.steps == single.mask.sum(-1).max()
-        lengths.append(int(single.steps))
-    assert min(lengths) < TOKENS == max(lengths)
-
-
 def test_all_end_at_once(params):
     everything = dataclasses.replace(SAMPLED, stop_ids=tuple(range(CFG.vocab_size)))
-    made = draw(params, prompts_of(), keys_of(0), everything)
-    assert made.steps == 1
+    made = draw(params, prompts_of(), key_of(0), everything)
     assert made.finished.all()
     np.testing.assert_array_equal(made.mask, np.broadcast_to(np.arange(TOKENS) == 0, made.mask.shape))
 
 
 def test_none_ends(params):
-    made = draw(params, prompts_of(), keys_of(0), ENDLESS)
-    assert made.steps == TOKENS
+    made = draw(params, prompts_of(), key_of(0), ENDLESS)
     assert made.mask.all()
     assert not made.finished.any()
 
@@ -148,7 +141,7 @@ def test_none_ends(params):
 def test_stop_ids_only_cut(params, temperature):
     """Until it ends, a response is what it would be without stop ids: the others' ends don't reach it."""
     cut, whole = (
-        draw(params, prompts_of(), keys_of(5), dataclasses.replace(SAMPLED, temperature=temperature, stop_ids=stops))
+        draw(params, prompts_of(), key_of(5), dataclasses.replace(SAMPLED, temperature=temperature, stop_ids=stops))
         for stops in (STOPS, ())
     )
     assert 0 < cut.finished.sum() < cut.finished.size
@@ -157,36 +150,50 @@ def test_stop_ids_only_cut(params, temperature):
 
 def test_keys(params):
     """Same keys, same tokens; other keys, or another completion, others."""
-    first, again, other = (draw(params, prompts_of(), keys_of(seed), ENDLESS).tokens for seed in (4, 4, 5))
+    first, again, other = (draw(params, prompts_of(), key_of(seed), ENDLESS).tokens for seed in (4, 4, 5))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any(-1).all()
     assert len(np.unique(first.reshape(-1, TOKENS), axis=0)) == PROMPTS * COMPLETIONS
 
 
 def test_samples_do_not_depend_on_the_batch(params):
-    """The same prompt with the same key at another place, among other prompts, with other keys; and alone."""
-    prompts, keys = prompts_of(), keys_of(6)
-    together = draw(params, prompts, keys, SAMPLED)
+    """The same prompt with the same row number at another place, among other prompts, with other numbers; and alone."""
+    prompts, key = prompts_of(), key_of(6)
+    together = draw(params, prompts, key, SAMPLED)
     places = np.array([2, 5, 0])
-    strangers, strange_keys = prompts_of(seed=99), keys_of(99)
-    moved = [theirs.at[places].set(ours[:3]) for theirs, ours in zip(strangers, prompts, strict=True)]
-    elsewhere = draw(params, moved, strange_keys.at[places].set(keys[:3]), SAMPLED)
+    strangers = fakes.prompts_of(99, PROMPTS, SLOTS, first_row=70)
+    moved = jax.tree.map(lambda theirs, ours: theirs.at[places].set(ours[:3]), strangers, prompts)
+    elsewhere = draw(params, moved, key, SAMPLED)
     np.testing.assert_array_equal(elsewhere.tokens[places], together.tokens[:3])
     np.testing.assert_array_equal(elsewhere.mask[places], together.mask[:3])
-    alone = draw(params, [x[:1] for x in prompts], keys[:1], SAMPLED)
+    alone = draw(params, jax.tree.map(lambda x: x[:1], prompts), key, SAMPLED)
     np.testing.assert_array_equal(alone.tokens[0], together.tokens[0])
 
 
+def test_names_give_different_keys():
+    names = ("sample", "train", "evaluation", "reference")
+    data = {tuple(np.asarray(jax.random.key_data(named_key(key_of(0), name)))) for name in names}
+    assert len(data) == len(names)
+
+
+def test_who_wrote_a_completion(params):
+    made = sample(
+        params, prompts_of(), key_of(0), sampler=SAMPLED, completions=2, cfg=CFG, compute=COMPUTE, by="reference"
+    )
+    assert made.by == ("reference", "reference")
+    assert draw(params, prompts_of(), key_of(0), SAMPLED).by == ("policy",) * COMPLETIONS
+
+
 def test_completions_do_not_depend_on_their_number(params):
-    three = draw(params, prompts_of(), keys_of(7), SAMPLED)
-    one = draw(params, prompts_of(), keys_of(7), SAMPLED, completions=1)
+    three = draw(params, prompts_of(), key_of(7), SAMPLED)
+    one = draw(params, prompts_of(), key_of(7), SAMPLED, completions=1)
     np.testing.assert_array_equal(three.tokens[:, :1], one.tokens)
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (0, 1e-6)])
 def test_narrowest_is_greedy(params, top_k, top_p):
-    greedy = draw(params, prompts_of(), keys_of(0), GREEDY)
-    narrow = draw(params, prompts_of(), keys_of(0), dataclasses.replace(ENDLESS, top_k=top_k, top_p=top_p))
+    greedy = draw(params, prompts_of(), key_of(0), GREEDY)
+    narrow = draw(params, prompts_of(), key_of(0), dataclasses.replace(ENDLESS, top_k=top_k, top_p=top_p))
     np.testing.assert_array_equal(narrow.tokens, greedy.tokens)
 
 
@@ -234,12 +241,12 @@ def assert_drawn_from(tokens: np.ndarray, probabilities: np.ndarray) -> None:
 def test_distribution(params):
     """8,192 first and second tokens of one prompt against the softmax at temperature 0.9."""
     count, short = 4096, dataclasses.replace(ENDLESS, max_tokens=2)
-    one = prompts_of()
-    prompts = [jnp.broadcast_to(x[:1], (count, SLOTS)) for x in one]
-    drawn = draw(params, prompts, keys_of(12, count), short, completions=2).tokens.reshape(-1, 2)
+    one = jax.tree.map(lambda x: x[:1], prompts_of())
+    prompts = Prompts(*(jnp.broadcast_to(x, (count, SLOTS)) for x in (one.tokens, one.valid)), jnp.arange(count))
+    drawn = draw(params, prompts, key_of(12), short, completions=2).tokens.reshape(-1, 2)
     common = np.bincount(drawn[:, 0]).argmax()
     followed = jnp.asarray([[[common, 0]]], jnp.int32)
-    logits = logits_of(params, *(x[:1] for x in one), followed, jnp.ones((1, 1, 2), bool))
+    logits = logits_of(params, one, followed, jnp.ones((1, 1, 2), bool))
     at_temperature = np.asarray(jax.nn.softmax(logits[0, 0, :, : CFG.vocab_size] / short.temperature), np.float64)
     assert_drawn_from(drawn[:, 0], at_temperature[0])
     assert_drawn_from(drawn[drawn[:, 0] == common, 1], at_temperature[1])
@@ -279,7 +286,7 @@ def test_nothing_is_differentiated(params):
     """Responses that come out of a differentiated function are constants there."""
 
     def through(params):
-        made = sample(params, *prompts_of(), keys_of(0), sampler=SAMPLED, completions=1, cfg=CFG, compute=COMPUTE)
+        made = sample(params, prompts_of(), key_of(0), sampler=SAMPLED, completions=1, cfg=CFG, compute=COMPUTE)
         return jnp.sum(made.tokens * 1.0)
 
     for leaf in jax.tree.leaves(jax.jit(jax.grad(through))(params)):
@@ -305,7 +312,7 @@ def test_one_prefill_for_all_samples_of_a_prompt(params):
     """Before the loop the weights meet P S rows; for each token P C."""
     program = jax.make_jaxpr(
         functools.partial(sample, sampler=SAMPLED, completions=COMPLETIONS, cfg=CFG, compute=COMPUTE)
-    )(params, *prompts_of(), keys_of(0))
+    )(params, prompts_of(), key_of(0))
     weights = {(CFG.width, CFG.mlp), (CFG.mlp, CFG.width)}
     found = collections.Counter(
         (in_loop, shapes[0][0]) for in_loop, shapes in products(program.jaxpr) if shapes[1] in weights
@@ -325,8 +332,8 @@ def program_of(max_tokens: int, way: str = "scanned"):
     compute = dataclasses.replace(COMPUTE, decode=way)
     arguments = (
         jax.eval_shape(functools.partial(transformer.init, cfg=DEEP), jax.random.key(0)),
-        *prompts_of(count=ROWS),
-        keys_of(0, ROWS),
+        prompts_of(count=ROWS),
+        key_of(0),
     )
     sampler = dataclasses.replace(SAMPLED, max_tokens=max_tokens)
     return compiled.lower(*arguments, sampler=sampler, completions=2, cfg=DEEP, compute=compute).compile()
