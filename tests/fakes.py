@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from oaif_jax.annotate import orders
 from oaif_jax.data.tokenizer import Tokenizer
 from oaif_jax.models import transformer
 from oaif_jax.models.config import ComputeConfig, ModelConfig
-from oaif_jax.types import DATA, Prompts, Rollout
+from oaif_jax.types import DATA, Prompts, Rollout, Scores
 
 # Odd numbers where nothing needs them even, so that no two dimensions are mistaken for each other.
 MODEL = ModelConfig(vocab_size=43, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=24)
@@ -86,3 +87,25 @@ def rollout_of(prompts: Prompts, seed: int, completions: int, tokens: int, by: s
     responses, mask = right_padded(seed, (len(prompts.tokens), completions, tokens))
     finished = jnp.ones(responses.shape[:2], bool)
     return Rollout(prompts, responses, mask, finished, (by,) * completions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A MeshAnnotator with token ids for texts; it doesn't see stop tokens."""
+
+    template: orders.Template
+    cfg: ModelConfig
+    stop_ids: tuple[int, ...]
+    compute: ComputeConfig = COMPUTE
+    params: object = None
+
+    def question(self, examples):
+        raise AssertionError("no texts here")
+
+    def score(self, params, question, rollout: Rollout) -> Scores:
+        is_stop = jnp.any(rollout.tokens[..., None] == jnp.array(self.stop_ids)[None, None, None], axis=-1)
+        said = orders.orders(
+            params, question, rollout.tokens, rollout.mask & ~is_stop,
+            template=self.template, cfg=self.cfg, compute=self.compute,
+        )  # fmt: skip
+        return orders.scores(said, rollout.tokens.shape[1])

@@ -4,12 +4,14 @@ import functools
 
 import hf_fakes
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from oaif_jax.models.config import ComputeConfig
-from oaif_jax.sample import Sampler, sample
+from oaif_jax.rollout import Sampler, sample
 from oaif_jax.stored import hf
+from oaif_jax.types import Prompts
 
 TOKENS = 20
 NEVER = -1  # a stop id that no token has
@@ -38,8 +40,9 @@ def test_greedy_tokens(name, tmp_path):
         functools.partial(sample, sampler=SAMPLER, completions=2, cfg=model.cfg, compute=ComputeConfig()),
         compiler_options={"xla_backend_optimization_level": 0},
     )
-    found = ours(hf_fakes.load(model), prompts, valid, jax.random.split(jax.random.key(0), len(prompts)))
+    asked = Prompts(*map(jnp.asarray, (prompts, valid)), jnp.arange(len(prompts)))
+    found = ours(hf_fakes.load(model), asked, jax.random.key(0))
     for completion in (0, 1):  # both go on from one prefix, greedily
         np.testing.assert_array_equal(found.tokens[:, completion], expected)
     assert not found.finished.any()
-    assert (np.asarray(found.steps) == TOKENS).all()
+    assert found.mask.all()

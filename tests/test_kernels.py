@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec
 
 from oaif_jax.base.errors import UserError
 from oaif_jax.models import kernels, rows, sharding, transformer
-from oaif_jax.models.config import ComputeConfig, ModelConfig
-from oaif_jax.models.kernels import Kernel, attend_columns, check
+from oaif_jax.models.config import ComputeConfig, Kernel, ModelConfig
+from oaif_jax.models.kernels import attend_columns, check
 
 CFG = ModelConfig(vocab_size=43, width=32, layers=2, heads=4, kv_heads=2, head_dim=128, mlp=24)
 CAPPED = dataclasses.replace(CFG, attention_softcap=3.0)

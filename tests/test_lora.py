@@ -8,15 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fakes import COMPUTE, MODEL, left_padded, make_params, right_padded
+from fakes import COMPUTE, MODEL, left_padded, make_params, prompts_of, right_padded
 from jax.sharding import Mesh
 
 from oaif_jax.base.errors import UserError
 from oaif_jax.models import lora, sharding, transformer
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.models.rows import Rows, branch
-from oaif_jax.sample import Sampler, sample
-from oaif_jax.update import state
+from oaif_jax.rollout import Sampler, sample
 
 CFG = dataclasses.replace(MODEL, lora_scale=0.5)
 PLAIN_MLP = dataclasses.replace(CFG, gated=False, biases="all", activation="gelu")
@@ -88,11 +87,11 @@ def test_they_are_the_merged_model(cfg):
 def test_they_are_the_merged_model_token_by_token():
     params = make_params(CFG)
     added = params | {"lora": additions()}
-    prompts, keys = left_padded(1, 6, 5), jax.random.split(jax.random.key(0), 6)
+    prompts, key = prompts_of(1, 6, 5), jax.random.key(0)
     draw = functools.partial(sampled, sampler=SAMPLER, completions=2, cfg=CFG, compute=COMPUTE)
-    tokens = np.asarray(draw(added, *prompts, keys).tokens)
-    np.testing.assert_array_equal(tokens, draw(merge(added, CFG), *prompts, keys).tokens)
-    assert np.any(tokens != draw(params, *prompts, keys).tokens)
+    tokens = np.asarray(draw(added, prompts, key).tokens)
+    np.testing.assert_array_equal(tokens, draw(merge(added, CFG), prompts, key).tokens)
+    assert np.any(tokens != draw(params, prompts, key).tokens)
 
 
 @pytest.mark.parametrize("target", lora.TARGETS)
@@ -179,7 +178,7 @@ def test_eight_devices_give_what_one_gives():
     params = make_params(CFG) | {"lora": additions()}
     found = {}
     for devices in (1, 8):
-        placed = state.place(params, mesh(devices), "float32")
+        placed = sharding.place(params, mesh(devices), "float32")
         base = {name: placed[name] for name in ("embedding", "layers", "final_norm")}
         found[devices] = (hidden_of(placed), jax.device_get(gradient(placed["lora"], base)))
     assert_near(found[8][0], found[1][0])

@@ -1,5 +1,6 @@
 """Each loss against its closed form, its gradient's closed form, and numbers worked out by hand."""
 
+import dataclasses
 import functools
 import math
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from oaif_jax import config
-from oaif_jax.losses import LOSSES, LogRatios
+from oaif_jax.base.errors import UserError
+from oaif_jax.losses import LOSSES, LogRatios, PairLoss, numbers_of
 
 BETAS = (0.002, 0.1, 1.0)  # the paper's: slic, dpo, ipo
 SUMMED = ("dpo", "ipo", "slic")  # functions of h alone
@@ -21,7 +23,7 @@ each_beta = pytest.mark.parametrize("beta", BETAS)
 @functools.partial(jax.jit, static_argnames=("name", "beta"))
 def loss_and_gradient(ratios: LogRatios, *, name: str, beta: float) -> tuple[jax.Array, LogRatios]:
     """Losses of B pairs, and the gradient of each in its own pair's numbers."""
-    value, back = jax.vjp(lambda ratios: LOSSES[name](ratios, beta), ratios)
+    value, back = jax.vjp(PairLoss(name, (("beta", beta),)), ratios)
     return value, back(jnp.ones_like(value))[0]
 
 
@@ -40,8 +42,14 @@ def closed_form(name: str, h: np.ndarray, beta: float) -> tuple[np.ndarray, np.n
     return (h - 1 / (2 * beta)) ** 2, 2 * (h - 1 / (2 * beta))
 
 
-def test_names_are_those_of_the_config():
-    assert tuple(LOSSES) == config.LOSSES
+def test_numbers_are_keys_of_the_config():
+    """So that a loss's numbers can be set by name."""
+    keys = {field.name for field in dataclasses.fields(config.Config().loss)}
+    for name in LOSSES:
+        assert numbers_of(name) == ("beta",)
+        assert {"name", *numbers_of(name)} <= keys
+    with pytest.raises(UserError, match=r"config.loss.name='dop', wanted one of dpo, ipo.*did you mean 'dpo'"):
+        numbers_of("dop")
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,15 @@ import optax
 import pytest
 
 from oaif_jax import step
-from oaif_jax.annotate.llm import Template
+from oaif_jax.annotate.orders import Template
+from oaif_jax.losses import PairLoss
+from oaif_jax.methods.base import Models
+from oaif_jax.methods.online import Online
 from oaif_jax.models import transformer
 from oaif_jax.models.config import ComputeConfig, ModelConfig
-from oaif_jax.sample import Sampler
+from oaif_jax.rollout import Sampler
+from oaif_jax.step import Step
+from oaif_jax.types import Batch
 from oaif_jax.update import state
 
 # --- the online step with a vocabulary of 262,144 words, and a model as narrow as a chunk of the head
@@ -30,16 +35,14 @@ TX = optax.adamw(1e-3)
 
 def online_step(chunk: int) -> list[hlo.Instruction]:
     """The compiled step: sample, annotate, update; of shapes only, nothing is allocated."""
-    pair = step.PairObjective("dpo", 0.1, MODEL, MODEL, ComputeConfig(head_chunk=chunk))
-    objective = step.OnlineObjective(pair, SAMPLER, MODEL, TEMPLATE, missing_eos="loses")
-    take = functools.partial(
-        step.train_step, objective=functools.partial(step.online, objective=objective), tx=TX, parts=1
-    )
+    compute = ComputeConfig(head_chunk=chunk)
+    asked = fakes.Asked(TEMPLATE, MODEL, SAMPLER.stop_ids, compute)
+    method = Online(PairLoss("dpo", (("beta", 0.1),)), "loses")
+    take = functools.partial(step.train_step, step=Step(method, Models(MODEL, MODEL, compute), SAMPLER, asked), tx=TX)
     params = jax.eval_shape(functools.partial(transformer.init, cfg=MODEL), jax.random.key(0))
     start = jax.eval_shape(lambda tree: state.TrainState(jnp.array(0, jnp.int32), tree, TX.init(tree)), params)
-    prompts = dict(zip(("prompts", "prompt_valid"), fakes.left_padded(0, ROWS, SLOTS), strict=True))
     questions = dict(zip(("questions", "question_valid"), fakes.left_padded(0, ROWS, SLOTS + 4), strict=True))
-    batch = prompts | questions | {"rows": np.arange(ROWS, dtype=np.int32)}
+    batch = Batch(fakes.prompts_of(0, ROWS, SLOTS), question=questions)
     frozen = {"reference": params, "annotator": params}
     lowered = jax.jit(take, donate_argnames="state").lower(start, frozen, batch, jax.random.key(0))
     return hlo.everything(hlo.parse(lowered.compile().as_text()))

@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fakes import COMPUTE, left_padded, make_params, right_padded
+from fakes import COMPUTE, left_padded, make_params, prompts_of, right_padded
 
-from oaif_jax.annotate import llm
+from oaif_jax.annotate import orders
+from oaif_jax.annotate.questions import Questions
 from oaif_jax.base.errors import UserError
-from oaif_jax.data.tokenizer import Tokenizer
 from oaif_jax.models import lora, quant, sharding, transformer
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.models.rows import Rows, branch
-from oaif_jax.sample import Sampler, sample
-from oaif_jax.stored import single as files
-from oaif_jax.tiny.data import TinyData, asset
+from oaif_jax.rollout import Sampler, sample
+from oaif_jax.stored import single
+from oaif_jax.tiny.data import Limits, asset, instruction, judged_batch, plain_voice
 
 CFG = ModelConfig(vocab_size=43, width=128, layers=2, heads=4, kv_heads=2, head_dim=32, mlp=192, lora_scale=0.5)
 LEAVES = tuple(quant.INPUT_AXES)  # of a gated MLP
@@ -152,9 +152,9 @@ def test_decoding(way):
     compute = dataclasses.replace(COMPUTE, decode=way)
     sampler = Sampler(temperature=0.0, top_k=0, top_p=1.0, max_tokens=7, stop_ids=(99,), pad_id=0)
     draw = jax.jit(functools.partial(sample, sampler=sampler, completions=2, cfg=CFG, compute=compute))
-    prompts, keys = left_padded(1, 4, 5), jax.random.split(jax.random.key(0), 4)
-    tokens = draw(model("nf4"), *prompts, keys).tokens
-    np.testing.assert_array_equal(tokens, draw(restored(model("nf4")), *prompts, keys).tokens)
+    prompts, key = prompts_of(1, 4, 5), jax.random.key(0)
+    tokens = draw(model("nf4"), prompts, key).tokens
+    np.testing.assert_array_equal(tokens, draw(restored(model("nf4")), prompts, key).tokens)
 
 
 def test_other_blocks():
@@ -198,7 +198,7 @@ def test_one_layer_at_a_time_in_the_token_loop(way):
     sampler = Sampler(temperature=0.0, top_k=0, top_p=1.0, max_tokens=3, stop_ids=(99,), pad_id=0)
     compute = dataclasses.replace(COMPUTE, decode=way)
     draw = jax.jit(functools.partial(sample, sampler=sampler, completions=2, cfg=DEEP, compute=compute))
-    program = draw.lower(base, *left_padded(1, 1, 2), jax.random.split(jax.random.key(0), 1)).compile()
+    program = draw.lower(base, prompts_of(1, 1, 2), jax.random.key(0)).compile()
     assert program.memory_analysis().temp_size_in_bytes < 0.2 * WHOLE
 
 
@@ -261,13 +261,13 @@ PAIRS = 128
 
 def test_preferences_of_the_annotator():
     """Of 1,024 pairs int8 decided 99.8 % as before and nf4 98.8 % (CONTRIBUTING.md); here of fewer."""
-    data = TinyData(Tokenizer(asset("tokenizer")), 987, 56, 16)
-    params, cfg = files.load(asset("annotator"))
+    params, cfg = single.load(asset("annotator"))
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
-    batch = data.annotator_batch("test", data.seed, 0, PAIRS, instructions=("helpful",))
-    args = [jnp.asarray(batch[name]) for name in ("questions", "question_valid", "responses", "mask")]
-    ask = jax.jit(functools.partial(llm.annotate, template=data.template(), cfg=cfg, compute=COMPUTE))
-    prefers = lambda params: np.asarray(ask(params, *args)).mean(-1)  # noqa: E731
+    batch = judged_batch("test", 987, 0, PAIRS, Limits(987, 56, 16), instructions=("helpful",))
+    args = [jax.tree.map(jnp.asarray, batch), *(jnp.asarray(batch[name]) for name in ("responses", "mask"))]
+    template = Questions(plain_voice(), instruction("helpful"), 0).template
+    ask = jax.jit(functools.partial(orders.orders, template=template, cfg=cfg, compute=COMPUTE))
+    prefers = lambda params: np.asarray(ask(params, *args))[:, 0].mean(-1)  # noqa: E731
     before, differ = prefers(params), batch["label"] != 0.5
     assert differ.sum() > PAIRS / 2
     for kind, same, moved in (("int8", 0.98, 0.005), ("nf4", 0.95, 0.05)):

@@ -12,8 +12,9 @@ import pytest
 
 from oaif_jax.models import sharding
 from oaif_jax.models.config import ModelConfig
+from oaif_jax.models.sharding import place
 from oaif_jax.update import optim
-from oaif_jax.update.state import TrainState, apply_gradients, create, place, state_shardings
+from oaif_jax.update.state import TrainState, apply_gradients, create, next_round, state_shardings
 
 ADAMW = optim.OptimizerConfig(
     name="adamw",
@@ -204,3 +205,54 @@ def test_changed_counts_what_rounding_swallows():
     _, metrics = jax.jit(functools.partial(apply_gradients, tx=tx))(state, gradients, jnp.array(1.0))
     assert metrics["changed"] == 0.25
     np.testing.assert_allclose(metrics["update_rms"], 1e-3 * 0.5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ rounds
+
+
+def in_rounds(**changes) -> optax.GradientTransformation:
+    return optim.optimizer(dataclasses.replace(ADAMW, has_rounds=True, **changes))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_first_round_is_a_run_without_rounds(schedule):
+    params, gradients = params_of(), jax.tree.map(jnp.cos, params_of())
+    runs = [optim.optimizer(dataclasses.replace(ADAMW, schedule=schedule)), in_rounds(schedule=schedule)]
+    updates = [tx.update(gradients, tx.init(params), params)[0] for tx in runs]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *updates)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.2])
+def test_a_round_begins_anew(factor):
+    """The reference is a copy of the policy, the optimizer has forgotten, and moves `factor` as far."""
+    tx, on = in_rounds(), mesh(1, 1, 1)
+    before = create(params_of(), tx, on)
+    gradients = jax.tree.map(jnp.cos, params_of())
+    moved, _ = apply_gradients(before, gradients, jnp.float32(1), tx)
+    wanted = jax.device_get(moved.params)
+    begun, reference = jax.jit(functools.partial(next_round, tx=tx, dtype="float32"), donate_argnums=0)(
+        moved, np.float32(factor)
+    )
+    assert not buffers(reference) & buffers(begun)
+    assert_same(reference, wanted)
+    assert_same(begun.params, wanted)
+    assert int(begun.step) == 1
+    fresh = tx.init(begun.params)
+    assert jax.tree.structure(begun.optimizer) == jax.tree.structure(fresh)
+    first, _ = tx.update(gradients, fresh, begun.params)
+    again, _ = tx.update(gradients, begun.optimizer, begun.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, factor * b, rtol=1e-6), again, first)
+
+
+def test_a_reference_in_bfloat16():
+    tx = in_rounds()
+    begun, reference = next_round(create(params_of(), tx, mesh(1, 1, 1)), jnp.float32(1), tx=tx, dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(reference)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(begun.params)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("rates", "which", "factor"), [("", 3, 1.0), ("5e-7,3e-7,1e-7", 0, 1.0), ("5e-7,3e-7,1e-7", 2, 0.2)]
+)
+def test_round_factor(rates, which, factor):
+    assert optim.round_factor(5e-7, rates, which) == pytest.approx(factor)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from fakes import COMPUTE, MODEL, left_padded, make_params, prompts_of, right_padded
+from fakes import COMPUTE, MODEL, Asked, left_padded, make_params, prompts_of, right_padded
 from jax.sharding import Mesh
 
 from oaif_jax import losses, step
@@ -37,25 +37,8 @@ KEY = jax.random.key(11)
 MESHES = {"one device": (1, 1, 1), "2x2x2": (2, 2, 2)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """A MeshAnnotator with tokens for texts."""
-
-    params: object = None
-
-    def question(self, examples):
-        raise AssertionError("questions are made on the host")
-
-    def score(self, params, question, rollout: Rollout) -> Scores:
-        stops = jnp.any(rollout.tokens[..., None] == jnp.array(STOP)[None, None, None], axis=-1)
-        said = orders.orders(
-            params, question, rollout.tokens, rollout.mask & ~stops, template=TEMPLATE, cfg=ANNOTATOR, compute=COMPUTE
-        )
-        return orders.scores(said, rollout.tokens.shape[1])
-
-
 MODELS = Models(MODEL, MODEL, COMPUTE)
-ONLINE = Step(Online(DPO, "loses"), MODELS, SAMPLER, Asked())
+ONLINE = Step(Online(DPO, "loses"), MODELS, SAMPLER, Asked(TEMPLATE, ANNOTATOR, STOP))
 OFFLINE = Step(Offline(DPO), MODELS, SAMPLER)
 
 

@@ -16,7 +16,6 @@ import pytest
 from oaif_jax.models import heads, layers, rows, transformer
 from oaif_jax.models.config import ComputeConfig, ModelConfig, RopeScaling
 from oaif_jax.models.layers import frequencies
-from oaif_jax.pairs import predictors
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 CFG, COMPUTE = fakes.MODEL, fakes.COMPUTE
@@ -249,7 +248,7 @@ def value_and_gradient(params, laid_out: rows.Rows, *, compute: ComputeConfig):
     return jax.value_and_grad(value, has_aux=True)(params)
 
 
-WAYS = (ComputeConfig(remat="layer"), ComputeConfig(remat="dots"), ComputeConfig(unroll=2))
+WAYS = (ComputeConfig(remat="layer"), ComputeConfig(remat="dots"))
 
 
 @pytest.mark.parametrize("compute", WAYS, ids=str)
@@ -329,12 +328,6 @@ def test_answer_logits_are_rows_of_the_logits(params):
     hidden = jnp.asarray(np.random.default_rng(4).normal(size=(5, CFG.width)), jnp.float32)
     found = heads.answer_logits(params, hidden, (7, 3), cfg=CFG)
     np.testing.assert_allclose(found, logits(params, hidden, cfg=CFG)[:, [7, 3]], **CLOSE)
-
-
-def test_predictors():
-    """In: trunk a b, branches c d | e f -> Out: what predicts them, b c | b e."""
-    columns = jnp.arange(6.0).reshape(1, 6, 1)
-    np.testing.assert_array_equal(predictors(columns[:, 1:2], columns[:, 2:], 2)[..., 0], [[[1, 2], [1, 4]]])
 
 
 def test_parameters():
