@@ -417,13 +417,20 @@ def test_another_configs_run_is_refused_with_the_keys_that_differ(copy):
 
 def test_another_method_is_refused(base, copy):
     with pytest.raises(UserError, match=r"method \('sft' there, 'annotator' now\)"):
-        run(configured("tiny_annotator"), copy)
+        run(configured("annotator"), copy)
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"method": "sft"}'])
-def test_a_config_that_is_none_is_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", r"config\.json"),
+        ("{}", r"config\.json isn't a run's"),
+        ('{"method": "sft"}', "is another config's run: "),
+    ],
+)
+def test_a_config_that_is_none_is_refused(tmp_path, text, said):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json"):
+    with pytest.raises(UserError, match=said):
         run(sft_config(), tmp_path)
     assert digest(tmp_path).keys() == {"config.json"}
 
