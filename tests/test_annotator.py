@@ -13,13 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oaif_jax.annotate import llm
-from oaif_jax.annotate.llm import Template
-from oaif_jax.base.errors import UserError
+from oaif_jax.annotate import orders
+from oaif_jax.annotate.orders import Template
 from oaif_jax.data.tokenizer import left_pad, right_pad
 from oaif_jax.models import heads, rows, transformer
-from oaif_jax.tiny import templates
-from oaif_jax.tiny.data import TinyData
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 BYTES = fakes.ByteTokenizer()
@@ -32,7 +29,7 @@ QUESTIONS = ("name topics. dog and car", "be short. a river", "x")
 RESPONSES = (("dog, car", "dog"), ("a long one", "river"), ("", "yes"))
 Q, R = 26, 10
 
-annotate = jax.jit(llm.annotate, static_argnames=("template", "cfg", "compute"))
+annotate = jax.jit(orders.orders, static_argnames=("template", "cfg", "compute"))
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +45,14 @@ def batch(questions=QUESTIONS, responses=RESPONSES) -> dict[str, jax.Array]:
         [BYTES.encode(text) for text in itertools.chain.from_iterable(responses)], R, BYTES.pad_id, "response"
     )
     arrays = (asked, question_mask, tokens.reshape(-1, 2, R), mask.reshape(-1, 2, R))
-    return dict(zip(("questions", "question_mask", "responses", "mask"), map(jnp.asarray, arrays), strict=True))
+    return dict(zip(("questions", "question_valid", "responses", "mask"), map(jnp.asarray, arrays), strict=True))
 
 
 def preferences(params, arrays: dict[str, jax.Array], template: Template = TEMPLATE) -> np.ndarray:
-    return np.asarray(annotate(params, **arrays, template=template, cfg=CFG, compute=fakes.COMPUTE))
+    said = annotate(
+        params, arrays, arrays["responses"], arrays["mask"], template=template, cfg=CFG, compute=fakes.COMPUTE
+    )
+    return np.asarray(said)[:, 0]
 
 
 @functools.cache
@@ -128,11 +128,11 @@ def test_padding_does_not_matter(params):
     arrays = batch()
     plain = preferences(params, arrays)
     filled = arrays | {
-        "questions": arrays["questions"].at[~arrays["question_mask"]].set(77),
+        "questions": arrays["questions"].at[~arrays["question_valid"]].set(77),
         "responses": arrays["responses"].at[~arrays["mask"]].set(78),
     }
     np.testing.assert_array_equal(preferences(params, filled), plain)
-    wide = {name: jnp.pad(arrays[name], ((0, 0), (4, 0))) for name in ("questions", "question_mask")}
+    wide = {name: jnp.pad(arrays[name], ((0, 0), (4, 0))) for name in ("questions", "question_valid")}
     wide |= {name: jnp.pad(arrays[name], ((0, 0), (0, 0), (0, 5))) for name in ("responses", "mask")}
     np.testing.assert_allclose(preferences(params, wide), plain, **CLOSE)
 
@@ -154,7 +154,7 @@ def test_a_masked_stop_token_does_not_matter(params):
 def test_orders():
     """In: responses A and B, B shorter -> Out: 1: A 2: B- better: | 1: B- 2: A better:, a hole where B is padded."""
     template = Template((1,), (2,), (3, 4), (5, 6))
-    tokens, mask = llm.order_branches(
+    tokens, mask = orders.order_branches(
         jnp.array([[[10, 11], [20, 0]]]), jnp.array([[[True, True], [True, False]]]), template
     )
     np.testing.assert_array_equal(tokens, [[[1, 10, 11, 2, 20, 0, 3, 4], [1, 20, 0, 2, 10, 11, 3, 4]]])
@@ -162,10 +162,27 @@ def test_orders():
     assert template.width(2) == tokens.shape[-1]
 
 
-@pytest.mark.parametrize(
-    ("answers", "message"), [(("10", "2"), "'10' is 2 tokens, wanted one"), (("1", "1"), "the same token, wanted two")]
-)
-def test_answers_that_are_no_two_tokens(monkeypatch, answers, message):
-    monkeypatch.setattr(templates, "ANSWERS", answers)
-    with pytest.raises(UserError, match=message):
-        TinyData(BYTES, seed=0, prompt_tokens=200, response_tokens=100).template()
+def test_three_completions_are_compared_in_pairs(params):
+    """All pairs in one row give what each gives by itself; a completion's value is its mean preference over the others."""
+    texts = [("dog, car", "dog", "river"), ("a long one", "river", ""), ("x", "yes", "dog")]
+    tokens, mask = right_pad([BYTES.encode(text) for row in texts for text in row], R, BYTES.pad_id, "response")
+    tokens, mask = jnp.asarray(tokens).reshape(3, 3, R), jnp.asarray(mask).reshape(3, 3, R)
+    questions = batch()
+    three = {name: questions[name] for name in ("questions", "question_valid")}
+    said = annotate(params, three, tokens, mask, template=TEMPLATE, cfg=CFG, compute=fakes.COMPUTE)
+    assert said.shape == (3, 3, 2)
+    assert orders.compared(3) == [(0, 1), (0, 2), (1, 2)]
+    for number, (i, j) in enumerate(orders.compared(3)):
+        pair = questions | {"responses": tokens[:, (i, j), :], "mask": mask[:, (i, j), :]}
+        np.testing.assert_allclose(said[:, number], preferences(params, pair), **CLOSE)
+    scores = orders.scores(said, 3)
+    p = np.asarray(said).mean(-1)
+    want = np.stack([(p[:, 0] + p[:, 1]) / 2, (1 - p[:, 0] + p[:, 2]) / 2, (2 - p[:, 1] - p[:, 2]) / 2], axis=-1)
+    np.testing.assert_allclose(scores.value, want, rtol=1e-6)
+    assert scores.known.all()
+
+
+def test_what_is_no_number_is_not_known():
+    said = jnp.array([[[0.5, 0.7], [jnp.nan, 0.7], [0.1, 0.2]]])
+    scores = orders.scores(said, 3)
+    assert scores.known.tolist() == [[False, True, False]]

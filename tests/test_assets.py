@@ -6,28 +6,33 @@ import jax
 import numpy as np
 import pytest
 
-from oaif_jax import supervised
 from oaif_jax.data import jsonl
-from oaif_jax.data.tokenizer import Tokenizer
-from oaif_jax.evals import supervised as evals
+from oaif_jax.data.dataset import DataSet
+from oaif_jax.evals import agreement, likelihood
 from oaif_jax.models.config import ComputeConfig
-from oaif_jax.sample import Sampler
-from oaif_jax.stored import single as files
+from oaif_jax.rollout import Sampler
+from oaif_jax.stored import single
+from oaif_jax.stored.open import Model, Source
 from oaif_jax.tiny import build, templates, tokenizer_recipe, world
-from oaif_jax.tiny.data import ASSETS, MARKS, TinyData, asset
+from oaif_jax.tiny.data import ASSETS, asset, dataset
 
 FRESH_SEED = 987  # no asset's recipe uses it
 COUNT = 256
 SFT_SHARE = 0.44  # of the largest gold score, as measured when it was trained; checked below within its noise
 
 
-@pytest.fixture(scope="module")
-def data() -> TinyData:
-    return TinyData(Tokenizer(asset("tokenizer")), FRESH_SEED, 56, 16)
+def data_for(reads: str) -> DataSet:
+    return dataset(reads, seed=FRESH_SEED, train_posts=1000, prompt_tokens=56, response_tokens=16)
 
 
 def on_device(batch):
-    return {name: jax.numpy.asarray(x) for name, x in batch.items()}
+    return jax.tree.map(jax.numpy.asarray, batch)
+
+
+def model(name: str) -> Model:
+    params, cfg = single.load(asset(name))
+    params = jax.tree.map(lambda x: jax.numpy.asarray(x, "float32"), params)
+    return Model(cfg, params, data_for("prompts").voice, Source(name, f"tiny:{name}", ""))
 
 
 def test_they_are_small():
@@ -41,20 +46,19 @@ def test_the_tokenizer_is_what_its_recipe_makes(tmp_path):
 
 # The judge is asked for less: where its orders disagree, its verdict is a tie.
 @pytest.mark.parametrize(("name", "least"), [("annotator", 0.85), ("judge", 0.8)])
-def test_annotators_agree_with_gold_and_with_themselves(data, name, least):
-    params, cfg = files.load(asset(name))
-    tokens = data.tokenizer
-    objective = supervised.AnnotatorObjective(
-        annotator=cfg,
+def test_annotators_agree_with_gold_and_with_themselves(name, least):
+    asked = model(name)
+    metrics, _ = agreement.evaluate(
+        asked.params,
+        judged=data_for("prompts").judged,
+        split="test",
+        count=COUNT,
+        chunk=COUNT,
+        policy=asked,
         compute=ComputeConfig(),
-        template=data.template(),
-        word_answers=(tokens.single(" no"), tokens.single(" yes")),
-        marks=tuple(tokens.single(letter) for letter in MARKS),
+        place=on_device,
     )
-    params = jax.tree.map(lambda x: jax.numpy.asarray(x, "float32"), params)
-    found = evals.annotator(params, data, split="test", count=COUNT, chunk=COUNT, objective=objective, place=on_device)[
-        "annotator"
-    ]
+    found = metrics["annotator"]
     assert set(found) == set(templates.INSTRUCTIONS)
     for instruction, agreed in found.items():
         assert agreed["decided"] > COUNT / 2
@@ -62,28 +66,26 @@ def test_annotators_agree_with_gold_and_with_themselves(data, name, least):
         assert agreed["order_agreement"] >= least, instruction
 
 
-def test_the_sft_policy_is_mediocre_on_fresh_posts(data):
-    params, cfg = files.load(asset("sft"))
-    params = jax.tree.map(lambda x: jax.numpy.asarray(x, "float32"), params)
-    sampler = Sampler(0.9, 0, 1.0, 16, data.tokenizer.stop_ids, data.tokenizer.pad_id)
-    objective = supervised.SFTObjective(cfg, ComputeConfig())
-    metrics, records = evals.sft(
-        params,
-        data,
+def test_the_sft_policy_is_mediocre_on_fresh_posts():
+    policy, data = model("sft"), data_for("references")
+    metrics, records = likelihood.evaluate(
+        policy.params,
+        jax.random.key(1),
+        data=data,
         split="test",
         count=COUNT,
         chunk=COUNT,
-        objective=objective,
-        sampler=sampler,
+        policy=policy,
+        sampler=Sampler(0.9, 0, 1.0, 16, data.voice.stop_ids, data.voice.tokenizer.pad_id),
+        compute=ComputeConfig(),
         place=on_device,
-        key=jax.random.key(1),
     )
     assert len(records) == COUNT
     assert 0.3 <= metrics["gold_share"] <= 0.6
     assert abs(metrics["gold_share"] - SFT_SHARE) < 0.08
 
 
-def test_the_pairs_are_what_their_recipe_says(data):
+def test_the_pairs_are_what_their_recipe_says():
     pairs = jsonl.read_pairs(asset("pairs"))
     recipe = json.loads((ASSETS / "pairs_recipe.json").read_text())
     assert [writer["name"] for writer in recipe["writers"]] == [writer.name for writer in build.WRITERS]
@@ -92,6 +94,7 @@ def test_the_pairs_are_what_their_recipe_says(data):
     assert 0.9 * build.PAIRS <= len(pairs) <= build.PAIRS
     posts = {world.post(0, "train", index).text for index in range(build.PAIRS)}
     assert {pair.prompt for pair in pairs} <= posts
-    batch = data.pair_batch(pairs[:64])
-    assert batch["responses"].shape == (64, 2, 16)
-    assert np.all(batch["mask"].any(-1))
+    data = data_for("pairs")
+    batch = data.batch(data.examples("train", range(64)), "pairs").data
+    assert batch.tokens.shape == (64, 2, 16)
+    assert np.all(batch.mask.any(-1))

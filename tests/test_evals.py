@@ -1,6 +1,5 @@
 """Evaluations: a policy that is its reference is its equal; the same posts give the same numbers, however they are cut."""
 
-import dataclasses
 import functools
 import math
 
@@ -10,19 +9,22 @@ import numpy as np
 import pytest
 from fakes import COMPUTE, make_params
 
-from oaif_jax import supervised
-from oaif_jax.data.tokenizer import Tokenizer
-from oaif_jax.evals import preference
-from oaif_jax.evals import supervised as supervised_evals
+from oaif_jax.annotate.llm import LLMAnnotator, on_host
+from oaif_jax.annotate.questions import Questions, fitted
+from oaif_jax.data.dataset import context_of
+from oaif_jax.evals import agreement, comparison, drawing, likelihood
 from oaif_jax.models.config import ModelConfig
-from oaif_jax.sample import Sampler
-from oaif_jax.tiny import gold, templates
-from oaif_jax.tiny.data import MARKS, TinyData, asset
+from oaif_jax.rollout import Sampler, score
+from oaif_jax.stored.open import Model, Source
+from oaif_jax.tiny import data as tiny
+from oaif_jax.tiny import gold, templates, world
+from oaif_jax.types import Scores
 
 COUNT = 8
-TOKENIZER = Tokenizer(asset("tokenizer"))
-DATA = TinyData(TOKENIZER, seed=3, prompt_tokens=64, response_tokens=16)
-MODEL = ModelConfig(vocab_size=TOKENIZER.vocab_size, width=16, layers=1, heads=2, kv_heads=2, head_dim=8, mlp=24)
+VOICE = tiny.policy_voice()
+LIMITS = {"seed": 3, "train_posts": 100, "prompt_tokens": 64, "response_tokens": 16}
+DATA, REFERENCES = (tiny.dataset(reads, **LIMITS) for reads in ("prompts", "references"))
+MODEL = ModelConfig(vocab_size=VOICE.tokenizer.vocab_size, width=16, layers=1, heads=2, kv_heads=2, head_dim=8, mlp=24)
 POLICY, OTHER = 0, 1  # seeds of models
 
 
@@ -30,35 +32,43 @@ def place(arrays):
     return jax.tree.map(jnp.asarray, arrays)
 
 
+def model(seed: int) -> Model:
+    return Model(MODEL, make_params(MODEL, seed), VOICE, Source("policy", "scratch", ""))
+
+
 def sampler(temperature: float) -> Sampler:
-    return Sampler(temperature, top_k=0, top_p=1.0, max_tokens=16, stop_ids=TOKENIZER.stop_ids, pad_id=TOKENIZER.pad_id)
+    pad = VOICE.tokenizer.pad_id
+    return Sampler(temperature, top_k=0, top_p=1.0, max_tokens=16, stop_ids=VOICE.stop_ids, pad_id=pad)
 
 
-def evaluator(temperature: float = 0.9, chunk: int = COUNT, count: int = COUNT, annotator: bool = True):
-    def model(seed: int) -> preference.LanguageModel:
-        return preference.LanguageModel(make_params(MODEL, seed), MODEL)
+def asked(seed: int, instruction: str):
+    questions = fitted(Questions(tiny.plain_voice(), tiny.instruction(instruction), 0), DATA, ("validation",))
+    annotator = LLMAnnotator(questions, MODEL, make_params(MODEL, seed), COMPUTE, VOICE.stop_ids)
+    return on_host(annotator, VOICE, place)
 
-    def asked(seed: int, instruction: str) -> preference.Asked:
-        return preference.Asked(model(seed), DATA.questions(templates.instruction(instruction)))
 
-    return preference.Evaluator(
+def evaluate(params, key, temperature: float = 0.9, chunk: int = COUNT, annotator: bool = True, cache=None):
+    return comparison.evaluate(
+        params,
+        key,
         data=DATA,
         split="validation",
+        count=COUNT,
         chunk=chunk,
-        count=count,
-        policy=MODEL,
-        compute=COMPUTE,
-        sampler=sampler(temperature),
+        policy=model(POLICY),
         reference=model(POLICY),
+        sampler=sampler(temperature),
+        compute=COMPUTE,
         judge=asked(2, "helpful"),
         annotators={name: asked(3, name) for name in templates.INSTRUCTIONS} if annotator else {},
         place=place,
+        cache={} if cache is None else cache,
     )
 
 
 @functools.cache
 def evaluated(seed: int = POLICY, temperature: float = 0.9, chunk: int = COUNT, key: int = 0):
-    return preference.evaluate(evaluator(temperature, chunk), make_params(MODEL, seed), jax.random.key(key))
+    return evaluate(make_params(MODEL, seed), jax.random.key(key), temperature, chunk)
 
 
 # ------------------------------------------------------------------------------------------------ policy against reference
@@ -102,7 +112,8 @@ def test_records_say_what_the_metrics_say():
     metrics, records = evaluated(OTHER)
     assert len(records) == COUNT
     posts = DATA.examples("validation", np.arange(COUNT))
-    assert [record["prompt"] for record in records] == [post.text for post in posts]
+    assert [record["prompt"] for record in records] == [context_of(post) for post in posts]
+    assert [record["prompt"] for record in records] == [world.post(3, "validation", i).text for i in range(COUNT)]
     ours, theirs = (np.array([record[f"gold_{side}"] for record in records]) for side in ("policy", "reference"))
     for side, scores in (("policy", ours), ("reference", theirs)):
         assert list(scores) == [gold.score(record["prompt"], record[side]) for record in records]
@@ -110,7 +121,9 @@ def test_records_say_what_the_metrics_say():
     assert metrics["gold"]["loss"] == pytest.approx(np.mean(ours < theirs))
     assert metrics["gold_mean"] == pytest.approx(ours.mean())
     assert metrics["reference_gold_mean"] == pytest.approx(theirs.mean())
-    assert metrics["gold_share"] == pytest.approx(ours.sum() / sum(len(post.topics) for post in posts))
+    assert metrics["gold_share"] == pytest.approx(
+        ours.sum() / sum(len(world.post(3, "validation", i).topics) for i in range(COUNT))
+    )
     p = np.array([record["judge"] for record in records])
     assert np.all((p > 0) & (p < 1))
     # Where the judge's orders agree its verdict is its mean's; where they don't it is a tie.
@@ -119,7 +132,7 @@ def test_records_say_what_the_metrics_say():
 
 
 def test_same_key_same_numbers():
-    again = preference.evaluate(evaluator(), make_params(MODEL, OTHER), jax.random.key(0))
+    again = evaluate(make_params(MODEL, OTHER), jax.random.key(0))
     assert again == evaluated(OTHER)
     other = evaluated(OTHER, key=1)[1]
     assert [record["policy"] for record in other] != [record["policy"] for record in again[1]]
@@ -136,27 +149,33 @@ def test_chunks_change_nothing():
 
 
 def test_reference_is_drawn_once(monkeypatch):
-    drawn, draw = [], preference.draw
-    monkeypatch.setattr(preference, "draw", lambda *args: drawn.append(args) or draw(*args))
-    shared, params, key = evaluator(), make_params(MODEL, OTHER), jax.random.key(0)
-    first = preference.evaluate(shared, params, key)
+    drawn, draw = [], drawing.draw
+    monkeypatch.setattr(drawing, "draw", lambda *args, **how: drawn.append(args) or draw(*args, **how))
+    params, key, cache = make_params(MODEL, OTHER), jax.random.key(0), {}
+    first = evaluate(params, key, cache=cache)
     assert len(drawn) == 2
-    assert preference.evaluate(shared, params, key) == first
+    assert evaluate(params, key, cache=cache) == first
     assert len(drawn) == 3
 
 
 def test_a_count_that_is_no_multiple_of_the_chunk_is_refused():
     with pytest.raises(ValueError, match=r"count=8 .* chunk=3"):
-        preference.evaluate(evaluator(chunk=3), make_params(MODEL), jax.random.key(0))
-    with pytest.raises(ValueError, match=r"count=8 .* chunk=3"):
-        supervised_evals.chunks(8, 3)
-    assert [list(part) for part in supervised_evals.chunks(4, 2)] == [[0, 1], [2, 3]]
+        evaluate(make_params(MODEL), jax.random.key(0), chunk=3)
+    assert [list(part) for part in drawing.chunks(4, 2)] == [[0, 1], [2, 3]]
 
 
 def test_without_an_annotator_there_is_no_agreement():
-    metrics, _ = preference.evaluate(evaluator(annotator=False), make_params(MODEL, OTHER), jax.random.key(0))
+    metrics, _ = evaluate(make_params(MODEL, OTHER), jax.random.key(0), annotator=False)
     assert "annotator" not in metrics
     assert metrics["gold"] == evaluated(OTHER)[0]["gold"]
+
+
+def test_an_annotator_that_scores_decides_by_its_scores():
+    """In both orders alike; and by nothing where it doesn't know."""
+    value, known = np.array([[2.0, 1.0], [1.0, 2.0], [1.0, 1.0], [2.0, 1.0]]), np.ones((4, 2), bool)
+    known[3, 1] = False
+    said = comparison.orders(Scores(value, known))
+    np.testing.assert_array_equal(said, [[1, 1], [0, 0], [0.5, 0.5], [0.5, 0.5]])
 
 
 # ------------------------------------------------------------------------------------------------ supervised runs
@@ -164,29 +183,28 @@ def test_without_an_annotator_there_is_no_agreement():
 
 @functools.cache
 def sft(chunk: int):
-    objective = supervised.SFTObjective(MODEL, COMPUTE)
-    return supervised_evals.sft(
+    return likelihood.evaluate(
         make_params(MODEL),
-        DATA,
+        jax.random.key(0),
+        data=REFERENCES,
         split="validation",
         count=COUNT,
         chunk=chunk,
-        objective=objective,
+        policy=model(POLICY),
         sampler=sampler(0.9),
+        compute=COMPUTE,
         place=place,
-        key=jax.random.key(0),
     )
 
 
 def test_sft_evaluation():
     metrics, records = sft(COUNT)
-    batch = DATA.sft_batch("validation", np.arange(COUNT))
-    loss, tokens = supervised_evals.sft_loss(
-        make_params(MODEL), place(batch), objective=supervised.SFTObjective(MODEL, COMPUTE)
-    )
-    assert metrics["validation_loss"] == pytest.approx(float(loss / tokens), rel=1e-6)
+    examples = REFERENCES.examples("validation", np.arange(COUNT))
+    given = place(REFERENCES.batch(examples, "references")).data
+    loss = -score(make_params(MODEL), given, cfg=MODEL, compute=COMPUTE).sum() / given.mask.sum()
+    assert metrics["validation_loss"] == pytest.approx(float(loss), rel=1e-6)
     assert metrics["validation_loss"] == pytest.approx(math.log(MODEL.vocab_size), rel=0.5)
-    assert [record["reference"] for record in records] == DATA.references("validation", np.arange(COUNT))
+    assert [record["reference"] for record in records] == [example.reference for example in examples]
     assert metrics["gold_mean"] == pytest.approx(np.mean([record["gold_policy"] for record in records]))
     assert 0 < metrics["mean_length"] <= 16
 
@@ -199,12 +217,17 @@ def test_sft_chunks_change_nothing():
 
 
 def test_annotator_evaluation():
-    letters = tuple(TOKENIZER.single(letter) for letter in MARKS)
-    words = (TOKENIZER.single(" no"), TOKENIZER.single(" yes"))
-    objective = supervised.AnnotatorObjective(MODEL, COMPUTE, DATA.template(), words, letters)
-    found = supervised_evals.annotator(
-        make_params(MODEL), DATA, split="validation", count=COUNT, chunk=COUNT, objective=objective, place=place
+    found, records = agreement.evaluate(
+        make_params(MODEL),
+        judged=DATA.judged,
+        split="validation",
+        count=COUNT,
+        chunk=COUNT,
+        policy=model(POLICY),
+        compute=COMPUTE,
+        place=place,
     )
+    assert records == []
     assert found["annotator"].keys() == set(templates.INSTRUCTIONS)
     shares = [each["gold_agreement"] for each in found["annotator"].values()]
     assert found["accuracy"] == pytest.approx(np.mean(shares))
@@ -212,10 +235,11 @@ def test_annotator_evaluation():
     assert all(each["pairs"] == COUNT for each in found["annotator"].values())
 
 
-def test_evaluators_of_another_sampler_must_not_share_reference_samples():
-    """dataclasses.replace keeps the record of what was drawn, unless it is told not to."""
-    sampled = evaluator()
-    preference.evaluate(sampled, make_params(MODEL), jax.random.key(0))
-    greedy = dataclasses.replace(sampled, sampler=sampler(0.0), reference_samples={})
-    metrics, _ = preference.evaluate(greedy, make_params(MODEL), jax.random.key(0))
+def test_greedy_samples_must_not_meet_sampled_ones_of_the_reference():
+    """With a cache of their own a greedy policy ties with itself; with the samples' it wouldn't."""
+    shared: dict = {}
+    evaluate(make_params(MODEL), jax.random.key(0), cache=shared)
+    metrics, _ = evaluate(make_params(MODEL), jax.random.key(0), temperature=0.0)
     assert metrics["gold"]["tie"] == 1.0
+    mixed, _ = evaluate(make_params(MODEL), jax.random.key(0), temperature=0.0, cache=shared)
+    assert mixed["gold"]["tie"] < 1.0

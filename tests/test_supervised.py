@@ -1,5 +1,6 @@
 """Fine-tuning and the annotator's training: their losses against plain computations of the same, and that they fall."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,19 +10,48 @@ import optax
 import pytest
 from fakes import COMPUTE, MODEL, left_padded, make_params, right_padded
 
-from oaif_jax import step, supervised
-from oaif_jax.annotate import llm
+from oaif_jax import step
+from oaif_jax.annotate import orders
+from oaif_jax.methods import annotator
+from oaif_jax.methods.annotator import AnnotatorTraining
+from oaif_jax.methods.base import Models
+from oaif_jax.methods.sft import SFT
 from oaif_jax.models import heads, rows, sharding, transformer
+from oaif_jax.rollout import Sampler
+from oaif_jax.step import Step
+from oaif_jax.types import Batch, Prompts, Rollout
 from oaif_jax.update import state
 
 ROWS, SLOTS, RESPONSE = 8, 6, 7
-TEMPLATE = llm.Template(first=(3, 4), second=(3, 6), closing=(7,), answers=(10, 11))
+TEMPLATE = orders.Template(first=(3, 4), second=(3, 6), closing=(7,), answers=(10, 11))
 NO_YES, MARKS = (12, 13), (20, 21, 22, 23, 24)
-SFT = supervised.SFTObjective(MODEL, COMPUTE)
-ANNOTATOR = supervised.AnnotatorObjective(MODEL, COMPUTE, TEMPLATE, NO_YES, MARKS)
+METHODS = {"sft": SFT(), "annotator": AnnotatorTraining(TEMPLATE, NO_YES, MARKS)}
+MODELS = Models(MODEL, MODEL, COMPUTE)
+NOBODY = Sampler(temperature=1.0, top_k=0, top_p=1.0, max_tokens=1, stop_ids=(), pad_id=0)  # nothing is sampled
+KEY = jax.random.key(0)
 
-sft_loss = jax.jit(functools.partial(supervised.sft_loss, objective=SFT))
-annotator_loss = jax.jit(functools.partial(supervised.annotator_loss, objective=ANNOTATOR))
+
+def as_batch(name: str, arrays: dict[str, np.ndarray]) -> Batch:
+    """What a step is given, of named arrays."""
+    if name == "annotator":
+        return Batch(judged=arrays)
+    asked = Prompts(arrays["prompts"], arrays["prompt_valid"], np.arange(ROWS, dtype=np.int32))
+    finished = np.ones((ROWS, 1), bool)
+    return Batch(asked, data=Rollout(asked, arrays["responses"], arrays["mask"], finished, ("data",)))
+
+
+def loss_of(name: str):
+    """(params, arrays) -> the summed loss, and its weight or its metrics."""
+    contribute = jax.jit(functools.partial(step.contribution, key=KEY, step=Step(METHODS[name], MODELS, NOBODY)))
+
+    def loss(params, arrays):
+        found = contribute(params, {}, as_batch(name, arrays))
+        return found.loss, found.weight if name == "sft" else found.metrics
+
+    return loss
+
+
+sft_loss, annotator_loss = loss_of("sft"), loss_of("annotator")
 
 
 def references(seed: int = 0) -> dict[str, np.ndarray]:
@@ -93,9 +123,8 @@ def test_sft_is_a_mean_over_tokens_whatever_the_parts(parts):
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     found = {}
     for count in (1, parts):
-        _, metrics, _ = trainer(functools.partial(supervised.sft, objective=SFT), count)(
-            state.create(make_params(), TX, mesh), {}, references(), jax.random.key(0)
-        )
+        take, batch = trainer(METHODS["sft"], count), as_batch("sft", references())
+        _, metrics, _ = take(state.create(make_params(), TX, mesh), {}, batch, KEY)
         found[count] = jax.device_get(metrics)
     for name in ("loss", "grad_norm", "weight"):
         assert found[parts][name] == pytest.approx(found[1][name], rel=1e-5)
@@ -106,8 +135,8 @@ def test_sft_is_a_mean_over_tokens_whatever_the_parts(parts):
 
 def plain_annotator_loss(params, batch) -> tuple[float, float]:
     """The loss and its answers' part, row by row and token by token, from hidden states and whole logits."""
-    order_hidden = jax.jit(functools.partial(llm.order_hidden, template=TEMPLATE, cfg=MODEL, compute=COMPUTE))
-    args = (batch["questions"], batch["question_valid"], batch["responses"], batch["mask"])
+    order_hidden = jax.jit(functools.partial(orders.order_hidden, template=TEMPLATE, cfg=MODEL, compute=COMPUTE))
+    args = jax.tree.map(jnp.asarray, (batch, batch["responses"], batch["mask"]))
     hidden = np.asarray(order_hidden(params, *args), np.float64)
     logits = hidden @ np.asarray(params["embedding"], np.float64).T
     first_at, second_at = len(TEMPLATE.first), len(TEMPLATE.first) + RESPONSE + len(TEMPLATE.second)
@@ -128,10 +157,10 @@ def plain_annotator_loss(params, batch) -> tuple[float, float]:
         choice, is_tie = batch["choice"][i], batch["label"][i] == 0.5
         if choice != 0.5:
             entropy = [np.logaddexp(0, x) - choice * x for x in odds]
-            answers += np.mean(entropy) * (supervised.TIE_WEIGHT if is_tie else 1.0)
+            answers += np.mean(entropy) * (annotator.TIE_WEIGHT if is_tie else 1.0)
         swaps += (odds[0] - odds[1]) ** 2
-    dense = supervised.WORD_WEIGHT * np.mean(words or [0.0]) + supervised.MARK_WEIGHT * np.mean(marks)
-    return answers + supervised.SWAP_WEIGHT * swaps + ROWS * dense, answers
+    dense = annotator.WORD_WEIGHT * np.mean(words or [0.0]) + annotator.MARK_WEIGHT * np.mean(marks)
+    return answers + annotator.SWAP_WEIGHT * swaps + ROWS * dense, answers
 
 
 def test_annotator_loss_is_the_plain_sum():
@@ -183,7 +212,7 @@ def test_broken_ties_count_less_and_are_not_counted_as_right_or_wrong():
 
     (tied, tied_sums), (decided, decided_sums) = loss(0.5 * ones, ones), loss(ones, ones)
     (silent, _) = loss(0.5 * ones, 0.5 * ones)
-    assert float(tied - silent) == pytest.approx(supervised.TIE_WEIGHT * float(decided - silent), rel=1e-4)
+    assert float(tied - silent) == pytest.approx(annotator.TIE_WEIGHT * float(decided - silent), rel=1e-4)
     assert tied_sums["accuracy"][1] == 0
     assert decided_sums["accuracy"][1] == ROWS
 
@@ -203,26 +232,26 @@ TX = optax.adam(3e-3)
 
 
 @functools.cache
-def trainer(objective, parts: int = 1):
-    return jax.jit(functools.partial(step.train_step, objective=objective, tx=TX, parts=parts), donate_argnames="state")
+def trainer(method, parts: int = 1):
+    taken = Step(method, MODELS, NOBODY, parts=parts)
+    return jax.jit(functools.partial(step.train_step, step=taken, tx=TX), donate_argnames="state")
 
 
 @pytest.mark.parametrize("name", ["sft", "annotator"])
 def test_twenty_steps_lower_the_loss(name):
-    objective, batch = {
-        "sft": (functools.partial(supervised.sft, objective=SFT), references()),
-        "annotator": (functools.partial(supervised.annotator, objective=ANNOTATOR), judged()),
-    }[name]
+    batch = as_batch(name, {"sft": references, "annotator": judged}[name]())
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     traces = []
 
-    def counted(*args):
-        traces.append(args)
-        return objective(*args)
+    class Counted(type(METHODS[name])):
+        def loss(self, predicted, target):
+            traces.append(1)
+            return super().loss(predicted, target)
 
+    counted = Counted(*(getattr(METHODS[name], field.name) for field in dataclasses.fields(METHODS[name])))
     take, training, losses = trainer(counted), state.create(make_params(), TX, mesh), []
     for _ in range(20):
-        training, metrics, _ = take(training, {}, batch, jax.random.key(0))
+        training, metrics, _ = take(training, {}, batch, KEY)
         losses.append(float(metrics["loss"]))
     assert len(traces) == 1
     assert np.all(np.isfinite(losses))

@@ -4,15 +4,29 @@ import dataclasses
 import itertools
 import unicodedata
 
-import fakes
 import numpy as np
 import pytest
 
+from oaif_jax.annotate.orders import Template
+from oaif_jax.annotate.questions import Questions, fitted
 from oaif_jax.base.errors import UserError
-from oaif_jax.data.jsonl import TextPair
-from oaif_jax.data.tokenizer import Tokenizer
+from oaif_jax.data.dataset import DataSet, context_of
+from oaif_jax.data.jsonl import TextPair, write_pairs
+from oaif_jax.data.records import Message
 from oaif_jax.tiny import gold, templates, tokenizer_recipe, world, writers
-from oaif_jax.tiny.data import MARKS, TinyData, asset, instruction_text, mark_of
+from oaif_jax.tiny.data import (
+    MARKS,
+    Limits,
+    asset,
+    dataset,
+    instruction,
+    judged_batch,
+    longest_post,
+    mark_of,
+    plain_voice,
+    policy_voice,
+    post_of,
+)
 
 POST = "hello everyone. we talked about the river. my friend loves the dog. i am so tired. i worry about the exam."
 TOPICS = ("river", "dog", "exam")
@@ -20,9 +34,26 @@ PROMPT_TOKENS, RESPONSE_TOKENS = 56, 16  # as the experiments have them
 MANY = 3000
 
 
+LIMITS = Limits(0, PROMPT_TOKENS, RESPONSE_TOKENS)
+
+
+def data_for(reads: str = "prompts", **changes) -> DataSet:
+    limits = {"seed": 0, "train_posts": 20_000, "prompt_tokens": PROMPT_TOKENS, "response_tokens": RESPONSE_TOKENS}
+    return dataset(reads, **(limits | changes))
+
+
 @pytest.fixture(scope="module")
-def data() -> TinyData:
-    return TinyData(Tokenizer(asset("tokenizer")), 0, PROMPT_TOKENS, RESPONSE_TOKENS)
+def data() -> DataSet:
+    return data_for()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return policy_voice().tokenizer
+
+
+def ids(text: str, *, stop: bool = False) -> list[int]:
+    return policy_voice().answer(text, stop=stop)
 
 
 def posts(split: str, count: int, seed: int = 0) -> list[world.Post]:
@@ -83,26 +114,30 @@ def test_everything_fits_the_limits(data, split):
     indices = range(MANY // 3)
     drawn = data.examples(split, indices)
     prompts = data.prompts(drawn)
-    assert prompts["prompt_valid"].sum(-1).max() <= data.longest_prompt() <= PROMPT_TOKENS
+    assert prompts.valid.sum(-1).max() <= data.tokens_of(longest_post())[0] <= PROMPT_TOKENS
     for writer in writers.STYLES:
-        texts = dataclasses.replace(data, writer=writer).references(split, indices)
-        made = data.responses([[text] for text in texts], stop=True)
-        assert made["mask"].sum(-1).max() <= RESPONSE_TOKENS
-        assert max(len(world.words(text)) for text in texts) <= world.MAX_WORDS
+        references = data_for("references", writer=writer)
+        written = references.examples(split, indices)
+        made = references.batch(written, "references").data
+        assert made.mask.sum(-1).max() <= RESPONSE_TOKENS
+        assert max(len(world.words(example.reference)) for example in written) <= world.MAX_WORDS
     for name in templates.INSTRUCTIONS:
-        assert data.questions(templates.instruction(name)).batch(drawn)["question_valid"].any(-1).all()
+        asked = fitted(Questions(plain_voice(), instruction(name), 0), data, (split,))
+        assert asked.arrays(drawn)["question_valid"].any(-1).all()
+        assert asked.width == LIMITS.question_tokens(templates.instruction(name))
 
 
-def test_longest_prompt(data):
+def test_longest_prompt(data, tokenizer):
     """Made of the longest sentences, it is longer than any post, and a post that long can be."""
-    lengths = [len(data.tokenizer.encode(templates.prompt(post.text))) for post in posts("train", MANY)]
-    assert data.longest_prompt() - 4 <= max(lengths) <= data.longest_prompt()
+    lengths = [len(tokenizer.encode(templates.prompt(post.text))) for post in posts("train", MANY)]
+    longest = data.tokens_of(longest_post())[0]
+    assert longest - 4 <= max(lengths) <= longest
 
 
 def test_a_prompt_that_is_too_long(data):
     short = dataclasses.replace(data, prompt_tokens=20)
     with pytest.raises(UserError, match=r"prompt 0 has \d+ tokens, wanted 1 to 20"):
-        short.prompts(posts("train", 1))
+        short.prompts(data.examples("train", [0]))
 
 
 # --- the gold judge
@@ -182,14 +217,14 @@ def test_how_many_topics_pay(instruction, best):
 
 def test_utility_by_hand():
     """Two words cost c (1 + 2), three c (1 + 2 + 3): c is 0.3 for short, 0.4 for very short."""
-    for instruction, summary, expected in (
+    for name, summary, expected in (
         ("helpful", "river, dog", 2.0),
         ("short", "river, dog", 2.0 - 0.9),
         ("very_short", "river, dog", 2.0 - 1.2),
         ("short", "river, dog, hello", 1.75 - 1.8),
         ("very_short", "", 0.0),
     ):
-        assert gold.utility(POST, summary, instruction) == pytest.approx(expected)
+        assert gold.utility(POST, summary, name) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -284,15 +319,15 @@ def test_raters_agree_with_gold_the_more_the_clearer():
 def test_world_round_trip(data):
     """Everything that is written in this world comes back as it was, and no piece of it is unknown."""
     texts = [templates.prompt(post.text) for post in posts("train", 200)]
-    texts += [f"{templates.CUE} {text}" for text in data.references("train", range(200))]
+    texts += [f"{templates.CUE} {text}" for text in (writers.reference(0, "train", i) for i in range(200))]
     for name in templates.INSTRUCTIONS:
         question = templates.annotation(POST, templates.instruction(name))
         texts += [question, f"{question}{templates.FIRST} river{templates.SECOND} dog{templates.CLOSING}1"]
     for text in texts:
-        ids = data.tokenizer.encode(text)
-        assert data.tokenizer.decode(ids) == text
-        assert max(ids) < data.tokenizer.vocab_size
-        assert not set(ids) & {data.tokenizer.pad_id, *data.tokenizer.stop_ids}
+        ids = data.voice.tokenizer.encode(text)
+        assert data.voice.tokenizer.decode(ids) == text
+        assert max(ids) < data.voice.tokenizer.vocab_size
+        assert not set(ids) & {data.voice.tokenizer.pad_id, *data.voice.tokenizer.stop_ids}
 
 
 def random_text(rng: np.random.Generator) -> str:
@@ -323,31 +358,37 @@ def test_arbitrary_text_round_trip(data):
         "e\u0301 \u00e9",
     ]
     for text in texts:
-        ids = data.tokenizer.encode(text)
-        assert data.tokenizer.decode(ids) == text
-        assert not set(ids) & {data.tokenizer.pad_id, *data.tokenizer.stop_ids}, "text made an id that has a meaning"
+        ids = data.voice.tokenizer.encode(text)
+        assert data.voice.tokenizer.decode(ids) == text
+        assert not set(ids) & {data.voice.tokenizer.pad_id, *data.voice.tokenizer.stop_ids}, (
+            "text made an id that has a meaning"
+        )
 
 
 def test_one_word_is_one_token(data):
     """Summaries' words with the space before them, commas, answers, marks: a token each."""
     for word in (*world.TOPICS, *world.CHATTER, "yes", "no"):
-        assert data.tokenizer.decode([data.tokenizer.single(f" {word}")]) == f" {word}"
+        assert data.voice.tokenizer.decode([data.voice.tokenizer.single(f" {word}")]) == f" {word}"
     for piece in (",", *templates.ANSWERS, *MARKS, *templates.MARKS, "\n"):
-        assert data.tokenizer.decode([data.tokenizer.single(piece)]) == piece
+        assert data.voice.tokenizer.decode([data.voice.tokenizer.single(piece)]) == piece
     named = ["river", "hello", "dog"]
-    assert len(data.ids(world.join(named), stop=False)) == 2 * len(named) - 1
-    assert data.ids("", stop=True) == [data.tokenizer.stop_ids[0]]
+    assert len(ids(world.join(named))) == 2 * len(named) - 1
+    assert ids("", stop=True) == [data.voice.tokenizer.stop_ids[0]]
 
 
 def test_pieces_join_in_context(data):
     """Parts that are joined as ids are what the whole text would be: policy's row, annotator's row, its answers."""
-    encode = data.tokenizer.encode
+    encode = data.voice.tokenizer.encode
     prompt = templates.prompt(POST)
-    assert [*encode(prompt), *data.ids("river, dog", stop=False)] == encode(f"{prompt} river, dog")
-    template = data.template()
+    assert [*encode(prompt), *ids("river, dog")] == encode(f"{prompt} river, dog")
+    (post,) = [dataclasses.replace(data.examples("train", [0])[0], prompt=(Message("user", POST),))]
+    assert policy_voice().prompt(post) == encode(prompt)
+    assert context_of(post) == post_of(post) == POST
+    template = Questions(plain_voice(), instruction("helpful"), 0).template
+    assert template == Template(**data.judged.around)
     question, first, second = templates.annotation(POST, "what?"), "river, dog", "boat"
-    row = [*encode(question), *template.first, *data.ids(first, stop=False), *template.second]
-    row += [*data.ids(second, stop=False), *template.closing]
+    row = [*encode(question), *template.first, *ids(first), *template.second]
+    row += [*ids(second), *template.closing]
     text = f"{question}{templates.FIRST} {first}{templates.SECOND} {second}{templates.CLOSING}"
     assert row == encode(text)
     for answer, token in zip(templates.ANSWERS, template.answers, strict=True):
@@ -356,41 +397,46 @@ def test_pieces_join_in_context(data):
 
 def test_tokenizer_is_what_its_recipe_makes(tmp_path, data):
     tokenizer_recipe.train(tmp_path / "again.model")
-    assert (tmp_path / "again.model").read_bytes() == data.tokenizer.path.read_bytes()
+    assert (tmp_path / "again.model").read_bytes() == data.voice.tokenizer.path.read_bytes()
 
 
 # --- arrays
 
 
 def test_prompts_and_responses_come_back_as_text(data):
-    drawn = posts("validation", 20)
+    drawn = data.examples("validation", range(20))
     prompts = data.prompts(drawn)
     summaries = [("river, dog", ""), ("hello", "boat, boat")] * 10
-    made = data.responses(summaries, stop=True)
-    for i, post in enumerate(drawn):
-        kept = prompts["prompts"][i][prompts["prompt_valid"][i]]
-        assert data.tokenizer.decode(kept) == templates.prompt(post.text)
+    made = data.rollout(prompts, summaries)
+    for i, post in enumerate(posts("validation", 20)):
+        kept = prompts.tokens[i][prompts.valid[i]]
+        assert data.voice.tokenizer.decode(kept) == templates.prompt(post.text)
         for c in range(2):
-            assert data.text(made["responses"][i, c], made["mask"][i, c]) == summaries[i][c]
-            assert made["responses"][i, c][made["mask"][i, c]][-1] == data.tokenizer.stop_ids[0]
+            assert data.voice.text(made.tokens[i, c], made.mask[i, c]) == summaries[i][c]
+            assert made.tokens[i, c][made.mask[i, c]][-1] == data.voice.tokenizer.stop_ids[0]
 
 
-def test_pair_batch_puts_the_chosen_first(data):
-    batch = data.pair_batch([TextPair(POST, "river, dog", "boat"), TextPair(POST, "", "exam")])
-    assert batch["first_is_better"].all()
+def test_pairs_have_the_chosen_first(tmp_path):
+    write_pairs(tmp_path / "own.jsonl", [TextPair(POST, "river, dog", "boat"), TextPair(POST, "", "exam")])
+    data = data_for("pairs", pairs=str(tmp_path / "own.jsonl"))
+    batch = data.batch(data.examples("train", [0, 1]), "pairs")
+    np.testing.assert_array_equal(batch.scores.value, [[1, 0], [1, 0]])
+    assert batch.scores.known.all()
+    assert batch.data.by == ("data", "data")
     texts = [
-        [data.text(t, m) for t, m in zip(*row, strict=True)]
-        for row in zip(batch["responses"], batch["mask"], strict=True)
+        [data.voice.text(t, m) for t, m in zip(*row, strict=True)]
+        for row in zip(batch.data.tokens, batch.data.mask, strict=True)
     ]
     assert texts == [["river, dog", "boat"], ["", "exam"]]
 
 
-def test_sft_batch_is_post_and_reference(data):
-    batch = data.sft_batch("train", np.array([7, 3]))
+def test_references_stand_behind_their_posts():
+    data = data_for("references")
+    batch = data.batch(data.examples("train", [7, 3]), "references")
     for i, index in enumerate((7, 3)):
-        text = data.text(batch["responses"][i, 0], batch["mask"][i, 0])
+        text = data.voice.text(batch.data.tokens[i, 0], batch.data.mask[i, 0])
         assert text == writers.reference(0, "train", index)
-        prompt = data.tokenizer.decode(batch["prompts"][i][batch["prompt_valid"][i]])
+        prompt = data.voice.tokenizer.decode(batch.prompts.tokens[i][batch.prompts.valid[i]])
         assert prompt == templates.prompt(world.post(0, "train", index).text)
 
 
@@ -401,26 +447,26 @@ def test_marks():
 
 
 def test_choices_break_ties_by_taste(data):
-    batch = data.annotator_batch("train", 0, 1, 60)
+    batch = judged_batch("train", 0, 1, 60, LIMITS)
     chosen = set()
     for i, (label, choice) in enumerate(zip(batch["label"], batch["choice"], strict=True)):
         if label != 0.5:
             assert choice == label
             continue
-        post = data.tokenizer.decode(batch["questions"][i][batch["question_valid"][i]]).split(templates.POST)[1]
-        texts = [data.text(batch["responses"][i, j], batch["mask"][i, j]) for j in range(2)]
+        post = data.voice.tokenizer.decode(batch["questions"][i][batch["question_valid"][i]]).split(templates.POST)[1]
+        texts = [data.voice.text(batch["responses"][i, j], batch["mask"][i, j]) for j in range(2)]
         assert choice == {True: 1.0, False: 0.0, None: 0.5}[gold.first_in_tie(post, *texts)]
         chosen.add(float(choice))
     assert chosen == {0.0, 0.5, 1.0}
 
 
-def recompute(data: TinyData, batch: dict, i: int, j: int, instruction: str) -> tuple[list[int], list[int], float]:
+def recompute(data: DataSet, batch: dict, i: int, j: int, instruction: str) -> tuple[list[int], list[int], float]:
     """A summary's word targets and marks, token by token, and its utility, all from the texts in the batch."""
-    question = data.tokenizer.decode(batch["questions"][i][batch["question_valid"][i]])
+    question = data.voice.tokenizer.decode(batch["questions"][i][batch["question_valid"][i]])
     start, end = templates.annotation("", templates.instruction(instruction)), ""
     assert question.startswith(start)
     post = question.removeprefix(start) + end
-    words = world.words(data.text(batch["responses"][i, j], batch["mask"][i, j]))
+    words = world.words(data.voice.text(batch["responses"][i, j], batch["mask"][i, j]))
     expected_words, expected_marks = [-1] * RESPONSE_TOKENS, [-1] * RESPONSE_TOKENS
     for k in range(len(words)):
         before, after = (gold.score(post, world.join(words[:n])) for n in (k, k + 1))
@@ -433,8 +479,8 @@ def recompute(data: TinyData, batch: dict, i: int, j: int, instruction: str) -> 
 
 @pytest.mark.parametrize("lists", [0.0, 1.0])
 def test_annotator_batch_targets(data, lists):
-    batch = data.annotator_batch("train", 0, 1, 60, lists=lists)
-    comma = data.tokenizer.single(",")
+    batch = judged_batch("train", 0, 1, 60, LIMITS, lists=lists)
+    comma = data.voice.tokenizer.single(",")
     for i in range(60):
         instruction = templates.INSTRUCTIONS[i % 3]
         useful = []
@@ -458,16 +504,16 @@ def test_annotator_batches_are_pure_functions(data):
     def same(one: dict, other: dict) -> bool:
         return all(np.array_equal(one[name], other[name]) for name in one)
 
-    first = data.annotator_batch("train", 0, 5, 12)
-    assert same(first, data.annotator_batch("train", 0, 5, 12))
+    first = judged_batch("train", 0, 5, 12, LIMITS)
+    assert same(first, judged_batch("train", 0, 5, 12, LIMITS))
     for other in (("train", 0, 6), ("train", 1, 5), ("validation", 0, 5)):
-        assert not same(first, data.annotator_batch(*other, 12))
+        assert not same(first, judged_batch(*other, 12, LIMITS))
 
 
 def test_annotator_batch_of_one_instruction(data):
-    batch = data.annotator_batch("train", 0, 0, 6, instructions=("very_short",))
+    batch = judged_batch("train", 0, 0, 6, LIMITS, instructions=("very_short",))
     for i in range(6):
-        question = data.tokenizer.decode(batch["questions"][i][batch["question_valid"][i]])
+        question = data.voice.tokenizer.decode(batch["questions"][i][batch["question_valid"][i]])
         assert templates.instruction("very_short") in question
 
 
@@ -517,14 +563,31 @@ def test_unknown_names(tmp_path):
     with pytest.raises(UserError, match=r"tiny:nothing: no such asset, there are .*tokenizer"):
         asset("nothing")
     with pytest.raises(UserError, match="instruction 'helpfull' doesn't exist: wanted helpful, short, very_short or"):
-        instruction_text("helpfull")
+        instruction("helpfull")
     (tmp_path / "own.txt").write_text("which one rhymes?\n")
-    assert instruction_text(str(tmp_path / "own.txt")) == "which one rhymes?"
-    assert instruction_text("short") == templates.instruction("short")
+    assert instruction(str(tmp_path / "own.txt")).trunk == "TASK: which one rhymes?\nPOST: {context}"
+    assert templates.instruction("short") in instruction("short").trunk
 
 
-def test_world_without_the_trained_tokenizer():
-    """Nothing but the limits depends on the tokenizer."""
-    plain = TinyData(fakes.ByteTokenizer(), 0, 400, 120)
-    made = plain.sft_batch("train", np.array([0]))
-    assert plain.text(made["responses"][0, 0], made["mask"][0, 0]) == writers.reference(0, "train", 0)
+@pytest.mark.parametrize(
+    ("reads", "changes", "said"),
+    [
+        ("prompts", {"train_posts": 0}, "config.data.train_posts=0"),
+        ("prompts", {"prompt_tokens": 20}, "config.data.prompt_tokens=20: posts have up to"),
+        ("references", {"response_tokens": 12}, "config.data.response_tokens=12, wanted at least 16"),
+        ("pairs", {"pairs": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ("pairs", {"pairs": "tiny:nothing"}, "tiny:nothing: no such asset"),
+    ],
+)
+def test_limits_that_do_not_fit(reads, changes, said):
+    with pytest.raises(UserError, match=said):
+        data_for(reads, **changes)
+
+
+def test_gold_reads_examples(data):
+    (example,) = data.examples("train", [0])
+    post = world.post(0, "train", 0)
+    summary = world.join(post.topics)
+    assert data.gold.score(example, summary) == gold.score(post.text, summary) == len(post.topics)
+    assert data.gold.most(example) == len(post.topics)
+    assert data.gold.utility(example, summary, "short") == gold.utility(post.text, summary, "short")

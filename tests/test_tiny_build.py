@@ -7,7 +7,7 @@ from test_train import sft_config
 
 from oaif_jax.base import cli
 from oaif_jax.data.jsonl import read_pairs
-from oaif_jax.stored import single as files
+from oaif_jax.stored import single
 from oaif_jax.tiny import build
 
 
@@ -19,7 +19,7 @@ def test_models_and_pairs_in_miniature(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "PAIRS", 128)
     monkeypatch.setattr(build, "WRITERS", tuple(dataclasses.replace(each, steps=2) for each in build.WRITERS))
     build.STAGES["sft"](tmp_path / "runs")
-    params, cfg = files.load(tmp_path / "sft.safetensors")
+    params, cfg = single.load(tmp_path / "sft.safetensors")
     assert cfg.width == values["policy"]["shape"]["width"]
     assert params["layers"]["gate"].shape == (cfg.layers, cfg.width, cfg.mlp)
     build.STAGES["pairs"](tmp_path / "runs")

@@ -21,15 +21,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from oaif_jax import config, evaluate, respond, tasks, train
+from oaif_jax import collect, config, evaluate, sample, train
+from oaif_jax import step as steps_of
 from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.files import sha256_of_tree
 from oaif_jax.data import jsonl
+from oaif_jax.evals.of_run import Evaluations
 from oaif_jax.models import sharding
+from oaif_jax.run.setup import open_setup
 from oaif_jax.stored.checkpoint import Reader, load_params
 from oaif_jax.tiny import world
-from oaif_jax.update import state
+from oaif_jax.types import Batch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BATCH = 8
@@ -52,10 +55,10 @@ TINY = {
     "checkpoint.every": 2,
 }
 FILES = {
-    "sft": "tiny_tldr_sft",
-    "annotator": "tiny_annotator",
-    "online": "tiny_tldr_online_dpo",
-    "offline": "tiny_tldr_offline_dpo",
+    "sft": "tldr,sft",
+    "annotator": "annotator",
+    "online": "tldr,online,dpo",
+    "offline": "tldr,offline,dpo",
 }
 TRAIN_KEYS = {
     "loss", "margin", "accuracy", "annotator.order_agreement", "annotator.confidence", "abstained", "identical", "length",
@@ -67,7 +70,7 @@ INSTRUCTIONS = ("helpful", "short", "very_short")
 
 def configured(name: str, **changes) -> dict:
     """An experiment's config with dotted keys set, `__` for the dot."""
-    values = cli.load_config(str(ROOT / "experiments" / f"{name}.py")).to_dict()
+    values = cli.load_config(f"{ROOT}/experiments/tiny.py:{name}").to_dict()
     for key, value in changes.items():
         *sections, last = key.replace("__", ".").split(".")
         section = functools.reduce(lambda inner, part: inner[part], sections, values)
@@ -318,8 +321,8 @@ def test_a_greedy_policy_meets_a_greedy_reference(base):
     """At the start both are one model, so that without chance there is nothing but ties."""
     values = preference_config(base, "offline")
     mesh = sharding.make_mesh(-1, 1, 1)
-    task = tasks.build(config.parse(values), mesh)
-    metrics, _ = task.finish(state.place(task.begin.params, mesh, "float32"))
+    setup = open_setup(config.parse(values), mesh)
+    metrics, _ = Evaluations(setup).finish(sharding.place(setup.policy.params, mesh, "float32"))
     assert metrics["greedy"]["gold"]["tie"] == 1.0
     assert metrics["greedy"]["judge"]["tie"] == 1.0
 
@@ -327,7 +330,7 @@ def test_a_greedy_policy_meets_a_greedy_reference(base):
 def test_a_finished_run_returns_its_summary_and_does_nothing(base, monkeypatch):
     workdir = online_run(base)
     before = digest(workdir)
-    monkeypatch.setattr(tasks, "build", None)
+    monkeypatch.setattr(train, "open_setup", None)
     summary, shown = run(preference_config(base, "online"), workdir)
     assert summary == summary_of(workdir)
     assert "finished" in shown
@@ -343,15 +346,15 @@ def test_evaluate_and_sample_programs(base):
     assert found["gold"]["score"] == last["gold.score"], "the same posts, samples and parameters as the last evaluation"
     assert found["kl"] == pytest.approx(last["kl"], rel=1e-5)
     post = world.post(0, "validation", 0).text
-    responses = respond.run(workdir, post, samples=3, seed=1)
+    responses = sample.run(workdir, post, samples=3, seed=1)
     assert len(responses) == 3
-    assert responses == respond.run(workdir, post, samples=3, seed=1)
+    assert responses == sample.run(workdir, post, samples=3, seed=1)
     after = digest(workdir)
     assert {name: after[name] for name in before} == before
     assert {name.split("/")[0] for name in after.keys() - before.keys()} == {"evaluations"}
 
 
-@pytest.mark.parametrize("name", ["tiny_tldr_sft", "tiny_annotator", "tiny_judge"])
+@pytest.mark.parametrize("name", ["tldr,sft", "annotator", "judge"])
 def test_recipes_run_twenty_steps_from_scratch(tmp_path, name):
     """At the size that the recipe names, on fewer posts; without warm-up, since twenty steps are a small part of it."""
     changes = {"steps": 20, "data__batch": 8, "optimizer__warmup": 0, "eval__prompts": 8, "eval__final_prompts": 8}
@@ -369,24 +372,20 @@ def test_recipes_run_twenty_steps_from_scratch(tmp_path, name):
 
 def poison(monkeypatch, step: int, what: str) -> None:
     """Makes the loss, or a gradient, of one step nan."""
-    build = tasks.build
+    made, contributed = collect.host_batch, steps_of.contribution
 
-    def built(cfg, mesh):
-        task = build(cfg, mesh)
+    def host_batch(setup, at: int) -> Batch:
+        return dataclasses.replace(made(setup, at), judged={"bad": np.full(BATCH, at == step - 1)})
 
-        def objective(params, frozen, batch, key):
-            bad = jnp.where(jnp.any(batch["bad"]), jnp.nan, 1.0)
-            part = task.objective(params, frozen, {k: v for k, v in batch.items() if k != "bad"}, key)
-            if what == "loss":
-                return dataclasses.replace(part, loss=part.loss * bad)
-            return dataclasses.replace(part, gradients=jax.tree.map(lambda g: g * bad, part.gradients))
+    def contribution(params, frozen, batch, key, *, step):
+        bad = jnp.where(jnp.any(batch.judged["bad"]), jnp.nan, 1.0)
+        part = contributed(params, frozen, batch, key, step=step)
+        if what == "loss":
+            return dataclasses.replace(part, loss=part.loss * bad)
+        return dataclasses.replace(part, gradients=jax.tree.map(lambda g: g * bad, part.gradients))
 
-        def batch(at):
-            return task.batch(at) | {"bad": np.full(BATCH, at == step - 1)}
-
-        return dataclasses.replace(task, objective=objective, batch=batch)
-
-    monkeypatch.setattr(tasks, "build", built)
+    monkeypatch.setattr(collect, "host_batch", host_batch)
+    monkeypatch.setattr(steps_of, "contribution", contribution)
 
 
 @pytest.mark.parametrize(("step", "what", "named"), [(4, "loss", "loss=nan"), (3, "gradients", "grad_norm=nan")])
@@ -415,14 +414,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch, 
 
 def test_an_annotator_that_gives_no_numbers_stops_the_run(base, tmp_path, monkeypatch):
     """Its pairs have no weight, the loss is fine, and the first step says so."""
-    build = tasks.build
 
-    def built(cfg, mesh):
-        task = build(cfg, mesh)
-        broken = jax.tree.map(lambda x: x * float("nan"), task.frozen["annotator"])
-        return dataclasses.replace(task, frozen=task.frozen | {"annotator": broken})
+    def opened(cfg, mesh):
+        setup = open_setup(cfg, mesh)
+        broken = jax.tree.map(lambda x: x * float("nan"), setup.mesh_annotator.params)
+        return dataclasses.replace(setup, mesh_annotator=dataclasses.replace(setup.mesh_annotator, params=broken))
 
-    monkeypatch.setattr(tasks, "build", built)
+    monkeypatch.setattr(train, "open_setup", opened)
     with pytest.raises(train.NonFiniteError, match=r"step 1: annotator\.confidence=nan, wanted finite"):
         run(preference_config(base, "online"), tmp_path / "run")
 
@@ -546,3 +544,67 @@ def test_the_command_line_says_one_line_and_exits_with_2(tmp_path):
     assert done.stderr.count("\n") == 1
     assert "tiny:nothing" in done.stderr
     assert not workdir.exists()
+
+
+# ------------------------------------------------------------------------------------------------ from Python, and from outside
+
+
+def test_a_partial_config_from_python(tmp_path):
+    """What isn't named has its default."""
+    values = {
+        "method": "sft",
+        "steps": 1,
+        "policy": {
+            "init": "scratch",
+            "shape": {"width": 16, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 8, "mlp": 16},
+        },
+        "data": {"batch": 8},
+        "eval": {"every": 20, "prompts": 8, "final_prompts": 8, "best": "validation_loss"},
+    }
+    run(values, tmp_path / "run")
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert kept["optimizer"] == dataclasses.asdict(config.Config().optimizer)
+    assert kept["data"]["batch"] == 8
+    with pytest.raises(UserError, match=r"config\.loss\.betta doesn't exist; did you mean 'beta'"):
+        train.run({"loss": {"betta": 1.0}}, tmp_path / "other")
+
+
+LONGER_WINS = """
+def longer_wins(prompts: list[str], responses: list[list[str]]) -> list[list[float | None]]:
+    return [[float(len(text)) for text in texts] for texts in responses]
+
+def knows_nothing(prompts, responses):
+    return [[None for _ in texts] for texts in responses]
+"""
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """A module of the user's, in the directory that a program is started in."""
+    (tmp_path / "mine_of_test.py").write_text(LONGER_WINS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.parametrize("async_steps", [0, 1])
+def test_an_annotator_of_the_users_own(base, tmp_path, outside, async_steps):
+    """It is asked for each step's texts, its name stands in the summary, and longer responses are chosen."""
+    values = preference_config(
+        base, "online", annotator__init="python:mine_of_test.longer_wins", async_steps=async_steps
+    )
+    summary, _ = run(values, tmp_path / "run")
+    assert summary["annotated_by"] == "python:mine_of_test.longer_wins"
+    found = lines(tmp_path / "run", "train")
+    assert len(found) == STEPS
+    assert all("annotator.order_agreement" not in line and "annotator.gold_agreement" in line for line in found)
+    assert all(line["weight"] > 0 for line in found)
+    assert "python:mine_of_test.longer_wins" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_what_an_annotator_does_not_know_is_never_a_label(base, tmp_path, outside):
+    """Nothing moves but where one response ended and the other didn't."""
+    changes = {"annotator__init": "python:mine_of_test.knows_nothing", "annotator__missing_eos": "ignore"}
+    run(preference_config(base, "online", **changes), tmp_path / "run")
+    for line in lines(tmp_path / "run", "train"):
+        assert line["weight"] == line["loss"] == line["changed"] == 0
+        assert line["abstained"] + line["identical"] == 1

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from fakes import MODEL, ByteTokenizer, make_params
 
-from experiments import common
-from oaif_jax import config, start
+from oaif_jax import config
 from oaif_jax.base.errors import UserError
+from oaif_jax.data.chat import ChatTemplate
+from oaif_jax.data.voice import Voice
 from oaif_jax.models import sharding
-from oaif_jax.stored import single as files
+from oaif_jax.stored import single
 from oaif_jax.stored.checkpoint import Checkpoints
+from oaif_jax.stored.open import Model, Source, open_model, read_run, step_of
 from oaif_jax.tiny import data
 
 SHAPE = config.Shape(width=16, layers=1, heads=2, kv_heads=2, head_dim=8, mlp=24)
@@ -26,9 +28,9 @@ def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
     with Checkpoints(path / "checkpoints", keep=3) as checkpoints:
         for number, metric in ((1, 0.2), (2, 0.9), (3, 0.5)):
-            meta = {"model": dataclasses.asdict(MODEL)}
+            meta = {"model": dataclasses.asdict(MODEL), "step": number}
             checkpoints.save(number, {"params": make_params(seed=number)}, meta, metric=metric)
-    (path / "config.json").write_text(json.dumps(common.base().to_dict()))
+    (path / "config.json").write_text(json.dumps(config.defaults().to_dict()))
     return path
 
 
@@ -49,9 +51,11 @@ def assets(tmp_path, monkeypatch):
     return tmp_path
 
 
-def load(spec: str, *, vocab_size: int = VOCAB, **changes) -> start.Start:
+def load(spec: str, *, vocab_size: int = VOCAB, **changes) -> Model:
     mesh = sharding.make_mesh(-1, 1, 1)
-    return start.load(start.Origin("policy", spec, ""), SizedTokenizer(size=vocab_size), mesh, "float32", **changes)
+    tokenizer = SizedTokenizer(size=vocab_size)
+    voice = Voice(tokenizer, ChatTemplate(tokenizer.path, ""), tokenizer.stop_ids, spaced=True)
+    return open_model(Source("policy", spec, ""), voice, mesh, "float32", **changes)
 
 
 def assert_refused(spec: str, *said: str, **changes) -> None:
@@ -73,6 +77,25 @@ def test_a_runs_checkpoints(workdir, which, seed):
     loaded = load(f"{workdir}{which}")
     assert same(loaded.params, seed)
     assert loaded.cfg == MODEL
+
+
+@pytest.mark.parametrize(("which", "seed"), [("best", 2), ("last", 3), ("1", 1)])
+def test_what_a_run_has_trained(workdir, which, seed):
+    cfg, params, source = read_run(workdir, which)
+    assert cfg == config.Config()
+    assert same(params, seed)
+    assert step_of(source) == seed
+
+
+def test_a_run_of_an_earlier_version_is_read(workdir, tmp_path):
+    """Without a section that came since, and with a key that went."""
+    values = config.defaults().to_dict()
+    del values["rounds"]
+    values["compute"]["unroll"] = 1
+    (tmp_path / "checkpoints").symlink_to(workdir / "checkpoints")
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_run(tmp_path, "best")[0] == config.Config()
+    assert same(load(str(tmp_path)).params, 2)
 
 
 @pytest.mark.parametrize("which", ["@7", "@first", "@01", "@-1"])
@@ -100,7 +123,7 @@ def test_scratch_without_a_shape_is_refused():
 
 
 def test_assets(assets):
-    files.save(assets / "small.safetensors", make_params(seed=5), MODEL, "a test")
+    single.save(assets / "small.safetensors", make_params(seed=5), MODEL, "a test")
     loaded = load("tiny:small")
     assert loaded.cfg == MODEL
     # Assets are bfloat16: eight bits of mantissa.
@@ -119,6 +142,6 @@ def test_an_asset_that_is_no_model(assets):
 
 
 def test_another_vocabulary_is_refused(workdir, assets):
-    files.save(assets / "small.safetensors", make_params(), MODEL, "a test")
+    single.save(assets / "small.safetensors", make_params(), MODEL, "a test")
     for spec in ("tiny:small", str(workdir)):
         assert_refused(spec, f"config.policy.init={spec!r}", str(VOCAB), str(VOCAB + 1), vocab_size=VOCAB + 1)
