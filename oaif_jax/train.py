@@ -99,18 +99,19 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
     if cfg.export.at_end:
         export.check(setup.policy)
     sharding.param_shardings(setup.policy.params, mesh)
-    reader = Reader(workdir / "checkpoints")
-    taken = reader.latest()
-    if taken is not None and taken > total_steps(cfg):
-        raise UserError(f"config.steps={cfg.steps}, but {taken} were taken in {workdir}; wanted at least that")
-    if changes and taken is not None:  # what the run before left is given up now: not for one that can't go on
-        reader.verify(taken)
-    notes = resume.stored_config(workdir)[1] if (workdir / "config.json").exists() else ()
-    for change in resume.claim(workdir, cfg):
-        console.print(change)
-    for note in (*notes, *setup.notes):
-        console.print(note, markup=False, highlight=False)
+
+    # ------------------------------------------------------------------------------------------ from here on it is ours
     with resume.owned(workdir):
+        changes = resume.check(workdir, cfg)  # again: it may have been another process's until now
+        reader = Reader(workdir / "checkpoints")
+        taken = reader.latest()
+        if taken is not None and taken > total_steps(cfg):
+            raise UserError(f"config.steps={cfg.steps}, but {taken} were taken in {workdir}; wanted at least that")
+        if changes and taken is not None:  # what the run before left is given up now: not for one that can't go on
+            reader.verify(taken)
+        say = functools.partial(console.print, markup=False, highlight=False)
+        for line in (*resume.claim(workdir, cfg, say), *setup.notes):
+            say(line)
         return _train(setup, workdir, console, began)
 
 

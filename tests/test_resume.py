@@ -1,5 +1,6 @@
 """A run that was stopped ends where an uninterrupted one ends, bit for bit; a workdir is one run's and nobody else's."""
 
+import fcntl
 import gc
 import json
 import os
@@ -58,6 +59,12 @@ def assert_same_end(workdir: pathlib.Path, uninterrupted: pathlib.Path) -> None:
     assert lines(workdir, timeless=True) == lines(uninterrupted, timeless=True)
     assert digest(workdir / "samples") == digest(uninterrupted / "samples")
     assert Reader(workdir / "checkpoints").steps() == Reader(uninterrupted / "checkpoints").steps()
+
+
+def claimed(workdir: pathlib.Path, cfg: config.Config) -> list[str]:
+    """A workdir made a config's, as a run does."""
+    with resume.owned(workdir):
+        return resume.claim(workdir, cfg)
 
 
 # ------------------------------------------------------------------------------------------------ interrupted
@@ -205,18 +212,18 @@ def test_killed_and_started_again(base, tmp_path):
     assert_same_end(workdir, sft_run(base))
 
 
-def test_killed_while_the_config_was_written(tmp_path):
+@pytest.mark.parametrize("name", ["inputs.json", "config.json"])
+def test_killed_while_the_first_files_were_written(tmp_path, name):
     """What an atomic write leaves when it is cut short is no other run's file."""
     workdir = tmp_path / "run"
-    workdir.mkdir()
     cfg = config.parse(sft_config())
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(pathlib.Path, "replace", lambda *_: (_ for _ in ()).throw(StopError()))
+        stop_at(patched, pathlib.Path, "replace", lambda target: target.name == name)
         with pytest.raises(StopError):
-            resume.claim(workdir, cfg)
-    assert list(workdir.iterdir())
+            claimed(workdir, cfg)
+    assert (workdir / f".{name}.partial").exists()
     assert not (workdir / "config.json").exists()
-    assert resume.claim(workdir, cfg) == []
+    assert claimed(workdir, cfg) == []
     assert json.loads((workdir / "config.json").read_text()) == resume.nested(cfg)
 
 
@@ -396,7 +403,7 @@ def test_fewer_steps_than_were_taken_are_refused(copy):
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_other_steps_of_a_schedule_that_needs_them_are_refused(tmp_path, schedule):
     workdir = tmp_path / "run"
-    resume.claim(workdir, config.parse(sft_config(optimizer__schedule=schedule)))
+    claimed(workdir, config.parse(sft_config(optimizer__schedule=schedule)))
     before = digest(workdir)
     with pytest.raises(UserError, match=rf"steps \({STEPS} there, {STEPS + 2} now\)"):
         run(sft_config(optimizer__schedule=schedule, steps=STEPS + 2), workdir)
@@ -446,7 +453,7 @@ def test_a_directory_of_something_else_is_refused_untouched(tmp_path):
 
 
 def test_an_empty_directory_is_taken(tmp_path):
-    assert resume.claim(tmp_path, config.parse(sft_config())) == []
+    assert claimed(tmp_path, config.parse(sft_config())) == []
     assert (tmp_path / "config.json").exists()
 
 
@@ -469,6 +476,56 @@ def test_one_process_at_a_time(copy):
         pass
     with resume.owned(copy):
         pass
+
+
+def test_a_second_process_leaves_the_run_alone(copy):
+    """With changes that it could make: neither the config nor the results of the run that goes on are touched."""
+    before = digest(copy)
+    with (copy / "lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is training there"):
+            run(sft_config(log__every=3, eval__final="last"), copy)
+    gc.collect()
+    assert digest(copy) == before
+    assert (copy / "summary.json").exists()
+
+
+def test_a_workdir_that_became_anothers_while_it_was_waited_for(copy, tmp_path, monkeypatch):
+    """It is looked at again, once it is ours."""
+    workdir, owned = tmp_path / "late", resume.owned
+
+    def late(path):
+        shutil.copytree(copy, path)
+        return owned(path)
+
+    monkeypatch.setattr(resume, "owned", late)
+    with pytest.raises(UserError, match=r"another config's run: data\.seed \(0 there, 1 now\)"):
+        run(sft_config(data__seed=1), workdir)
+    gc.collect()
+    assert digest(workdir) == digest(copy)
+
+
+def test_a_changed_input_is_refused_as_a_changed_key_is(copy):
+    """At each start, a finished run's as well."""
+    inputs = json.loads((copy / "inputs.json").read_text())
+    inputs["data.name"]["files"]["tokenizer.model"] = {"sha256": "0" * 64, "stamp": [1, 2, 3, 4]}
+    inputs["data.name"]["sha256"] = "0" * 64
+    (copy / "inputs.json").write_text(json.dumps(inputs))
+    before = digest(copy)
+    with pytest.raises(UserError, match=r"config\.data\.name='tiny': tokenizer\.model has changed") as error:
+        run(sft_config(), copy)
+    assert "\n" not in str(error.value)
+    assert digest(copy) == before
+
+
+def test_a_run_from_before_inputs_were_kept_goes_on(copy):
+    """It says so, and keeps them from now on."""
+    kept = (copy / "inputs.json").read_text()
+    (copy / "inputs.json").unlink()
+    _, shown = run(sft_config(steps=STEPS + 2), copy)
+    assert "has no inputs.json yet" in shown
+    assert f"going on from step {STEPS}" in shown
+    assert (copy / "inputs.json").read_text() == kept
 
 
 def test_environment_is_named_where_it_differs():

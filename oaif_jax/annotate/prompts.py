@@ -55,9 +55,14 @@ def question(instruction: Instruction, context: str) -> str:
     return instruction.trunk.replace(CONTEXT, context)  # once, and what was put in isn't looked at again
 
 
+def path_of(name_or_path: str) -> pathlib.Path:
+    """The file of an instruction, whether it is there or not."""
+    return DIRECTORY / f"{name_or_path}.txt" if name_or_path in KNOWN else pathlib.Path(name_or_path)
+
+
 def read_instruction(name_or_path: str) -> Instruction:
     """An instruction by its name, one of KNOWN, or from a text file; UserError for one that can't be used."""
-    path = DIRECTORY / f"{name_or_path}.txt" if name_or_path in KNOWN else pathlib.Path(name_or_path)
+    path = path_of(name_or_path)
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
     except FileNotFoundError as error:

@@ -16,7 +16,10 @@ from oaif_jax import config
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.files import atomic_write_json
 from oaif_jax.config import Config
+from oaif_jax.run import inputs
 
+# What a kill in a run's first moment leaves: no other program's files.
+FIRST = ("lock", inputs.FILE, f".{inputs.FILE}.partial", ".config.json.partial")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -49,8 +52,14 @@ def nested(cfg: Config) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def owned(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds the workdir for this process, on this host; UserError where another one trains in it. A kill lets go of it."""
-    with (workdir / "lock").open("w") as file:
+    """Makes the workdir if need be, and holds it for this process, on this host; UserError where another one trains in it. A kill
+    lets go of it. Whoever writes in a workdir does it in here: a second process must leave the run alone."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / "lock").open("a")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} can't be made ({error.strerror})") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -58,38 +67,64 @@ def owned(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def claim(workdir: pathlib.Path, cfg: Config) -> list[str]:
-    """Makes the workdir this config's, or goes on in it: returns the changes of what may change, one line each.
-
-    Raises UserError where another config's run is there, naming the keys that differ.
-    """
-    path = workdir / "config.json"
-    if path.exists():
-        changes = _changes(path, cfg)
-    else:
-        # A kill in the first moment leaves what atomic_write_json began with.
-        if workdir.exists() and any(there.name != ".config.json.partial" for there in workdir.iterdir()):
-            raise UserError(f"--workdir={workdir} holds files but no config.json: wanted an empty directory or a run's")
-        changes = []
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} can't be made ({error.strerror})") from error
-    if changes:
-        (workdir / "summary.json").unlink(missing_ok=True)  # of the config before; the run's end writes it anew
-    atomic_write_json(path, nested(cfg))
-    return changes
-
-
 def check(workdir: pathlib.Path, cfg: Config) -> list[str]:
-    """Returns and raises what `claim` would, and changes nothing; UserError, too, where nothing can be written."""
+    """What may change and has, one line each. Nothing is written.
+
+    Raises UserError where another config's run is there, naming the keys that differ; where what the config names isn't what
+    the run began with (see inputs); and where nothing can be written.
+    """
     there = workdir if os.path.lexists(workdir) else _nearest(workdir)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"--workdir={workdir}: {there} is no directory that can be written in")
     if (workdir / "checkpoints").exists() and not (workdir / "checkpoints").is_dir():
         raise UserError(f"--workdir={workdir}: {workdir / 'checkpoints'} is a file, wanted a run's directory")
-    path = workdir / "config.json"
-    return _changes(path, cfg) if path.exists() else []
+    if not (workdir / "config.json").exists():
+        if workdir.exists() and any(each.name not in FIRST for each in workdir.iterdir()):
+            raise UserError(f"--workdir={workdir} holds files but no config.json: wanted an empty directory or a run's")
+        return []
+    changes = _changes(workdir / "config.json", cfg)
+    _same_inputs(workdir, cfg)
+    return changes
+
+
+def claim(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None = None) -> list[str]:
+    """Makes the workdir, which is `owned`, this config's, or goes on in it: returns what there is to say, a line each.
+
+    Raises what `check` does, before anything is written. `say` is told when hashing takes long.
+    """
+    changes, notes = check(workdir, cfg), ()
+    path, hashed = workdir / "config.json", workdir / inputs.FILE
+    known = None
+    if path.exists():
+        notes = stored_config(workdir)[1]
+        if hashed.exists():
+            known = inputs.read(hashed)
+        else:
+            notes = (
+                *notes,
+                f"{workdir} has no {inputs.FILE} yet: what the config names now counts as what it began with",
+            )
+    now = inputs.of(cfg, known, say)
+    if changes:
+        (workdir / "summary.json").unlink(missing_ok=True)  # of the config before; the run's end writes it anew
+    if now != known:  # the inputs first: a config.json without them is an earlier version's
+        atomic_write_json(hashed, inputs.nested(now))
+    atomic_write_json(path, nested(cfg))
+    return [*changes, *notes]
+
+
+def _same_inputs(workdir: pathlib.Path, cfg: Config) -> None:
+    """UserError unless what the config names is what the run began with, as far as that is known."""
+    if not (workdir / inputs.FILE).exists():
+        return
+    known = inputs.read(workdir / inputs.FILE)
+    wanted = f"wanted what the run in {workdir} began with; put it back, or take another --workdir"
+    try:
+        found = inputs.compare(known, inputs.of(cfg, known), cfg)
+    except UserError as error:
+        raise UserError(f"{error}; {wanted}") from error
+    if found:
+        raise UserError(f"{'; '.join(found)}; {wanted}")
 
 
 def _nearest(path: pathlib.Path) -> pathlib.Path:

@@ -129,6 +129,22 @@ class Reader:
         metrics = {step: self._record(step)["metric"] for step in self.steps()}
         return max((step for step in metrics if metrics[step] is not None), key=metrics.__getitem__, default=None)
 
+    def named(self, which: str) -> int:
+        """The step that "best", "last" or a decimal number names; CheckpointError where there is none."""
+        if which in ("best", "last"):
+            step = self.best() if which == "best" else self.latest()
+        else:
+            step = int(which) if _STEP.fullmatch(which) else None
+        if step is None:
+            wanted = f"wanted best, last or a step; there are: {self._listed()}"
+            raise CheckpointError(f"{self.directory}: no checkpoint {which!r}; {wanted}")
+        return step
+
+    def sha256_of(self, step: int, item: str) -> str:
+        """Of what the manifest says of an item's files; `verify` tells whether they are those."""
+        entries = {name: entry for name, entry in self._manifest(step).items() if name.startswith(f"{item}/")}
+        return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
     def meta(self, step: int) -> dict:
         """What was given to `save` as meta."""
         return self._record(step)["meta"]
@@ -310,13 +326,7 @@ class Checkpoints(Reader):
 def load_params(directory: Path, which: str) -> tuple[dict, dict]:
     """Parameters as a nested dict of numpy arrays, and the meta, of checkpoint "best", "last" or a decimal step."""
     reader = Reader(directory)
-    if which in ("best", "last"):
-        step = reader.best() if which == "best" else reader.latest()
-    else:
-        step = int(which) if _STEP.fullmatch(which) else None
-    if step is None:
-        there = reader._listed()
-        raise CheckpointError(f"{directory}: no checkpoint {which!r}; wanted best, last or a step; there are: {there}")
+    step = reader.named(which)
     reader.verify(step)
     path = reader.directory / str(step) / "params"
     with ocp.Checkpointer(_handler()) as checkpointer:

@@ -21,6 +21,11 @@ def annotation(post: str, text: str) -> str:
     return f"{TASK} {text}\n{POST} {post}"
 
 
+def path_of(name_or_path: str) -> pathlib.Path:
+    """The file of an instruction: one that comes with the tiny world, or any other by its path."""
+    return INSTRUCTION_DIR / f"{name_or_path}.txt" if name_or_path in INSTRUCTIONS else pathlib.Path(name_or_path)
+
+
 def instruction(name: str) -> str:
     """The text of an instruction that comes with the tiny world."""
-    return (INSTRUCTION_DIR / f"{name}.txt").read_text().strip()
+    return path_of(name).read_text().strip()

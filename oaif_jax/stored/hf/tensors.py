@@ -42,7 +42,7 @@ def open_tensors(directory: pathlib.Path) -> Iterator[dict[str, Tensor]]:
     """
     with contextlib.ExitStack() as stack:
         found: dict[str, Tensor] = {}
-        for path in _paths(directory):
+        for path in weight_files(directory):
             file = _open(stack, path)
             for key in file.keys():  # noqa: SIM118  # the file is no mapping
                 if key in found:
@@ -70,7 +70,8 @@ def check(
             raise UserError(f"{tensor.path}: {key} has no place in a model of this config.json")
 
 
-def _paths(directory: pathlib.Path) -> list[pathlib.Path]:
+def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
+    """The files that hold a model's parameters; UserError where one is missing."""
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     if not (directory / INDEX).is_file():

@@ -1,0 +1,312 @@
+"""What a run is made of beside its config: instructions, chat templates, data, models, other runs' checkpoints. A path says
+nothing of what lies there, so each is hashed into WORKDIR/inputs.json and compared at every start.
+
+    {"annotator.instruction": {"kind": "instruction", "path": "mine.txt", "sha256": "...", "text": "inverted: false...",
+                               "files": {"mine.txt": {"sha256": "...", "stamp": [size, mtime, ctime, inode]}}}, ...}
+
+Keys are the config's, for data with the split's name behind it. A file whose stamp is as it was isn't read again.
+"""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.machinery import PathFinder
+
+from oaif_jax import config, methods
+from oaif_jax.annotate import prompts, python
+from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import read_json
+from oaif_jax.config import Config
+from oaif_jax.data import chat, readers, special_tokens, tokenizer
+from oaif_jax.stored.checkpoint import Reader
+from oaif_jax.stored.hf.tensors import INDEX, weight_files
+from oaif_jax.stored.open import POLICY, Source, home, run_config, source_of
+from oaif_jax.tiny import templates
+from oaif_jax.tiny.data import asset, policy_voice
+
+FILE = "inputs.json"
+TEXTS = ("instruction", "chat template")  # kinds that are kept in full
+# What is read of a model's directory beside its parameters, as far as it is there.
+BESIDE = (
+    "config.json", INDEX, *tokenizer.FILES, special_tokens.CONFIG, special_tokens.MAP, special_tokens.ADDED,
+    special_tokens.GENERATION, chat.TEMPLATE_FILE,
+)  # fmt: skip
+LARGE = 5 * 10**8  # bytes that take about a second to hash
+SHOWN = 60  # characters of a line
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file's content, and what it is known by while nobody writes to it."""
+
+    sha256: str
+    stamp: tuple[int, ...]  # size, mtime, ctime (nobody can set it), inode
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """Something outside that a config names. `files` are named as they lie in it: that is the same on another machine."""
+
+    kind: str  # model, run, data, pairs, tiny world, instruction, chat template, annotator
+    path: str  # for people; of a run, the checkpoint's
+    sha256: str
+    text: str = ""
+    files: Mapping[str, File] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """An input before it is hashed: files by name, or the hash that stands for them."""
+
+    kind: str
+    path: pathlib.Path
+    files: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
+    sha256: str = ""
+
+
+def of(cfg: Config, known: Mapping[str, Input] | None = None, say: Say | None = None) -> dict[str, Input]:
+    """Every input of a config by its key. `known` are inputs of an earlier start, by whose stamps files aren't read again.
+
+    Files that are absent aren't listed. UserError, with the key, where that leaves it unclear which files there should be.
+    """
+    known = known or {}
+    found = dict(_found(cfg))
+    stamps = {key: {name: _stamp(path) for name, path in each.files.items()} for key, each in found.items()}
+    kept = {
+        (key, name): file
+        for key, each in known.items()
+        for name, file in each.files.items()
+        if stamps.get(key, {}).get(name) == file.stamp
+    }
+    unread = sum(stamp[0] for key in stamps for name, stamp in stamps[key].items() if (key, name) not in kept)
+    if say is not None and unread > LARGE:
+        say(f"hashing {unread / 1e9:.1f} GB of models and data, once: a later start reads what has changed since")
+    return {
+        key: _input(each, {name: kept.get((key, name)) or _file(path) for name, path in each.files.items()})
+        for key, each in found.items()
+    }
+
+
+def _input(found: Found, files: dict[str, File]) -> Input:
+    text = "".join(_text(path) for path in found.files.values()) if found.kind in TEXTS else ""
+    return Input(found.kind, str(found.path), found.sha256 or _together(files), text, files)
+
+
+def _together(files: Mapping[str, File]) -> str:
+    """The only file's hash, or one of all names and hashes."""
+    if len(files) == 1:
+        return next(iter(files.values())).sha256
+    return hashlib.sha256("".join(f"{name} {files[name].sha256}\n" for name in sorted(files)).encode()).hexdigest()
+
+
+def _stamp(path: pathlib.Path) -> tuple[int, ...]:
+    there = path.stat()
+    return there.st_size, there.st_mtime_ns, there.st_ctime_ns, there.st_ino
+
+
+def _file(path: pathlib.Path) -> File:
+    stamp = _stamp(path)  # before it is read: what is written meanwhile has another
+    return File(digest(path), stamp)
+
+
+def digest(path: pathlib.Path) -> str:
+    """A file's SHA-256."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}), wanted a file that can") from error
+
+
+def _text(path: pathlib.Path) -> str:
+    """As it is: ends of lines and byte order marks are bytes, too."""
+    return path.read_bytes().decode("utf-8", "backslashreplace")
+
+
+# ------------------------------------------------------------------------------------------------ what a config names
+
+
+def _found(cfg: Config) -> Iterator[tuple[str, Found]]:
+    """The inputs that a run of this config uses, by key."""
+    kind = methods.named(cfg.method)
+    yield from _model(source_of(POLICY, cfg.policy), cfg.policy.chat)
+    yield from _data(cfg, kind.reads)
+    if not kind.has_reference:
+        return
+    if cfg.reference.init != "policy":
+        yield from _model(source_of("reference", cfg.reference))
+    annotator = source_of("annotator", cfg.annotator)
+    is_python = annotator.init.startswith(python.PREFIX)
+    if is_python and (kind.asks or cfg.judge.init == "annotator"):
+        yield from _python(annotator.init)
+    elif kind.asks or cfg.judge.init == "annotator":
+        yield from _model(annotator, cfg.annotator.chat)
+        yield _instruction("annotator", annotator, cfg.annotator.instruction)
+    judge = source_of("judge", cfg.judge)
+    if judge.init == "annotator" and not is_python:
+        yield _instruction("judge", annotator, cfg.judge.instruction)
+    elif judge.init not in ("annotator", "none"):
+        yield from _model(judge, cfg.judge.chat)
+        yield _instruction("judge", judge, cfg.judge.instruction)
+
+
+def _model(source: Source, template: str = "auto") -> Iterator[tuple[str, Found]]:
+    """A model's files, and those of a chat template that the config names."""
+    if source.init == "hf":
+        directory = home(source)
+        assert directory is not None
+        yield f"{source.key}.path", Found("model", directory, _in_directory(source, directory))
+    elif source.init.startswith("tiny:"):
+        path = asset(source.init.removeprefix("tiny:"))
+        yield f"{source.key}.init", Found("model", path, _there(path.parent, [path]))
+    elif source.init != "scratch":
+        yield f"{source.key}.init", _run(source)
+    if template not in ("auto", "none") and home(source) is not None:
+        path = pathlib.Path(template)
+        yield f"{source.key}.chat", Found("chat template", path, _there(path.parent, [path]))
+
+
+def _in_directory(source: Source, directory: pathlib.Path) -> dict[str, pathlib.Path]:
+    try:
+        weights = weight_files(directory)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    return _there(directory, [*(directory / name for name in BESIDE), *weights])
+
+
+def _run(source: Source) -> Found:
+    """The checkpoint that an init resolves to. Its manifest vouches for the files, and is checked when they are read."""
+    run_config(source)  # there is a run
+    workdir, _, which = source.init.partition("@")
+    reader = Reader(pathlib.Path(workdir) / "checkpoints")
+    try:
+        step = reader.named(which or "best")
+        return Found("run", pathlib.Path(workdir) / "checkpoints" / str(step), sha256=reader.sha256_of(step, "params"))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def _instruction(key: str, asked: Source, name: str) -> tuple[str, Found]:
+    """An instruction by name or path: models of the tiny world know that world's."""
+    path = templates.path_of(name) if home(asked) is None else prompts.path_of(name)
+    return f"{key}.instruction", Found("instruction", path, _there(path.parent, [path]))
+
+
+def _python(init: str) -> Iterator[tuple[str, Found]]:
+    """The source of a function's module, as an import would find it. Nothing is imported here, packages around it included."""
+    parts = init.removeprefix(python.PREFIX).split(".")[:-1]
+    where: Sequence[str] | None = [str(pathlib.Path.cwd()), *sys.path]
+    spec = None
+    for count in range(1, len(parts) + 1):
+        spec = PathFinder.find_spec(".".join(parts[:count]), where)
+        where = spec.submodule_search_locations if spec is not None else None
+        if where is None:
+            break
+    if spec is None or spec.origin is None:  # part of Python itself, or gone
+        yield "annotator.init", Found("annotator", pathlib.Path(*parts))
+    else:
+        path = pathlib.Path(spec.origin)
+        yield "annotator.init", Found("annotator", path, _there(path.parent, [path]))
+
+
+def _data(cfg: Config, reads: str) -> Iterator[tuple[str, Found]]:
+    """The files of each split; of the tiny world, how its texts become tokens, and its pairs."""
+    section = cfg.data
+    if section.name == "tiny":
+        voice = policy_voice()
+        both = [voice.tokenizer.path, voice.chat.path]
+        yield "data.name", Found("tiny world", both[0].parent, {path.name: path for path in both})
+        if reads == "pairs":
+            is_asset = section.pairs.startswith("tiny:")
+            path = asset(section.pairs.removeprefix("tiny:")) if is_asset else pathlib.Path(section.pairs)
+            yield "data.pairs", Found("pairs", path, _there(path.parent, [path]))
+        return
+    root = pathlib.Path(section.path)
+    for name in ("train", "validation", "test"):
+        split = getattr(section, name)
+        if name != "train" and not split:  # held out from train
+            continue
+        try:
+            read = [part.file for part in readers.FORMATS[section.name](root, split)]
+        except UserError as error:
+            raise UserError(f"config.data.path={section.path!r}: {error}") from error
+        yield f"data.path {name}", Found("data", root, _there(root if root.is_dir() else root.parent, read))
+
+
+def _there(inside: pathlib.Path, paths: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
+    """Files by their path from a directory, as far as they are there, and all below those that are directories."""
+    every = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    return {pathlib.Path(os.path.relpath(path, inside)).as_posix(): path for path in every if path.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------ kept, and compared
+
+
+def nested(inputs: Mapping[str, Input]) -> dict:
+    """The inputs as inputs.json holds them."""
+    return {key: dataclasses.asdict(each) for key, each in inputs.items()}
+
+
+def read(path: pathlib.Path) -> dict[str, Input]:
+    """What a run wrote; UserError for anything else."""
+    values = read_json(path)
+    try:
+        return {
+            key: Input(
+                **{**entry, "files": {n: File(f["sha256"], tuple(f["stamp"])) for n, f in entry["files"].items()}}
+            )
+            for key, entry in values.items()
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        wanted = "wanted what a run writes; without the file, what there is now counts as what the run began with"
+        raise UserError(f"{path} isn't a run's list of its inputs, {wanted}") from error
+
+
+def compare(before: Mapping[str, Input], now: Mapping[str, Input], cfg: Config) -> list[str]:
+    """What isn't the same: `config.annotator.instruction='mine.txt': line 1 was 'inverted: false', is 'inverted: true'`, ..."""
+    flat = config.flatten(cfg)
+    found = []
+    for key in [*before, *(key for key in now if key not in before)]:
+        name, _, split = key.partition(" ")
+        said = f"config.{name}={flat.get(name)!r}{f' ({split})' if split else ''}"
+        if key not in now:
+            found.append(f"{said} doesn't name {before[key].path} any more")
+        elif key not in before:
+            found.append(f"{said} didn't name {now[key].path} then")
+        elif before[key].sha256 != now[key].sha256:
+            found.append(f"{said}: {_change(before[key], now[key])}")
+    return found
+
+
+def _change(before: Input, now: Input) -> str:
+    if before.kind == "run":
+        is_other = before.path != now.path
+        return f"{now.path} has changed" if not is_other else f"it was {before.path}, is {now.path}"
+    if before.text and now.text:
+        return f"{_line(before.text, now.text)} ({now.path})"
+    gone = [f"{name} is gone" for name in before.files if name not in now.files]
+    new = [f"{name} wasn't there" for name in now.files if name not in before.files]
+    both = [name for name in before.files if name in now.files]
+    changed = [f"{name} has changed" for name in both if before.files[name].sha256 != now.files[name].sha256]
+    every = [*gone, *new, *changed]
+    more = f" and {len(every) - 3} more" if len(every) > 3 else ""
+    return f"{', '.join(every[:3])}{more} ({before.path})"
+
+
+def _line(before: str, now: str) -> str:
+    """The first line that differs, of a long one what is around the first character that does."""
+    old, new = before.split("\n"), now.split("\n")
+    at = _first_difference(old, new)
+    was, is_now = (lines[at] if at < len(lines) else None for lines in (old, new))
+    begin = max(_first_difference(was or "", is_now or "") - SHOWN // 2, 0)
+    said = ["not there" if line is None else repr(line[begin : begin + SHOWN]) for line in (was, is_now)]
+    return f"line {at + 1} was {said[0]}, is {said[1]}"
+
+
+def _first_difference(one: Sequence, other: Sequence) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
