@@ -15,6 +15,7 @@ import time
 import pytest
 from tensorboardX import SummaryWriter
 from test_train import (
+    FILES,
     ROOT,
     STEPS,
     base_of,
@@ -424,13 +425,23 @@ def test_another_configs_run_is_refused_with_the_keys_that_differ(copy):
 
 def test_another_method_is_refused(base, copy):
     with pytest.raises(UserError, match=r"method \('sft' there, 'annotator' now\)"):
-        run(configured("tiny_annotator"), copy)
+        run(configured(FILES["annotator"]), copy)
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"method": "sft"}'])
-def test_a_config_that_is_none_is_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", r"config\.json"),
+        ("[]", r"config\.json"),
+        ('{"method": 3}', r"config\.json"),
+        ('{"chapter": 1}', r"config\.json"),
+        ("{}", r"is another config's run: method \('online' there"),  # all defaults
+        ('{"method": "sft"}', r"is another config's run: policy\.init \('tiny:sft' there"),
+    ],
+)
+def test_a_config_that_is_none_is_refused(tmp_path, text, said):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json"):
+    with pytest.raises(UserError, match=said):
         run(sft_config(), tmp_path)
     assert digest(tmp_path).keys() == {"config.json"}
 
