@@ -44,7 +44,7 @@ format: $(VENV)/installed-test  ## formats the files, and mends what ruff can me
 	$(BIN)/ruff format .
 
 assets: $(VENV)/installed  ## trains the tiny world's assets anew (about an hour and a half)
-	$(BIN)/python -m oaif_jax.tiny.build $(ARGS)
+	$(BIN)/python -m launch.assets $(ARGS)
 
 clean:  ## removes .venv, caches and build files; keeps runs
 	rm -rf .venv .cache .pytest_cache .ruff_cache build dist *.egg-info

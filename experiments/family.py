@@ -15,7 +15,7 @@ from oaif_jax.base.errors import UserError, near
 
 def parts(family: str, argument: str | None, members: Mapping[str, str]) -> list[str]:
     """In: "tldr,online,dpo" -> Out: ["tldr", "online", "dpo"]. UserError unless it is one of the family's members."""
-    if argument not in members:
+    if argument is None or argument not in members:
         shown = f"--config=experiments/{family}.py{'' if argument is None else f':{argument}'}"
         known = f"wanted one of {', '.join(f':{name}' for name in members)}"
         raise UserError(f"{shown}, {known}{near(argument, members) if argument else ''}")

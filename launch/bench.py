@@ -45,13 +45,16 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
     cli.parse()
 
 import jax
+from jaxtyping import Array, PyTree
 
 from launch import bench_count, bench_rates, bench_setup
 from launch.bench_count import Work
 from launch.bench_setup import Arena, Bench
-from oaif_jax import config, pairs, step
+from oaif_jax import config, step
+from oaif_jax import rollout as rollouts
 from oaif_jax.base.files import atomic_write_json
-from oaif_jax.sample import Responses
+from oaif_jax.rollout import named_key
+from oaif_jax.types import Batch, Prompts, Rollout
 from oaif_jax.update import state
 from oaif_jax.update.state import TrainState
 
@@ -112,34 +115,38 @@ def apart(function: Callable, *arguments: object) -> Program:
 def programs(bench: Bench, arena: Arena) -> dict[str, Program]:
     """What is run: the phases that stand alone, "both" passes with reference and update, and the whole step."""
     training, frozen, batch, key = arena.training, arena.frozen, arena.batch, arena.key
-    online = bench.objective(bench.sizes.response)
+    online = bench.step(bench.sizes.response)
+    assert online.annotator is not None
+    assert batch.prompts is not None
+    assert batch.question is not None
 
     def draw(tokens: int) -> Program:
-        return compiled(functools.partial(step.draw, online=bench.objective(tokens)), training.params, batch, key)
+        def sampled(params: PyTree, prompts: Prompts, key: Array) -> Rollout:
+            with jax.named_scope("sample"):
+                how = {"sampler": bench.sampler(tokens), "cfg": bench.policy, "compute": online.models.compute}
+                return rollouts.sample(params, prompts, named_key(key, "sample"), completions=2, **how)
+
+        return compiled(sampled, training.params, batch.prompts, key)
 
     found = {"prefill": draw(1), "sample": draw(bench.sizes.response)}
-    responses: Responses = found["sample"].run(training)[1]
-    check_lengths(responses)
-    found["annotate"] = apart(functools.partial(step.ask, online=online), frozen, batch, responses)
-    p_orders = found["annotate"].run(training)[1]
-    label = jax.jit(functools.partial(step.label, missing_eos=online.missing_eos))
-    pair, _, _ = label(responses.tokens, responses.mask, responses.finished, p_orders)
-    rows = (batch["prompts"], batch["prompt_valid"], pair.responses, pair.mask)
-    score = functools.partial(pairs.response_logprobs, cfg=bench.policy, compute=online.pair.compute)
-    found["reference"] = apart(score, frozen["reference"], *rows)
-    contribute = functools.partial(step.pair_contribution, objective=online.pair)
-    found["both"] = compiled(contribute, training.params, frozen, batch, pair)
+    rollout: Rollout = found["sample"].run(training)[1]
+    check_lengths(rollout)
+    found["annotate"] = apart(online.annotator.score, frozen["annotator"], batch.question, rollout)
+    scores = found["annotate"].run(training)[1]
+    score = functools.partial(rollouts.score, cfg=bench.policy, compute=online.models.compute)
+    found["reference"] = apart(score, frozen["reference"], rollout)
+    contribute = functools.partial(step.contribution, step=online)
+    found["both"] = compiled(contribute, training.params, frozen, Batch(rollout=rollout, scores=scores), key)
     part: step.Contribution = found["both"].run(training)[1]
     on = state.state_shardings(training.params, arena.tx, arena.mesh)
     optimize = functools.partial(state.apply_gradients, tx=arena.tx)
     found["optimizer"] = compiled(optimize, training, part.gradients, part.weight, donate=True, out=(on, None))
-    objective = functools.partial(step.online, objective=online)
-    whole = functools.partial(step.train_step, objective=objective, tx=arena.tx, parts=1)
+    whole = functools.partial(step.train_step, step=online, tx=arena.tx)
     found["step"] = compiled(whole, training, frozen, batch, key, donate=True, out=(on, None, None))
     return found
 
 
-def check_lengths(responses: Responses) -> None:
+def check_lengths(responses: Rollout) -> None:
     """Every response has all its tokens: else phases would be timed on fewer of them."""
     missing = int((~responses.mask).sum())
     assert not missing, f"{missing} tokens of the responses weren't drawn, wanted all"

@@ -10,15 +10,20 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
-from oaif_jax.tasks.base import compute_of, place
 
 from launch import bench_count
-from oaif_jax import config, step, train
-from oaif_jax.annotate.llm import Template
+from launch.asked import TemplateAnnotator
+from oaif_jax import config, losses, train
+from oaif_jax.annotate.orders import Template
 from oaif_jax.config import Config, ConfigError, Shape, at_least
+from oaif_jax.methods.base import Models
+from oaif_jax.methods.online import Online
 from oaif_jax.models import sharding, transformer
 from oaif_jax.models.config import ModelConfig
-from oaif_jax.sample import Sampler
+from oaif_jax.rollout import Sampler, named_key
+from oaif_jax.run.setup import compute_of
+from oaif_jax.step import Step
+from oaif_jax.types import Batch, Prompts
 from oaif_jax.update import optim, state
 
 
@@ -80,11 +85,13 @@ class Bench:
         how = self.cfg.sample
         return Sampler(how.temperature, how.top_k, how.top_p, tokens, stop_ids=(self.section.vocab_size,), pad_id=0)
 
-    def objective(self, tokens: int) -> step.OnlineObjective:
-        """The online objective with responses of a number of tokens."""
-        loss, compute = self.cfg.loss, compute_of(self.cfg, self.mesh)
-        pair = step.PairObjective(loss.name, loss.beta, self.policy, self.policy, compute)
-        return step.OnlineObjective(pair, self.sampler(tokens), self.annotator, self.template, missing_eos="ignore")
+    def step(self, tokens: int) -> Step:
+        """The online step with responses of a number of tokens."""
+        compute, sampler = compute_of(self.cfg, self.mesh), self.sampler(tokens)
+        numbers = tuple((name, getattr(self.cfg.loss, name)) for name in losses.numbers_of(self.cfg.loss.name))
+        method = Online(losses.PairLoss(self.cfg.loss.name, numbers), missing_eos="ignore")
+        annotator = TemplateAnnotator(self.template, self.annotator, compute, sampler.stop_ids)
+        return Step(method, Models(self.policy, self.policy, compute), sampler, annotator)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +102,7 @@ class Arena:
     tx: optax.GradientTransformation
     training: state.TrainState
     frozen: dict[str, PyTree]  # reference, annotator
-    batch: step.Batch
+    batch: Batch
     key: jax.Array
 
 
@@ -135,27 +142,23 @@ def arena(bench: Bench) -> Arena:
 
     def random(name: str, shape: ModelConfig) -> PyTree:
         init = functools.partial(transformer.init, cfg=shape)
-        key_of = step.named_key(key, name)
+        key_of = named_key(key, name)
         return jax.jit(init, out_shardings=sharding.param_shardings(jax.eval_shape(init, key_of), mesh))(key_of)
 
     policy = random("policy", bench.policy)
     frozen = {
-        "reference": state.place(policy, mesh, cfg.compute.frozen),
-        "annotator": state.place(random("annotator", bench.annotator), mesh, cfg.compute.frozen),
+        "reference": sharding.place(policy, mesh, cfg.compute.frozen),
+        "annotator": sharding.place(random("annotator", bench.annotator), mesh, cfg.compute.frozen),
     }
     training = state.create(policy, tx, mesh, cfg.compute.trained)
-    return Arena(mesh, tx, training, frozen, place(batch(bench), mesh), step.named_key(key, "train"))
+    return Arena(mesh, tx, training, frozen, sharding.place_batch(batch(bench), mesh), named_key(key, "train"))
 
 
-def batch(bench: Bench) -> dict[str, np.ndarray]:
+def batch(bench: Bench) -> Batch:
     """Random prompts and questions, all of the full length."""
     rng, sizes = np.random.default_rng(bench.cfg.seed), bench.sizes
     tokens = lambda width: rng.integers(0, bench.section.vocab_size, (sizes.prompts, width)).astype(np.int32)  # noqa: E731
     prompts, questions = tokens(sizes.prompt), tokens(sizes.question)
-    return {
-        "prompts": prompts,
-        "prompt_valid": np.ones(prompts.shape, bool),
-        "questions": questions,
-        "question_valid": np.ones(questions.shape, bool),
-        "rows": np.arange(sizes.prompts, dtype=np.int32),
-    }
+    asked = {"questions": questions, "question_valid": np.ones(questions.shape, bool)}
+    rows = np.arange(sizes.prompts, dtype=np.int32)
+    return Batch(Prompts(prompts, np.ones(prompts.shape, bool), rows), question=asked)  # type: ignore[arg-type]  # numpy's

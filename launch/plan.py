@@ -51,22 +51,30 @@ import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 from jaxtyping import PyTree
-from oaif_jax.tasks import base
 
 from launch import bench_count, hlo, hlo_report
-from oaif_jax import config, step, train
-from oaif_jax.annotate.llm import Template
+from launch.asked import TemplateAnnotator
+from oaif_jax import config, losses, methods, train
+from oaif_jax.annotate.orders import Template
 from oaif_jax.annotate.prompts import read_instruction
 from oaif_jax.base.files import atomic_write_json
 from oaif_jax.config import Config
+from oaif_jax.methods.base import Models
+from oaif_jax.methods.offline import Offline
+from oaif_jax.methods.online import Online
 from oaif_jax.models import sharding
 from oaif_jax.models.config import ModelConfig
+from oaif_jax.rollout import Sampler
+from oaif_jax.run.setup import compute_of
+from oaif_jax.step import Frozen, Step, train_step
 from oaif_jax.stored import hf
 from oaif_jax.stored.hf.directory import abstract_params
+from oaif_jax.types import DATA, Batch, Prompts, Rollout, Scores
 from oaif_jax.update import optim, state
 from oaif_jax.update.state import TrainState
 
 Shape = jax.ShapeDtypeStruct
+PLANNED = (Online, Offline)
 
 GIB = 2**30
 HBM = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}  # device kind -> GiB
@@ -97,14 +105,15 @@ def parse(values: Any) -> Planned:
     cfg = config.parse(values)
     flat = config.flatten(cfg)
     wanted = {"policy.init": "hf", "policy.lora.rank": 0, "reference.init": "policy"}
-    wanted |= {"annotator.init": "hf", "annotator.quant": "none"} if cfg.method == "online" else {}
+    kind = methods.named(cfg.method)
+    wanted |= {"annotator.init": "hf", "annotator.quant": "none"} if kind.asks else {}
     for name, value in wanted.items():
         if flat[name] != value:
             raise UserError(f"config.{name}={flat[name]!r} can't be planned, wanted {value!r}")
-    if cfg.method not in ("online", "offline"):
+    if kind not in PLANNED:
         raise UserError(f"config.method={cfg.method!r} can't be planned, wanted online or offline")
     policy = hf.read(cfg.policy.path)
-    annotator = hf.read(cfg.annotator.path) if cfg.method == "online" else None
+    annotator = hf.read(cfg.annotator.path) if kind.asks else None
     if annotator is not None and annotator.family != policy.family:
         raise UserError(
             f"config.annotator.path={cfg.annotator.path!r} is of family {annotator.family}, whose tokens aren't those of the "
@@ -137,28 +146,33 @@ def parameters(cfg: ModelConfig, dtype: str) -> PyTree:
     return jax.tree.map(lambda leaf: Shape(leaf.shape, dtype), abstract_params(cfg, 0))
 
 
-def batch_of(planned: Planned, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_of(planned: Planned, mesh: Mesh) -> Batch:
     """Of one step."""
     sizes, place = planned.sizes, sharding.batch_sharding(mesh)
     words = lambda *shape: Shape((sizes.prompts, *shape), np.int32, sharding=place)  # noqa: E731
     valid = lambda *shape: Shape((sizes.prompts, *shape), bool, sharding=place)  # noqa: E731
-    found = {"prompts": words(sizes.prompt), "prompt_valid": valid(sizes.prompt)}
+    prompts = Prompts(words(sizes.prompt), valid(sizes.prompt), words())  # type: ignore[arg-type]  # shapes of arrays
     if planned.annotator is None:
-        pairs = {"responses": words(2, sizes.response), "mask": valid(2, sizes.response)}
-        return found | pairs | {"first_is_better": valid()}
-    return found | {"rows": words(), "questions": words(sizes.question), "question_valid": valid(sizes.question)}
+        given = (words(2, sizes.response), valid(2, sizes.response), valid(2))
+        value = Shape((sizes.prompts, 2), np.float32, sharding=place)
+        return Batch(prompts, data=Rollout(prompts, *given, by=(DATA, DATA)), scores=Scores(value, valid(2)))  # type: ignore[arg-type]
+    return Batch(prompts, question={"questions": words(sizes.question), "question_valid": valid(sizes.question)})  # type: ignore[dict-item]
 
 
-def objective_of(planned: Planned, mesh: Mesh) -> step.Objective:
-    """As the tasks make it."""
+def step_of(planned: Planned, mesh: Mesh) -> Step:
+    """As runs make it (collect.step_of), from shapes."""
     cfg, policy = planned.cfg, planned.policy
-    compute = base.compute_of(cfg, mesh)
-    pair = step.PairObjective(cfg.loss.name, cfg.loss.beta, policy.cfg, policy.cfg, compute)
+    compute, sampled = compute_of(cfg, mesh), cfg.sample
+    limit = cfg.data.response_tokens
+    sampler = Sampler(sampled.temperature, sampled.top_k, sampled.top_p, limit, policy.stop_ids, pad_id=0)
+    numbers = tuple((name, getattr(cfg.loss, name)) for name in losses.numbers_of(cfg.loss.name))
+    loss, parts = losses.PairLoss(cfg.loss.name, numbers), cfg.optimizer.accumulate
+    models = Models(policy.cfg, policy.cfg, compute)
     if planned.annotator is None:
-        return functools.partial(step.offline, objective=pair)
-    sampler = base.sampler_of(cfg, policy.stop_ids, 0, cfg.sample.temperature)
-    online = step.OnlineObjective(pair, sampler, planned.annotator.cfg, planned.template, cfg.annotator.missing_eos)
-    return functools.partial(step.online, objective=online)
+        return Step(Offline(loss), models, sampler, parts=parts)
+    asked = TemplateAnnotator(planned.template, planned.annotator.cfg, compute, sampler.stop_ids)
+    online = Online(loss, cfg.annotator.missing_eos)
+    return Step(online, models, sampler, asked, lengths=cfg.compute.lengths, parts=parts)
 
 
 def state_of(planned: Planned, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -170,7 +184,7 @@ def state_of(planned: Planned, tx: optax.GradientTransformation, mesh: Mesh) -> 
 
 def arguments(
     planned: Planned, tx: optax.GradientTransformation, mesh: Mesh
-) -> tuple[TrainState, dict[str, PyTree], dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
+) -> tuple[TrainState, Frozen, Batch, jax.ShapeDtypeStruct]:
     """What the training step takes: state, frozen models, batch, random key."""
     frozen = {"reference": planned.policy} | ({"annotator": planned.annotator} if planned.annotator else {})
     trees = {name: parameters(model.cfg, planned.cfg.compute.frozen) for name, model in frozen.items()}
@@ -190,9 +204,7 @@ def lower(planned: Planned, mesh: Mesh) -> jax.stages.Lowered:
     tx = optim.optimizer(train.optimizer_config(cfg))
     given = arguments(planned, tx, mesh)
     take = jax.jit(
-        functools.partial(
-            step.train_step, objective=objective_of(planned, mesh), tx=tx, parts=cfg.optimizer.accumulate
-        ),
+        functools.partial(train_step, step=step_of(planned, mesh), tx=tx),
         donate_argnames="state",
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, given[0]), None, None),
     )

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from launch import assets as build
 from oaif_jax.data import jsonl
 from oaif_jax.data.dataset import DataSet
 from oaif_jax.evals import agreement, likelihood
@@ -13,7 +14,7 @@ from oaif_jax.models.config import ComputeConfig
 from oaif_jax.rollout import Sampler
 from oaif_jax.stored import single
 from oaif_jax.stored.open import Model, Source
-from oaif_jax.tiny import build, templates, tokenizer_recipe, world
+from oaif_jax.tiny import templates, tokenizer_recipe, world
 from oaif_jax.tiny.data import ASSETS, asset, dataset
 
 FRESH_SEED = 987  # no asset's recipe uses it

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import gzip
+import importlib
 import io
 import json
 import math
@@ -19,19 +20,20 @@ from rich.console import Console
 
 from launch import bench, bench_count, bench_setup
 from launch.bench_count import Sizes, Work
-from oaif_jax import pairs
-from oaif_jax.annotate import llm
+from oaif_jax.annotate import orders
 from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
 from oaif_jax.config import ConfigError
 from oaif_jax.models import transformer
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.models.layers import dense
-from oaif_jax.sample import Responses, Sampler, sample
+from oaif_jax.rollout import Sampler, sample
+from oaif_jax.rollout import score as scored
+from oaif_jax.types import Prompts, Rollout
 from oaif_jax.update.state import TrainState
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-FILES = sorted((ROOT / "experiments").glob("bench_*.py"))
+MEMBERS = importlib.import_module("experiments.bench").MEMBERS
 
 # A vocabulary that is not padded, and no two sizes that are alike.
 MODEL = ModelConfig(
@@ -43,7 +45,7 @@ MATRICES = 3 * (16 * 2 * (2 + 2) * 10 + 4 * 10 * 16 + 16 * 2 * 24 + 24 * 16)
 
 
 def tiny(**overrides: str) -> dict:
-    values = copy.deepcopy(cli.load_config(str(ROOT / "experiments" / "bench_tiny.py")))
+    values = copy.deepcopy(cli.load_config(f"{ROOT}/experiments/bench.py:tiny"))
     cli.override(values, {name.replace("__", "."): text for name, text in overrides.items()})
     return values.to_dict()
 
@@ -140,39 +142,40 @@ ints, bools = (
     (lambda *shape: jax.ShapeDtypeStruct(shape, "int32")),
     (lambda *shape: jax.ShapeDtypeStruct(shape, "bool")),
 )
-PAIRS = (ints(5, 7), bools(5, 7), ints(5, 2, 6), bools(5, 2, 6))
+PROMPTS = Prompts(ints(5, 7), bools(5, 7), ints(5))
+PAIRS = Rollout(PROMPTS, ints(5, 2, 6), bools(5, 2, 6), bools(5, 2), ("data", "data"))
 
 
-def score(params, *rows):
-    return pairs.response_logprobs(params, *rows, cfg=MODEL, compute=COMPUTE).sum()
+def score(params, rollout):
+    return scored(params, rollout, cfg=MODEL, compute=COMPUTE).sum()
 
 
 def test_scoring_is_what_is_counted():
-    assert traced(score, PARAMS, *PAIRS) == bench_count.score(MODEL, SIZES, "float32").operations + 5 * masked(7, 2, 6)
+    assert traced(score, PARAMS, PAIRS) == bench_count.score(MODEL, SIZES, "float32").operations + 5 * masked(7, 2, 6)
 
 
 def test_backward_is_twice_forward():
     """But for the head, which is computed again, chunk by chunk, and one of attention's two products: they aren't counted."""
     counted = bench_count.update(MODEL, SIZES, "float32", "float32").operations
     again = 60 * 2 * HEAD + 5 * attended(7, 2, 6) // 2
-    assert traced(jax.grad(score), PARAMS, *PAIRS) == counted + 3 * 5 * masked(7, 2, 6) + again
+    assert traced(jax.grad(score), PARAMS, PAIRS) == counted + 3 * 5 * masked(7, 2, 6) + again
 
 
 def test_annotating_is_what_is_counted():
     template = bench_setup.Template((1,), (2,), (3,), (0, 1))
-    ask = functools.partial(llm.annotate, template=template, cfg=MODEL, compute=COMPUTE)
+    ask = functools.partial(orders.orders, template=template, cfg=MODEL, compute=COMPUTE)
     counted = bench_count.annotate(MODEL, dataclasses.replace(SIZES, order=template.width(6)), "float32").operations
-    arguments = (ints(5, 9), bools(5, 9), ints(5, 2, 6), bools(5, 2, 6))
+    arguments = ({"questions": ints(5, 9), "question_valid": bools(5, 9)}, ints(5, 2, 6), bools(5, 2, 6))
     assert traced(ask, PARAMS, *arguments) == counted + 5 * masked(9, 2, template.width(6))
 
 
 def test_sampling_is_what_is_counted():
     sampler = Sampler(0.9, 0, 1.0, max_tokens=6, stop_ids=(64,), pad_id=0)
     draw = functools.partial(sample, sampler=sampler, completions=2, cfg=MODEL, compute=COMPUTE)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 5))
+    key = jax.eval_shape(lambda: jax.random.key(0))
     counted = sum(phase(MODEL, SIZES, "float32").operations for phase in (bench_count.prefill, bench_count.decode))
     ahead = 10 * 5 * 3 * 4 * WIDTHS * (7 + 6) - 10 * bench_count.attention(MODEL, 7, 5)  # slots that aren't drawn yet
-    assert traced(draw, PARAMS, ints(5, 7), bools(5, 7), keys, trips=5) == counted + masked(7, 0, 0) * 5 + ahead
+    assert traced(draw, PARAMS, PROMPTS, key, trips=5) == counted + masked(7, 0, 0) * 5 + ahead
 
 
 @pytest.mark.parametrize(("rows", "tokens", "out"), [(2, 64, (48,)), (3, 40, (2, 6, 10))])
@@ -186,10 +189,9 @@ def test_product_is_what_xla_counts(rows, tokens, out):
 # --- files and errors
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_files_parse(path):
-    made = bench_setup.parse(cli.load_config(str(path)).to_dict())
-    assert f"--config=experiments/{path.name}" in path.read_text()
+@pytest.mark.parametrize("member", MEMBERS)
+def test_members_parse(member):
+    made = bench_setup.parse(cli.load_config(f"{ROOT}/experiments/bench.py:{member}").to_dict())
     assert made.template.width(made.sizes.response) == made.sizes.order
     assert len(made.template.first + made.template.second + made.template.closing) == made.section.label_tokens
 
@@ -198,8 +200,8 @@ def test_files_parse(path):
     ("name", "millions", "rows"),
     [("18m", 17.8, (8, 384, 64)), ("4m", 4.5, (16, 64, 64)), ("llama_0.5b", 507.5, (64, 512, 128))],
 )
-def test_files_are_what_their_names_say(name, millions, rows):
-    made = bench_setup.parse(cli.load_config(str(ROOT / "experiments" / f"bench_{name}.py")).to_dict())
+def test_members_are_what_their_names_say(name, millions, rows):
+    made = bench_setup.parse(cli.load_config(f"{ROOT}/experiments/bench.py:{name}").to_dict())
     assert bench_count.parameters(made.policy) / 1e6 == pytest.approx(millions, rel=0.01)
     assert (made.sizes.prompts, made.sizes.prompt, made.sizes.response) == rows
 
@@ -328,8 +330,8 @@ def test_attention_that_ran():
 
 
 def test_responses_that_end_early_are_noticed():
-    responses = Responses(
-        jnp.zeros((1, 2, 3), int), jnp.array([[[1, 1, 0], [1, 1, 1]]], bool), jnp.zeros((1, 2), bool), jnp.array(3)
-    )
+    asked = Prompts(jnp.ones((1, 1), int), jnp.ones((1, 1), bool), jnp.arange(1))
+    mask = jnp.array([[[1, 1, 0], [1, 1, 1]]], bool)
+    responses = Rollout(asked, jnp.zeros((1, 2, 3), int), mask, jnp.zeros((1, 2), bool), ("policy", "policy"))
     with pytest.raises(AssertionError, match="1 tokens of the responses weren't drawn"):
         bench.check_lengths(responses)

@@ -37,7 +37,7 @@ PROGRAMS = {
         "on_error",
         ("prepare", "--format=hh", "--path=x", "--out=x"),
     ),
-    "oaif_jax.tiny.build": ("oaif_jax/tiny/build.py", "", "workdir only", ()),
+    "launch.assets": ("launch/assets.py", "", "workdir only", ()),
     "launch.sweep": ("launch/sweep.py", "config workdir", "set run seeds", (DPO, "--workdir=x")),
     "launch.bench": ("launch/bench.py", "config", "out profile repeats", (DPO,)),
     "launch.plan": ("launch/plan.py", "config", "topology out hlo", (DPO,)),
@@ -203,12 +203,12 @@ def test_required(program):
         ("data", ("--format=hh",), ("no command, wanted",)),
         ("data", ("show", "--format=hhh", "--path=x"), ("--format=hhh: wanted one of prompts, ",)),
         ("data", ("show", "--format=hh", "--path=x", "--out=x"), ("--out doesn't exist",)),
-        ("tiny.build", ("--only=sftt",), ("--only=sftt: wanted one of tokenizer, sft",)),
+        ("launch.assets", ("--only=sftt",), ("--only=sftt: wanted one of tokenizer, sft",)),
     ],
 )
 def test_values(program, arguments, said):
     """One line with the flag, the value and what was wanted."""
-    name = f"oaif_jax.{program}"
+    name = program if "." in program else f"oaif_jax.{program}"
     given = PROGRAMS[name][3] if program in ("evaluate", "sample", "export") else ()
     fails(run(name, *given, *arguments), *said)
 

@@ -13,20 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oaif_jax.data.texts import TextQuestions
-from oaif_jax.tasks import data
-from oaif_jax.tasks.base import frozen_model, place
 from rich.console import Console
 
-from oaif_jax import config, evaluate, export, respond, start, step, tasks, train
+from oaif_jax import collect, config, evaluate, export, sample, step, train
+from oaif_jax.annotate.base import asks_of
 from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
 from oaif_jax.data.tokenizer import right_pad
-from oaif_jax.evals import preference
 from oaif_jax.models import heads, sharding, transformer
 from oaif_jax.models.rows import trunk
+from oaif_jax.run.setup import open_setup, stored_model
 from oaif_jax.stored import hf
 from oaif_jax.stored.checkpoint import load_params
+from oaif_jax.types import Batch
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning"
@@ -63,6 +62,10 @@ def values(home, **changes):
     }
     cli.override(made, SMALL | paths | {name.replace("__", "."): value for name, value in changes.items()})
     return made
+
+
+def setup_of(home, **changes):
+    return open_setup(config.parse(values(home, **changes)), sharding.make_mesh(-1, 1, 1))
 
 
 def run(home, workdir, **changes):
@@ -136,7 +139,7 @@ def test_export_again_is_the_same(trained, tmp_path):
 
 def test_talking_to_it_and_evaluating_it_again(trained):
     workdir, summary = trained
-    assert len(respond.run(workdir, "Which dog?", samples=3)) == 3
+    assert len(sample.run(workdir, "Which dog?", samples=3)) == 3
     again = evaluate.run(workdir, prompts=8)
     assert again["judge"] == summary["judge"]
 
@@ -152,58 +155,66 @@ def test_a_run_goes_on_from_a_run(trained, home, tmp_path):
 # ------------------------------------------------------------------------------------------------ fused and apart
 
 
-def test_apart_is_fused(home, monkeypatch):
-    """A step can be done both ways: the same responses, preferences, loss and gradients."""
-    mesh, cfg, key = sharding.make_mesh(-1, 1, 1), config.parse(values(home)), jax.random.key(3)
-    fused = tasks.build(cfg, mesh)
-    monkeypatch.setattr(TextQuestions, "same_tokens", False)
-    # Random models write bytes that are no text: let the annotator read ids here; the next test has texts.
-    stop_ids = fused.objective.keywords["objective"].sampler.stop_ids
-    monkeypatch.setattr(TextQuestions, "read", lambda self, tokens, mask: (tokens, mask & ~np.isin(tokens, stop_ids)))
-    apart = tasks.build(cfg, mesh)
-    assert fused.apart is None
-    assert apart.apart is not None
-    assert "questions" in fused.batch(0)
-    assert "questions" not in apart.batch(0)
+def test_apart_is_fused(home):
+    """A step can be cut either way: the same responses, preferences, loss and gradients."""
+    setup, key = setup_of(home), jax.random.key(3)
+    # Random models write bytes that are no text: on the host, too, the annotator reads ids here; the next test has texts.
+    apart = dataclasses.replace(setup, mesh_annotator=None)
+    assert collect.is_fused(setup)
+    assert not collect.is_fused(apart)
+    assert collect.host_batch(setup, 0).question is not None
+    assert collect.host_batch(apart, 0).question is None
 
-    params = jax.tree.map(jnp.asarray, fused.begin.params)
-    one = jax.jit(fused.objective)(params, fused.frozen, place(fused.batch(0), mesh), jax.random.fold_in(key, 0))
-    batch = place(apart.batch(0), mesh)
-    draw = jax.jit(functools.partial(step.draw_responses, objective=apart.apart.objective))
-    drawn = draw(params, apart.frozen, batch, key, 0)
-    np.testing.assert_array_equal(drawn["responses"], one.outputs["responses"])
-    p_orders = apart.apart.annotate(0, np.asarray(drawn["responses"]), np.asarray(drawn["mask"]))
-    np.testing.assert_allclose(p_orders, one.outputs["p_orders"], rtol=1e-5)
-    other = jax.jit(apart.objective)(params, apart.frozen, batch | drawn | {"p_orders": jnp.asarray(p_orders)}, key)
+    params = jax.tree.map(jnp.asarray, setup.policy.params)
+    step_key = jax.random.fold_in(key, 0)
+    contribute = jax.jit(functools.partial(step.contribution, step=collect.step_of(setup)))
+    one = contribute(params, setup.frozen, setup.place(collect.host_batch(setup, 0)), step_key)
+    batches = collect.Batches(apart, key)
+    ready = batches.get(0, params, apart.frozen)
+    batches.close()
+    np.testing.assert_array_equal(ready.batch.rollout.tokens, one.outputs["tokens"])
+    np.testing.assert_allclose(ready.batch.scores.orders, one.outputs["scores"].orders, rtol=1e-5)
+    other = jax.jit(functools.partial(step.contribution, step=collect.step_of(apart)))(
+        params, apart.frozen, ready.batch, step_key
+    )
     assert one.weight > 0
     np.testing.assert_allclose(other.loss, one.loss, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), other.gradients, one.gradients)
 
 
-def test_texts_read_again_prefer_the_same(home, monkeypatch):
+def test_what_is_collected_has_the_shapes_that_were_said(home):
+    """The step compiles for them before the first batch is there."""
+    for setup in (setup_of(home), setup_of(home, annotator__path=str(home / "gemma")), setup_of(home, async_steps="1")):
+        batches = collect.Batches(setup, jax.random.key(0))
+        params = jax.tree.map(jnp.asarray, setup.policy.params)
+        said, ready = batches.abstract(params, setup.frozen), batches.get(0, params, setup.frozen)
+        batches.close()
+        assert isinstance(ready.batch, Batch)
+        assert shapes_of(said) == shapes_of(ready.batch)
+
+
+def shapes_of(tree) -> Batch:
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+def test_texts_read_again_prefer_the_same(home):
     """Responses that came from texts: read as the policy's ids, or decoded and encoded anew."""
-    cfg = config.parse(values(home, data__response_tokens="16"))
-    mesh = sharding.make_mesh(-1, 1, 1)
-    source = data.prepare(cfg).source
-    origin = start.origin_of("annotator", cfg.annotator)
-    questions = data.text_questions(cfg, source, origin, "auto", "helpful")
-    annotator = frozen_model(cfg, mesh, origin, start.tokenizer_of(origin))
-    examples = source.examples("validation", np.arange(8))
-    rows = [source.voice.answer(text, stop=True) for i in range(8) for text in (f"the dog {i}", f"no, {i} cats")]
+    setup = setup_of(home, data__response_tokens="16")
+    voice = setup.data.voice
+    examples = setup.data.examples("validation", np.arange(8))
+    rows = [voice.answer(text, stop=True) for i in range(8) for text in (f"the dog {i}", f"no, {i} cats")]
     tokens, mask = (x.reshape(8, 2, 16) for x in right_pad(rows, 16, 0, "response"))
-
-    def ask(questions: TextQuestions) -> tuple[np.ndarray, tuple[int, ...]]:
-        asked = preference.Asked(annotator, questions)
-        orders = preference.orders(asked, examples, tokens, mask, fakes.COMPUTE, functools.partial(place, mesh=mesh))
-        return orders, questions.read(tokens, mask)[0].shape
-
-    as_ids, shape = ask(questions)
-    assert shape == tokens.shape
-    monkeypatch.setattr(TextQuestions, "same_tokens", False)
-    as_texts, shape = ask(dataclasses.replace(questions))
-    assert shape == (8, 2, 32)
+    asks = asks_of(examples, tokens, mask, voice)
+    assert asks.texts[3] == ["the dog 3", "no, 3 cats"]
+    assert setup.annotator.reads_policy_ids
+    as_ids = setup.annotator.score(asks).orders
+    as_texts = dataclasses.replace(setup.annotator, reads_policy_ids=False).score(asks).orders
     np.testing.assert_allclose(as_texts, as_ids, atol=1e-5)
     assert np.abs(as_ids - as_ids[:1]).max() > 1e-4
+    with pytest.MonkeyPatch.context() as patched:  # and texts they were
+        patched.setattr(type(setup.annotator.on_mesh.questions), "responses", lambda *_: (tokens[::-1], mask[::-1]))
+        other = dataclasses.replace(setup.annotator, reads_policy_ids=False).score(asks).orders
+    assert np.abs(other - as_ids).max() > 1e-4
 
 
 # ------------------------------------------------------------------------------------------------ LoRA, other methods
@@ -220,12 +231,8 @@ def test_lora_is_checkpointed_alone_and_exported_merged(home, tmp_path):
     ours = our_logits({**base, **params}, cfg)[:, : cfg.vocab_size]
     np.testing.assert_allclose(ours, logits_of(workdir / "export")[:, : cfg.vocab_size], atol=1e-3)
     assert np.abs(ours - our_logits(base, cfg)[:, : cfg.vocab_size]).max() > 1e-4
-    again = start.load(
-        start.Origin("policy", f"{workdir}@{summary['evaluated_step']}", ""),
-        start.tokenizer_of(start.Origin("policy", str(workdir), "")),
-        mesh,
-        "float32",
-    )
+    _, number, again = stored_model(workdir, str(summary["evaluated_step"]))
+    assert number == summary["evaluated_step"]
     np.testing.assert_allclose(our_logits(again.params, cfg)[:, : cfg.vocab_size], ours, atol=1e-4)
 
 
@@ -243,13 +250,33 @@ def test_other_methods(home, tmp_path, method, name, file, best):
 def test_what_is_said_of_the_data(home):
     """What was read, and how often joined tokens are unusual ones; every response of the pairs counts."""
     changes = {"data__name": "pairs", "data__path": str(home / "pairs.jsonl"), "data__response_tokens": "12"}
-    notes = data.prepare(config.parse(values(home, method="offline", **changes))).notes
+    notes = setup_of(home, method="offline", **changes).notes
     assert "kept" in notes[0]
     joined = re.search(r"joining differs from tokenizing the whole in (\d+) of (\d+)", notes[1])
     assert joined
     assert int(joined[1]) <= int(joined[2])
     assert int(joined[2]) > 0
-    assert len(data.prepare(config.parse(values(home))).notes) == 1
+    assert len(setup_of(home).notes) == 1
+
+
+@pytest.mark.parametrize("member", ["offline", "sft"])
+def test_the_other_ready_made_experiments(home, tmp_path, member):
+    """Nothing but paths is needed."""
+    made = cli.load_config(f"experiments/own.py:{member}")
+    file = {"offline": "pairs", "sft": "references"}[member]
+    paths = {"policy.path": str(home / "policy"), "data.path": str(home / f"{file}.jsonl")}
+    cli.override(made, SMALL | {"data.response_tokens": "12"} | paths)
+    summary = train.run(made, tmp_path / "run", console=Console(file=io.StringIO()))
+    assert summary["method"] == member
+    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+
+
+def test_rounds_of_a_directory_with_lora(home, tmp_path):
+    """The reference moves: at the second round's start the policy is its own."""
+    run(home, tmp_path / "run", policy__lora__rank="2", rounds__count="2", eval__every="2", checkpoint__every="2")
+    found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    kl = [line["kl"] for line in found if line["kind"] == "train"]
+    assert [abs(value) < 1e-5 for value in kl] == [True, False, True, False]
 
 
 # ------------------------------------------------------------------------------------------------ what can't be run

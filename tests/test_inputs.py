@@ -80,7 +80,7 @@ def write_model(directory: pathlib.Path, *files: str) -> pathlib.Path:
 def write_checkpoint(workdir: pathlib.Path, steps: dict[int, float], value: float = 1.0) -> pathlib.Path:
     """Another run's workdir: checkpoints with their metrics."""
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text("{}")
+    (workdir / "config.json").write_text(json.dumps(resume.nested(made())))
     with Checkpoints(workdir / "checkpoints", keep=9) as checkpoints:
         for step, metric in steps.items():
             items = {"params": {"w": np.full(3, value * step, np.float32)}, "optimizer": {"m": np.zeros(3, np.float32)}}

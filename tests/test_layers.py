@@ -26,7 +26,6 @@ FLOORS = (
     ("evals",),
     ("collect", "export", "sample", "evaluate"),
     ("train",),
-    ("tiny.build",),
 )
 
 # They start or read without the seconds that JAX takes to start: nothing that they import imports it either.

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import pathlib
 import re
-import runpy
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +13,26 @@ import test_readers
 from jax import ShapeDtypeStruct as Shape
 from test_hf_config import count, place
 
-from oaif_jax import config, step, supervised, tasks, train
-from oaif_jax.annotate.llm import Template
+from experiments import oaif, pythia, selm
+from launch.asked import TemplateAnnotator
+from oaif_jax import config, losses, methods, step, train
+from oaif_jax.annotate import orders
+from oaif_jax.annotate.orders import Template
 from oaif_jax.annotate.prompts import KNOWN
 from oaif_jax.base import cli
 from oaif_jax.config import Config
 from oaif_jax.data import readers, records
-from oaif_jax.evals import preference
+from oaif_jax.methods import sft
+from oaif_jax.methods.base import Models
+from oaif_jax.methods.offline import Offline
+from oaif_jax.methods.online import Online
 from oaif_jax.models import sharding
+from oaif_jax.rollout import Sampler
+from oaif_jax.run import setup
+from oaif_jax.step import Step
 from oaif_jax.stored import hf
 from oaif_jax.stored.hf.directory import abstract_params
-from oaif_jax.tasks import base
-from oaif_jax.tasks.data import USES
+from oaif_jax.types import Batch, Prompts, Rollout, Scores
 from oaif_jax.update import optim, state
 from oaif_jax.update.state import TrainState
 
@@ -54,18 +61,16 @@ SELM = {
     "method": "offline", "loss.name": "dpo", "loss.beta": 0.01, "seed": 42, "optimizer.name": "adamw",
     "optimizer.schedule": "cosine", "data.prompt_tokens": 512, "data.response_tokens": 512, "compute.dtype": "bfloat16",
 }  # fmt: skip
-FIRST = {"selm_zephyr": (4, 256, 60, 6), "selm_llama3": (3, 128, 160, 16), "selm_phi3": (3, 128, 160, 16)}
-RATES = {"selm_zephyr": (5e-7, 5e-7, 5e-7, 1e-7), "selm_llama3": (5e-7, 3e-7, 1e-7), "selm_phi3": (5e-7, 3e-7, 1e-7)}
-ALPHA = {"selm_zephyr": 0.001, "selm_llama3": 0.0001, "selm_phi3": 0.001}
+FIRST = {"selm:zephyr": (4, 256, 60, 6), "selm:llama3": (3, 128, 160, 16), "selm:phi3": (3, 128, 160, 16)}
 
 
 def grid() -> dict[str, dict]:
-    """OAIF's 18 files."""
+    """OAIF's 18 members."""
     found = {}
     for task, (instruction, asked) in ASKED.items():
         for method in ("online", "offline"):
             for name, (loss, beta) in LOSSES.items():
-                found[f"oaif_{task}_{method}_{name}"] = OAIF | {
+                found[f"oaif:{task},{method},{name}"] = OAIF | {
                     "method": method,
                     "loss.name": loss,
                     "loss.beta": beta,
@@ -78,11 +83,11 @@ def grid() -> dict[str, dict]:
 NUMBERS = grid()
 PYTHIA = {"data.prompt_tokens": 512, "data.response_tokens": 53}
 NUMBERS |= {
-    **{f"oaif_{task}_online_dpo_27b": NUMBERS[f"oaif_{task}_online_dpo"] for task in ASKED},
-    "oaif_tldr_sft": SFT,
-    "pythia_tldr_sft": SFT | PYTHIA,
-    "pythia_tldr_online_dpo": NUMBERS["oaif_tldr_online_dpo"] | PYTHIA,
-    "pythia_tldr_offline_dpo": NUMBERS["oaif_tldr_offline_dpo"] | PYTHIA,
+    **{f"oaif:{task},online,dpo,27b": NUMBERS[f"oaif:{task},online,dpo"] for task in ASKED},
+    "oaif:tldr,sft": SFT,
+    "pythia:tldr,sft": SFT | PYTHIA,
+    "pythia:tldr,online,dpo": NUMBERS["oaif:tldr,online,dpo"] | PYTHIA,
+    "pythia:tldr,offline,dpo": NUMBERS["oaif:tldr,offline,dpo"] | PYTHIA,
 }
 NUMBERS |= {
     stem: SELM
@@ -91,18 +96,25 @@ NUMBERS |= {
         "data.train_posts": 61_135 // portions,
         "steps": steps,
         "optimizer.warmup": warmup,
-        "optimizer.lr": RATES[stem][0],
+        "optimizer.lr": 5e-7,
     }
     for stem, (portions, batch, steps, warmup) in FIRST.items()
 }
-POLICIES = {"selm_zephyr": "zephyr-7b", "selm_llama3": "llama-3-8b", "selm_phi3": "phi-3-mini-4k"}
+POLICIES = {"selm:zephyr": "zephyr-7b", "selm:llama3": "llama-3-8b", "selm:phi3": "phi-3-mini-4k"}
+
+FAMILIES = {"oaif": oaif, "pythia": pythia, "selm": selm}
 
 each_file = pytest.mark.parametrize("stem", sorted(NUMBERS))
 
 
+def file_of(stem: str) -> str:
+    """In: "oaif:tldr,sft" -> Out: "experiments/oaif.py:tldr,sft"."""
+    return f"{EXPERIMENTS}/{stem.replace(':', '.py:')}"
+
+
 @functools.cache
 def parsed(stem: str) -> Config:
-    return config.parse(cli.load_config(str(EXPERIMENTS / f"{stem}.py")).to_dict())
+    return config.parse(cli.load_config(file_of(stem)).to_dict())
 
 
 def policy_of(stem: str) -> str:
@@ -117,10 +129,9 @@ def annotator_of(stem: str) -> str:
 # --- what the files say
 
 
-def test_files():
-    shared = {"oaif", "selm"}
-    there = {path.stem for kind in ("oaif*", "pythia*", "selm*") for path in EXPERIMENTS.glob(f"{kind}.py")}
-    assert there == set(NUMBERS) | shared
+def test_members():
+    there = {f"{name}:{member}" for name, family in FAMILIES.items() for member in family.MEMBERS}
+    assert there == set(NUMBERS)
     assert len(grid()) == 18
 
 
@@ -152,38 +163,23 @@ def test_online_and_offline_differ_in_the_method_only(online, offline):
     assert {key for key in ours if ours[key] != theirs[key]} == {"method"}
 
 
-@pytest.mark.parametrize("stem", sorted(FIRST))
-def test_stages(stem):
-    """As the paper's table has them: one portion each, and the run is the first."""
-    stages = runpy.run_path(str(EXPERIMENTS / f"{stem}.py"))["STAGES"]
-    assert tuple(stage["lr"] for stage in stages) == RATES[stem]
-    assert [stage["portion"] for stage in stages] == list(range(FIRST[stem][0]))
-    bonus = [stage for stage in stages if stage["loss"] == "selm"]
-    assert [stage["iteration"] for stage in bonus] == [1, 2, 3]
-    assert {stage["alpha"] for stage in bonus} == {ALPHA[stem]}
-    assert [stage for stage in stages if stage not in bonus] == (
-        [{"iteration": 0, "loss": "dpo", "lr": 5e-7, "alpha": 0.0, "portion": 0}] if stem == "selm_zephyr" else []
-    )
-    assert parsed(stem).optimizer.lr == stages[0]["lr"]
+@pytest.mark.parametrize("name", FAMILIES)
+def test_commands_are_complete(name):
+    """Each directory that a run reads is in a family's command, as a word in capitals, and nothing else is."""
+    text = FAMILIES[name].__doc__.replace("\\\n", " ")
+    commands = re.findall(rf"--config=experiments/{name}.py:(\S+) (.*)", text)
+    for member, rest in commands:
+        cfg, kind = parsed(f"{name}:{member}"), methods.named(parsed(f"{name}:{member}").method)
+        given = dict(re.findall(r"--config\.(\S+?)=(\S+)", rest))
+        needed = {"policy.path", "data.path"} | ({"annotator.path"} if kind.asks else set())
+        needed |= {"judge.path"} if kind.has_reference and cfg.judge.init == "hf" else set()
+        assert set(given) == needed
+        loaded = cli.load_config(file_of(f"{name}:{member}"))
+        cli.override(loaded, given)
+        assert config.flatten(config.parse(loaded.to_dict())) == config.flatten(cfg) | given
 
 
-@each_file
-def test_command_is_complete(stem):
-    """Each directory that a run reads is in its command, as a word in capitals, and nothing else is."""
-    cfg = parsed(stem)
-    text = runpy.run_path(str(EXPERIMENTS / f"{stem}.py"))["__doc__"].split("\n\n")[1]
-    given = dict(re.findall(r"--config\.(\S+)=(\S+)", text))
-    needed = {"policy.path", "data.path"}
-    needed |= {"annotator.path"} if cfg.method == "online" else set()
-    needed |= {"judge.path"} if cfg.method != "sft" and cfg.judge.init == "hf" else set()
-    assert set(given) == needed
-    assert all(re.match(r"[A-Z][A-Z0-9_]+(/|$)", value) for value in given.values())
-    loaded = cli.load_config(str(EXPERIMENTS / f"{stem}.py"))
-    cli.override(loaded, given)
-    assert config.flatten(config.parse(loaded.to_dict())) == config.flatten(cfg) | given
-
-
-@pytest.mark.parametrize("stem", [stem for stem in sorted(NUMBERS) if stem.endswith(("dpo", "sft")) or "selm" in stem])
+@pytest.mark.parametrize("stem", [stem for stem in sorted(NUMBERS) if stem.endswith((",dpo", "sft")) or "selm" in stem])
 def test_data_are_there(stem, tmp_path):
     """The splits are those of the original files, and hold what the method needs."""
     cfg = parsed(stem)
@@ -195,7 +191,7 @@ def test_data_are_there(stem, tmp_path):
     }[cfg.data.name]()
     for split in {cfg.data.train, cfg.data.validation, cfg.data.test} - {""}:
         loaded = readers.read(cfg.data.name, folder, split, "skip")
-        assert records.use_as(loaded, USES[cfg.method]).examples
+        assert records.use_as(loaded, methods.named(cfg.method).reads).examples
 
 
 # --- the steps, at full size
@@ -233,7 +229,7 @@ def test_mesh_divides_models_and_batches(model, stem):
         parts = {sharding.path_name(path): one.spec for path, one in jax.tree_util.tree_leaves_with_path(shardings)}
         assert all({"fsdp", "tensor"} <= set(spec) for at, spec in parts.items() if not at.endswith(("scale", "bias")))
     sharding.check_batch(cfg.data.batch, cfg.optimizer.accumulate, on)
-    tasks.check_evaluation(cfg, on)
+    setup.check(cfg, methods.named(cfg.method), on)
 
 
 def test_a_mesh_that_does_not_divide(model):
@@ -247,24 +243,23 @@ def test_a_mesh_that_does_not_divide(model):
 TEMPLATE = Template(first=(3,) * 12, second=(4,) * 12, closing=(5,) * 10, answers=(235274, 235284))
 
 
-def batch_of(cfg: Config, *, fused: bool) -> dict[str, Shape]:
-    """What the data give for a step; of a step that is taken apart, with what its first half adds."""
+def batch_of(cfg: Config, *, fused: bool) -> Batch:
+    """What the data give for a step; of a step that is cut apart, with what was made before it."""
     rows, slots, tokens = cfg.data.batch, cfg.data.prompt_tokens, cfg.data.response_tokens
-    branches = 1 if cfg.method == "sft" else 2
-    found = {"prompts": Shape((rows, slots), np.int32), "prompt_valid": Shape((rows, slots), bool)}
-    answers = {
-        "responses": Shape((rows, branches, tokens), np.int32),
-        "mask": Shape((rows, branches, tokens), bool),
-    }
-    if cfg.method == "sft":
-        return found | answers
-    if cfg.method == "offline":
-        return found | answers | {"first_is_better": Shape((rows,), bool)}
-    found["rows"] = Shape((rows,), np.int32)
+    kind = methods.named(cfg.method)
+    prompts = Prompts(Shape((rows, slots), np.int32), Shape((rows, slots), bool), Shape((rows,), np.int32))
+    shape = (rows, len(kind.by), tokens)
+    given = Rollout(prompts, Shape(shape, np.int32), Shape(shape, bool), Shape(shape[:2], bool), kind.by)
+    scores = Scores(Shape(shape[:2], np.float32), Shape(shape[:2], bool))
+    if kind.reads == "references":
+        return Batch(prompts, data=given)
+    if kind.reads == "pairs":
+        return Batch(prompts, data=given, scores=scores)
     if fused:
         asked = (rows, slots + 200)  # with an instruction
-        return found | {"questions": Shape(asked, np.int32), "question_valid": Shape(asked, bool)}
-    return found | answers | {"finished": Shape((rows, 2), bool), "p_orders": Shape((rows, 2), np.float32)}
+        return Batch(prompts, question={"questions": Shape(asked, np.int32), "question_valid": Shape(asked, bool)})
+    said = dataclasses.replace(scores, orders=Shape((rows, 1, 2), np.float32))
+    return Batch(rollout=given, scores=said)
 
 
 def is_fused(policy: hf.HFModel, annotator: hf.HFModel | None) -> bool:
@@ -272,24 +267,16 @@ def is_fused(policy: hf.HFModel, annotator: hf.HFModel | None) -> bool:
     return annotator is None or annotator.family == policy.family
 
 
-def online_of(cfg: Config, policy: hf.HFModel, annotator: hf.HFModel) -> step.OnlineObjective:
-    sampler = base.sampler_of(cfg, policy.stop_ids, 0, cfg.sample.temperature)
-    return step.OnlineObjective(pair_of(cfg, policy), sampler, annotator.cfg, TEMPLATE, cfg.annotator.missing_eos)
-
-
-def pair_of(cfg: Config, policy: hf.HFModel) -> step.PairObjective:
-    return step.PairObjective(cfg.loss.name, cfg.loss.beta, policy.cfg, policy.cfg, base.compute_of(cfg))
-
-
-def objective_of(cfg: Config, policy: hf.HFModel, annotator: hf.HFModel | None) -> step.Objective:
-    """As the tasks make it."""
-    if cfg.method == "sft":
-        objective = supervised.SFTObjective(policy.cfg, base.compute_of(cfg))
-        return functools.partial(supervised.sft, objective=objective)
-    if annotator is None:
-        return functools.partial(step.offline, objective=pair_of(cfg, policy))
-    function = step.online if is_fused(policy, annotator) else step.annotated
-    return functools.partial(function, objective=online_of(cfg, policy, annotator))
+def step_of(cfg: Config, policy: hf.HFModel, annotator: hf.HFModel | None) -> Step:
+    """As runs make it."""
+    compute, sampled = setup.compute_of(cfg), cfg.sample
+    sampler = Sampler(sampled.temperature, 0, 1.0, cfg.data.response_tokens, policy.stop_ids, 0)
+    loss = losses.PairLoss(cfg.loss.name, (("beta", cfg.loss.beta),))
+    method = {"sft": sft.SFT(), "offline": Offline(loss), "online": Online(loss, cfg.annotator.missing_eos)}[cfg.method]
+    asked = TemplateAnnotator(TEMPLATE, annotator.cfg, compute, policy.stop_ids) if annotator else None
+    models = Models(policy.cfg, policy.cfg, compute)
+    fused = asked if is_fused(policy, annotator) else None
+    return Step(method, models, sampler, fused, parts=cfg.optimizer.accumulate)
 
 
 def state_of(cfg: Config, params) -> TrainState:
@@ -311,7 +298,7 @@ SHAPING = ("batch", "prompt_tokens", "response_tokens")
 
 def without_words(cfg: Config) -> Config:
     """What shapes don't depend on, the same for all: who is asked what about which data, and the loss."""
-    alike = parsed("oaif_tldr_online_dpo")
+    alike = parsed("oaif:tldr,online,dpo")
     data = dataclasses.replace(alike.data, **{name: getattr(cfg.data, name) for name in SHAPING})
     return dataclasses.replace(cfg, annotator=alike.annotator, judge=alike.judge, loss=alike.loss, data=data)
 
@@ -322,9 +309,8 @@ def traced(cfg: Config, policy: hf.HFModel, annotator: hf.HFModel | None):
     begin = state_of(cfg, params_of(policy, cfg.compute.trained))
     one_step = functools.partial(
         step.train_step,
-        objective=objective_of(cfg, policy, annotator),
+        step=step_of(cfg, policy, annotator),
         tx=optim.optimizer(train.optimizer_config(cfg)),
-        parts=cfg.optimizer.accumulate,
     )
     batch = batch_of(cfg, fused=is_fused(policy, annotator))
     return begin, jax.eval_shape(one_step, begin, frozen_of(cfg, policy, annotator), batch, KEY)
@@ -342,17 +328,16 @@ def test_step_at_full_size(model, stem):
     assert {"loss", "grad_norm", "update_rms"} <= set(metrics)
     assert all(value.shape == () for value in metrics.values())
     if cfg.method == "online":
-        assert outputs["responses"].shape == (cfg.data.batch, 2, cfg.data.response_tokens)
+        assert outputs["tokens"].shape == (cfg.data.batch, 2, cfg.data.response_tokens)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_at_full_size(model, name):
     """What `without_words` makes alike: a micro-batch's gradient under each of the paper's losses."""
-    cfg, policy = parsed(f"oaif_tldr_offline_{name}"), model("gemma-2-2b")
+    cfg, policy = parsed(f"oaif:tldr,offline,{name}"), model("gemma-2-2b")
     params = params_of(policy, cfg.compute.trained)
-    part = jax.eval_shape(
-        objective_of(cfg, policy, None), params, frozen_of(cfg, policy, None), batch_of(cfg, fused=True), KEY
-    )
+    contribute = functools.partial(step.contribution, step=step_of(cfg, policy, None))
+    part = jax.eval_shape(contribute, params, frozen_of(cfg, policy, None), batch_of(cfg, fused=True), KEY)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), part.gradients) == jax.tree.map(
         lambda x: (x.shape, x.dtype), params
     )
@@ -360,22 +345,19 @@ def test_losses_at_full_size(model, name):
 
 def test_what_runs_apart(model):
     """Pythia's responses, for all prompts at once, and Gemma's preference of their texts in its own tokens."""
-    cfg = parsed("pythia_tldr_online_dpo")
+    cfg = parsed("pythia:tldr,online,dpo")
     policy, annotator = model("pythia-1b"), model("gemma-2-9b")
     assert not is_fused(policy, annotator)
-    batch = batch_of(cfg, fused=True)
-    frozen = frozen_of(cfg, policy, annotator)
-    params, at = params_of(policy, cfg.compute.trained), Shape((), np.int32)
-    draw = functools.partial(step.draw_responses, objective=online_of(cfg, policy, annotator))
-    drawn = jax.eval_shape(draw, params, frozen, batch, KEY, at)
+    batch, frozen = batch_of(cfg, fused=True), frozen_of(cfg, policy, annotator)
+    params = params_of(policy, cfg.compute.trained)
+    draw = functools.partial(step.rollout_of, step=step_of(cfg, policy, annotator))
+    drawn = jax.eval_shape(draw, params, frozen, batch, KEY)
     shape = (cfg.data.batch, 2, cfg.data.response_tokens)
-    assert {name: made.shape for name, made in drawn.items()} == {
-        "responses": shape, "mask": shape, "finished": shape[:2]
-    }  # fmt: skip
+    assert (drawn.tokens.shape, drawn.mask.shape, drawn.finished.shape) == (shape, shape, shape[:2])
     wide = (*shape[:2], 2 * shape[-1])  # room for a tokenizer that needs more
-    asked = batch | {"responses": Shape(wide, np.int32), "mask": Shape(wide, bool)}
-    compare = functools.partial(preference.compare, template=TEMPLATE, cfg=annotator.cfg, compute=base.compute_of(cfg))
-    assert jax.eval_shape(compare, frozen["annotator"], asked).shape == shape[:2]
+    compare = functools.partial(orders.orders, template=TEMPLATE, cfg=annotator.cfg, compute=setup.compute_of(cfg))
+    said = jax.eval_shape(compare, frozen["annotator"], batch.question, Shape(wide, np.int32), Shape(wide, bool))
+    assert said.shape == (shape[0], 1, 2)
 
 
 # --- memory
@@ -390,12 +372,12 @@ def bytes_on_a_device(tree, on) -> int:
 
 # Policy's file -> GB on each device of weights, moments, gradients and frozen models, as the shared files say.
 RESIDENT = {
-    "oaif_harmless_online_slic": 4.6,
-    "oaif_tldr_online_dpo_27b": 6.86,
-    "pythia_tldr_online_dpo": 3.2,
-    "selm_zephyr": 9.96,
-    "selm_llama3": 11.05,
-    "selm_phi3": 5.26,
+    "oaif:harmless,online,slic": 4.6,
+    "oaif:tldr,online,dpo,27b": 6.86,
+    "pythia:tldr,online,dpo": 3.2,
+    "selm:zephyr": 9.96,
+    "selm:llama3": 11.05,
+    "selm:phi3": 5.26,
 }
 
 

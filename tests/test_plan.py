@@ -20,11 +20,10 @@ from oaif_jax import train
 from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
 from oaif_jax.models import sharding
-from oaif_jax.tasks import base
 from oaif_jax.update import optim, state
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-FILE = str(ROOT / "experiments" / "oaif_tldr_online_dpo.py")
+FILE = f"{ROOT}/experiments/oaif.py:tldr,online,dpo"
 
 # --- reading
 
@@ -430,25 +429,25 @@ def test_offline(models):
     """Without an annotator there is nothing to sample."""
     planned = plan.parse(values(models, method="offline"))
     assert set(plan.model_operations(planned)) == {"reference", "update"}
-    assert set(plan.batch_of(planned, sharding.make_mesh(1, 4, 2))) == {
-        "prompts", "prompt_valid", "responses", "mask", "first_is_better"
-    }  # fmt: skip
+    batch = plan.batch_of(planned, sharding.make_mesh(1, 4, 2))
+    assert batch.question is None
+    assert batch.data.tokens.shape == (16, 2, 8)
     plan.lower(planned, sharding.make_mesh(1, 4, 2))
 
 
 def test_arguments_lie_as_in_training(planned):
-    """State, frozen models and batch: as state.create, state.place and tasks.base.place make them."""
+    """State, frozen models and batch: as state.create, sharding.place and sharding.place_batch make them."""
     mesh, cfg = sharding.make_mesh(1, 4, 2), planned.cfg
     tx = optim.optimizer(train.optimizer_config(cfg))
     training, frozen, batch, _ = plan.arguments(planned, tx, mesh)
     abstract = plan.parameters(planned.policy.cfg, "float32")
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
     made = state.create(params, tx, mesh, cfg.compute.trained)
-    placed = state.place(params, mesh, cfg.compute.frozen)
-    rows = base.place({"prompts": np.zeros((16, 24), np.int32)}, mesh)
+    placed = sharding.place(params, mesh, cfg.compute.frozen)
+    rows = sharding.place_batch(np.zeros((16, 24), np.int32), mesh)
     seen = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), tree)  # noqa: E731
     assert jax.tree.structure(training) == jax.tree.structure(made)
-    for ours, theirs in ((training, made), (frozen["reference"], placed), (batch["prompts"], rows["prompts"])):
+    for ours, theirs in ((training, made), (frozen["reference"], placed), (batch.prompts.tokens, rows)):
         assert seen(ours) == seen(theirs)
 
 

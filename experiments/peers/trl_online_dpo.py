@@ -38,14 +38,16 @@ import trl
 from rich.console import Console
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
-from oaif_jax import pairs, step
-from oaif_jax.annotate.llm import Template
+from oaif_jax import rollout, step
 from oaif_jax.base.files import atomic_write_json
+from oaif_jax.losses import PairLoss
+from oaif_jax.methods.base import Models
+from oaif_jax.methods.online import Online
 from oaif_jax.models import sharding
 from oaif_jax.models.config import ComputeConfig
-from oaif_jax.sample import Responses, Sampler
+from oaif_jax.rollout import Sampler
 from oaif_jax.stored import hf
-from oaif_jax.tasks.base import place
+from oaif_jax.types import Batch, Prompts, Rollout, Scores
 from oaif_jax.update import optim, state
 
 WARM_UP = 1  # turns of each side that don't count
@@ -102,11 +104,21 @@ def prompts(shape: PeerShape, seed: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ ours
 
 
-def first_token(frozen: dict, batch: step.Batch, responses: Responses) -> jax.Array:
-    """A preference of no cost instead of an annotator's."""
-    del frozen, batch
-    first = (responses.tokens[:, 0, 0] >= responses.tokens[:, 1, 0]).astype(jnp.float32)
-    return jnp.broadcast_to(first[:, None], responses.finished.shape)
+class FirstToken:
+    """A MeshAnnotator of no cost: the response whose first token has the larger id."""
+
+    params = None
+
+    def question(self, examples: Sequence) -> dict:
+        """It has none."""
+        raise AssertionError(examples)
+
+    def score(self, params: None, question: dict, rollout: Rollout) -> Scores:
+        """1 for the response that is preferred, 0 for the other."""
+        del params, question
+        first = (rollout.tokens[:, 0, 0] >= rollout.tokens[:, 1, 0]).astype(jnp.float32)
+        value = jnp.stack([first, 1.0 - first], axis=-1)
+        return Scores(value, jnp.ones(value.shape, bool))
 
 
 def our_side(directory: pathlib.Path, shape: PeerShape) -> Callable[[], Turn]:
@@ -117,17 +129,15 @@ def our_side(directory: pathlib.Path, shape: PeerShape) -> Callable[[], Turn]:
         optim.OptimizerConfig("adamw", LR, "constant", 0, CLIP, B1, B2, EPS, 0.0, scale_by_parameters=False, steps=1)
     )
     params = hf.load(model, mesh, "float32")
-    frozen = {"reference": state.place(params, mesh, shape.dtype)}
+    frozen = {"annotator": {}, "reference": sharding.place(params, mesh, shape.dtype)}
     training = [state.create(params, tx, mesh)]
     sampler = Sampler(TEMPERATURE, 0, 1.0, shape.response_tokens, stop_ids=(shape.vocab,), pad_id=0)
     decode = "scanned" if torch.cuda.is_available() else "unrolled"  # as the configs of such devices have it
     compute = ComputeConfig(dtype=shape.dtype, remat=shape.remat, decode=decode, mesh=mesh)
-    pair = step.PairObjective("dpo", BETA, model.cfg, model.cfg, compute)
-    unused = Template((), (), (), (0, 1))
-    online = step.OnlineObjective(pair, sampler, model.cfg, unused, missing_eos="ignore")
-    objective = functools.partial(step.online, objective=online, preference=first_token)
+    method = Online(PairLoss("dpo", (("beta", BETA),)), missing_eos="ignore")
+    online = step.Step(method, Models(model.cfg, model.cfg, compute), sampler, FirstToken())
     take = jax.jit(
-        functools.partial(step.train_step, objective=objective, tx=tx, parts=1),
+        functools.partial(step.train_step, step=online, tx=tx),
         donate_argnums=0,
         out_shardings=(state.state_shardings(params, tx, mesh), None, None),
     )
@@ -137,7 +147,7 @@ def our_side(directory: pathlib.Path, shape: PeerShape) -> Callable[[], Turn]:
         tokens = prompts(shape, int(training[0].step))
         valid, rows = np.ones(tokens.shape, bool), np.arange(len(tokens), dtype=np.int32)
         began = time.perf_counter()
-        batch = place({"prompts": tokens, "prompt_valid": valid, "rows": rows}, mesh)
+        batch = sharding.place_batch(Batch(Prompts(tokens, valid, rows), question={}), mesh)
         training[0], metrics, outputs = take(training[0], frozen, batch, key)
         jax.block_until_ready((training[0], metrics))
         seconds = time.perf_counter() - began
@@ -151,8 +161,10 @@ def our_logprobs(directory: pathlib.Path, tokens: np.ndarray, responses: np.ndar
     """log p of responses [P, 2, R] to prompts [P, S], in float32."""
     model = hf.read(directory)
     params = hf.load(model, sharding.make_mesh(-1, 1, 1), "float32")
-    score = jax.jit(functools.partial(pairs.response_logprobs, cfg=model.cfg, compute=ComputeConfig()))
-    return np.asarray(score(params, tokens, np.ones(tokens.shape, bool), responses, np.ones(responses.shape, bool)))
+    score = jax.jit(functools.partial(rollout.score, cfg=model.cfg, compute=ComputeConfig()))
+    asked = Prompts(tokens, np.ones(tokens.shape, bool), np.arange(len(tokens)))
+    given = Rollout(asked, responses, np.ones(responses.shape, bool), np.ones(responses.shape[:2], bool), ("data",) * 2)
+    return np.asarray(score(params, given))
 
 
 # ------------------------------------------------------------------------------------------------ theirs

@@ -41,6 +41,8 @@ def read(path: pathlib.Path) -> tuple[Config, tuple[str, ...]]:
     values = read_json(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, wanted the sections of a config")
+    if "method" not in values:
+        raise ConfigError(f"{path} isn't a run's config (it has no key method)")
     there, notes = _leaves(values), []
     for name, default in REMOVED.items():
         if name in there:

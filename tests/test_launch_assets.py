@@ -5,10 +5,10 @@ import dataclasses
 from ml_collections import ConfigDict
 from test_train import sft_config
 
+from launch import assets as build
 from oaif_jax.base import cli
 from oaif_jax.data.jsonl import read_pairs
 from oaif_jax.stored import single
-from oaif_jax.tiny import build
 
 
 def test_models_and_pairs_in_miniature(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """Rebuilds the tiny world's assets: tokenizer, policies, annotators, offline pairs.
 
-    python -m oaif_jax.tiny.build --workdir=runs/assets            everything, about an hour on two cores
-    python -m oaif_jax.tiny.build --workdir=runs/assets --only=sft
+    python -m launch.assets --workdir=runs/assets            everything, about an hour on two cores
+    python -m launch.assets --workdir=runs/assets --only=sft
 
 Each model is an ordinary run of an experiment file; a stage that is finished in the workdir isn't trained again.
 """
