@@ -80,7 +80,7 @@ def write_model(directory: pathlib.Path, *files: str) -> pathlib.Path:
 def write_checkpoint(workdir: pathlib.Path, steps: dict[int, float], value: float = 1.0) -> pathlib.Path:
     """Another run's workdir: checkpoints with their metrics."""
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text("{}")
+    (workdir / "config.json").write_text(json.dumps(resume.nested(made())))
     with Checkpoints(workdir / "checkpoints", keep=9) as checkpoints:
         for step, metric in steps.items():
             items = {"params": {"w": np.full(3, value * step, np.float32)}, "optimizer": {"m": np.zeros(3, np.float32)}}
@@ -269,7 +269,8 @@ CHANGES = {
     "byte order mark": (("inverted", "\ufeffinverted"), "line 1 was 'inverted: false', is '\\ufeffinverted: false'"),
     "longer": (("Better=\n", "Better=\nnow\n"), "line 11 was '', is 'now'"),
     "shorter": (("Better=\n", "Better="), "line 11 was '', is not there"),
-    "far to the right": (("Which?", "x" * 500 + "?"), f"line 4 was 'Which?', is '{'x' * 60}'"),
+    "late in a line": (("Which?", "W" * 70 + "!"), f"line 4 was 'Which?', is '{'W' * 70}!'"),
+    "a long line": (("Which?", "x" * 500 + "?"), f"line 4 was 'Which?', is '{'x' * 80}'"),
 }
 
 
@@ -289,8 +290,8 @@ def test_two_long_lines_are_shown_where_they_differ(there, tmp_path):
     claimed(tmp_path / "run", cfg)
     write(there / "mine.txt", f"{'x' * 500}two{'y' * 500}")
     said = refusal(tmp_path / "run", cfg)
-    assert f"{'x' * 30}one{'y' * 27}'" in said
-    assert f"{'x' * 30}two{'y' * 27}'" in said
+    assert f"{'x' * 40}one{'y' * 37}'" in said
+    assert f"{'x' * 40}two{'y' * 37}'" in said
 
 
 # ------------------------------------------------------------------------------------------------ of the package

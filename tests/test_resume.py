@@ -15,6 +15,7 @@ import time
 import pytest
 from tensorboardX import SummaryWriter
 from test_train import (
+    FILES,
     ROOT,
     STEPS,
     base_of,
@@ -424,13 +425,16 @@ def test_another_configs_run_is_refused_with_the_keys_that_differ(copy):
 
 def test_another_method_is_refused(base, copy):
     with pytest.raises(UserError, match=r"method \('sft' there, 'annotator' now\)"):
-        run(configured("annotator"), copy)
+        run(configured(FILES["annotator"]), copy)
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("{", r"config\.json"),
+        ("[]", r"config\.json"),
+        ('{"method": 3}', r"config\.json"),
+        ('{"method": "sft", "chapter": 1}', r"config\.json"),
         ("{}", r"config\.json isn't a run's"),
         ('{"method": "sft"}', "is another config's run: "),
     ],

@@ -35,7 +35,7 @@ BESIDE = (
     special_tokens.GENERATION, chat.TEMPLATE_FILE,
 )  # fmt: skip
 LARGE = 5 * 10**8  # bytes that take about a second to hash
-SHOWN = 60  # characters of a line
+SHOWN = 80  # characters of a line
 
 Say = Callable[[str], None]
 
@@ -303,9 +303,14 @@ def _line(before: str, now: str) -> str:
     old, new = before.split("\n"), now.split("\n")
     at = _first_difference(old, new)
     was, is_now = (lines[at] if at < len(lines) else None for lines in (old, new))
-    begin = max(_first_difference(was or "", is_now or "") - SHOWN // 2, 0)
-    said = ["not there" if line is None else repr(line[begin : begin + SHOWN]) for line in (was, is_now)]
+    column = _first_difference(was or "", is_now or "")
+    said = ["not there" if line is None else repr(_around(line, column)) for line in (was, is_now)]
     return f"line {at + 1} was {said[0]}, is {said[1]}"
+
+
+def _around(line: str, column: int) -> str:
+    begin = max(column - SHOWN // 2, 0) if len(line) > SHOWN else 0
+    return line[begin : begin + SHOWN]
 
 
 def _first_difference(one: Sequence, other: Sequence) -> int:
