@@ -120,7 +120,8 @@ def contribution(params: PyTree, frozen: Frozen, batch: Batch, key: Array, *, st
     if not method.asks:
         return annotate_and_update(rollout)
     assert rollout is not None
-    part = at_length(annotate_and_update, rollout, step.lengths if samples else 1)
+    is_cut = samples and step.lengths > 1
+    part = at_length(annotate_and_update, rollout, step.lengths) if is_cut else annotate_and_update(rollout)
     return dataclasses.replace(part, outputs=part.outputs | {"tokens": rollout.tokens, "mask": rollout.mask})
 
 

@@ -25,8 +25,8 @@ SMALL = {
 
 
 def test_memory_and_programs_stay(tmp_path, monkeypatch):
-    """Of 300 steps of fine-tuning; 2,000 of online training were measured by hand (CONTRIBUTING.md)."""
-    values = cli.load_config(str(ROOT / "experiments" / "tiny_tldr_sft.py"))
+    """Of 300 steps of fine-tuning; 2,000 of online training were measured by hand (docs/notes/runs.md)."""
+    values = cli.load_config(f"{ROOT}/experiments/tiny.py:tldr,sft")
     cli.override(values, SMALL)
     seen: dict[int, tuple[int, int]] = {}
     original = train.MetricsLog.write

@@ -102,7 +102,7 @@ def test_decay(schedule, form):
 
 
 def test_names_are_those_of_the_config():
-    hints = typing.get_type_hints(config.Optimizer, include_extras=True)
+    hints = typing.get_type_hints(type(config.Config().optimizer), include_extras=True)
     check = {name: hint.__metadata__[0] for name, hint in hints.items() if typing.get_origin(hint) is typing.Annotated}
     for name in ("adamw", "adafactor"):
         assert check["name"](name) is None

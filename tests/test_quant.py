@@ -260,7 +260,7 @@ PAIRS = 128
 
 
 def test_preferences_of_the_annotator():
-    """Of 1,024 pairs int8 decided 99.8 % as before and nf4 98.8 % (CONTRIBUTING.md); here of fewer."""
+    """Of 1,024 pairs int8 decided 99.8 % as before and nf4 98.8 % (docs/notes/models.md); here of fewer."""
     params, cfg = single.load(asset("annotator"))
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
     batch = judged_batch("test", 987, 0, PAIRS, Limits(987, 56, 16), instructions=("helpful",))

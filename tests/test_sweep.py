@@ -13,8 +13,8 @@ from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-DPO = str(ROOT / "experiments" / "tiny_tldr_online_dpo.py")
-IPO = str(ROOT / "experiments" / "tiny_tldr_online_ipo.py")
+DPO = f"{ROOT}/experiments/tiny.py:tldr,online,dpo"
+IPO = f"{ROOT}/experiments/tiny.py:tldr,online,ipo"
 
 # Leaves what a run does; its gold score is beta, one hundredth more for each seed. Fails as `broken.json` says.
 TRAINER = """
@@ -219,8 +219,8 @@ def test_a_run_that_was_going_on_to_more_steps_goes_on(tmp_path, trainer):
 def test_damaged_results_are_named(tmp_path, trainer):
     runs = parse(tmp_path, f"--config={DPO}")
     start(tmp_path, runs, trainer)
-    (runs[0].workdir / "config.json").write_text('{"method": "online"}')
-    with pytest.raises(UserError, match=r"config\.json: config\.seed is missing"):
+    (runs[0].workdir / "config.json").write_text('{"steps": 3}')
+    with pytest.raises(UserError, match=r"config\.json isn't a run's config"):
         runs[0].summary()
     (runs[0].workdir / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json can't be read"):

@@ -166,6 +166,7 @@ def _model(source: Source, template: str = "auto") -> Iterator[tuple[str, Found]
         yield f"{source.key}.init", Found("model", path, _there(path.parent, [path]))
     elif source.init != "scratch":
         yield f"{source.key}.init", _run(source)
+        yield from _below(source)
     if template not in ("auto", "none") and home(source) is not None:
         path = pathlib.Path(template)
         yield f"{source.key}.chat", Found("chat template", path, _there(path.parent, [path]))
@@ -189,6 +190,16 @@ def _run(source: Source) -> Found:
         return Found("run", pathlib.Path(workdir) / "checkpoints" / str(step), sha256=reader.sha256_of(step, "params"))
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
+
+
+def _below(source: Source) -> Iterator[tuple[str, Found]]:
+    """What a run's checkpoint is read with: its directory's tokenizer and chat template, and under LoRA the base's parameters."""
+    directory, is_lora = home(source), run_config(source).policy.lora.rank > 0
+    if directory is not None:
+        files = (
+            _in_directory(source, directory) if is_lora else _there(directory, [directory / name for name in BESIDE])
+        )
+        yield f"{source.key}.init base", Found("model", directory, files)
 
 
 def _instruction(key: str, asked: Source, name: str) -> tuple[str, Found]:
