@@ -12,8 +12,9 @@ from test_readers import json_lines, write, write_hh, write_tldr, write_ultrafee
 
 from oaif_jax.base.errors import UserError
 from oaif_jax.data import readers
+from oaif_jax.data.order import batch_indices
 from oaif_jax.data.records import Example, Message
-from oaif_jax.data.stream import examples_at, stream
+from oaif_jax.data.stream import ahead_of
 from oaif_jax.data.tfds.builders import BUILDERS, OaifHh, builders_for, prepare
 from oaif_jax.data.tfds.source import open_prepared, restored
 
@@ -107,9 +108,13 @@ def test_what_is_wrong_is_said_and_leaves_nothing(tmp_path):
 def assert_streams(path: pathlib.Path) -> None:
     """Records are read when they are asked for, by several threads; as if they were in memory."""
     prepared = open_prepared(path, "train")
-    batches = stream(prepared, list, batch=2, seed=0, threads=2, ahead=4)
     in_memory = list(prepared)
-    assert [next(batches) for _ in range(20)] == [examples_at(in_memory, t, batch=2, seed=0) for t in range(20)]
+
+    def rows(examples, step: int) -> list[Example]:
+        return [examples[i] for i in batch_indices(len(in_memory), 2, 0, step)]
+
+    batches = ahead_of(lambda step: rows(prepared, step), threads=2, ahead=4)
+    assert [next(batches) for _ in range(20)] == [rows(in_memory, step) for step in range(20)]
     assert prepared[1:] == in_memory[1:]
     assert prepared[-1] == in_memory[-1]
 
