@@ -111,7 +111,7 @@ def assert_streams(path: pathlib.Path) -> None:
     in_memory = list(prepared)
 
     def rows(examples, step: int) -> list[Example]:
-        return [examples[i] for i in batch_indices(len(in_memory), 2, 0, step)]
+        return [examples[i] for i in batch_indices(len(in_memory), 2, 0, step).tolist()]
 
     batches = ahead_of(lambda step: rows(prepared, step), threads=2, ahead=4)
     assert [next(batches) for _ in range(20)] == [rows(in_memory, step) for step in range(20)]
