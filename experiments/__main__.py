@@ -8,6 +8,9 @@ import importlib
 import pathlib
 import sys
 
+from oaif_jax.base import cli
+from oaif_jax.base.errors import UserError
+
 FAMILIES = ("tiny", "own", "oaif", "pythia", "selm", "bench")
 
 
@@ -23,8 +26,7 @@ def main() -> None:
     named = [word for word in sys.argv[1:] if not word.startswith("-")] or list(FAMILIES)
     unknown = [name for name in named if name not in FAMILIES]
     if unknown:
-        print(f"error: {unknown[0]!r} is no family, wanted {', '.join(FAMILIES)}", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(f"{unknown[0]!r} is no family, wanted {', '.join(FAMILIES)}")
     for name in named:
         documentation = importlib.import_module(f"experiments.{name}").__doc__ or ""
         print(documentation.split("\n")[0])
@@ -33,4 +35,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with cli.user_errors():
+        main()

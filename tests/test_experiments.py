@@ -1,6 +1,7 @@
 """Every member of every family of experiments loads, can be run, and says what it is."""
 
 import importlib
+import os
 import pathlib
 import re
 import subprocess
@@ -140,3 +141,13 @@ def test_the_default_members():
     """Of the families that one tries first."""
     for family, member in (("tiny", "tldr,online,dpo"), ("own", "online")):
         assert cli.load_config(f"{ROOT}/experiments/{family}.py").to_dict() == load(family, member).to_dict()
+
+
+def test_listing_into_a_closed_pipe_ends_quietly():
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments"], cwd=ROOT, stdout=writes, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (1, "")
