@@ -77,10 +77,10 @@ def write_model(directory: pathlib.Path, *files: str) -> pathlib.Path:
     return directory
 
 
-def write_checkpoint(workdir: pathlib.Path, steps: dict[int, float], value: float = 1.0) -> pathlib.Path:
-    """Another run's workdir: checkpoints with their metrics."""
+def write_checkpoint(workdir: pathlib.Path, steps: dict[int, float], value: float = 1.0, **changes) -> pathlib.Path:
+    """Another run's workdir: checkpoints with their metrics, and a config of what is set."""
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(resume.nested(made())))
+    (workdir / "config.json").write_text(json.dumps(resume.nested(made(**changes))))
     with Checkpoints(workdir / "checkpoints", keep=9) as checkpoints:
         for step, metric in steps.items():
             items = {"params": {"w": np.full(3, value * step, np.float32)}, "optimizer": {"m": np.zeros(3, np.float32)}}
@@ -383,6 +383,30 @@ def test_another_run_that_went_on(tmp_path, which, was, now):
     claimed(tmp_path / "fixed", fixed)
     write_checkpoint(other, {8: 0.9})
     assert resume.check(tmp_path / "fixed", fixed) == []
+
+
+@pytest.mark.parametrize(
+    ("rank", "name", "refused"),
+    [
+        (4, "model.safetensors", True),
+        (4, "tokenizer.json", True),
+        (0, "tokenizer.json", True),
+        (0, "model.safetensors", False),
+    ],
+)
+def test_the_model_below_another_run(there, tmp_path, rank, name, refused):
+    """A run that trained additions is read with its directory's weights; any other only with the tokenizer."""
+    directory = there / "policy"
+    other = write_checkpoint(
+        tmp_path / "other", {2: 0.5}, policy__init="hf", policy__path=str(directory), policy__lora__rank=rank
+    )
+    cfg = made(policy__init=f"{other}@2")
+    claimed(tmp_path / "run", cfg)
+    flip(directory / name)
+    if refused:
+        assert f"(base): {name} has changed ({directory})" in refusal(tmp_path / "run", cfg)
+    else:
+        assert resume.check(tmp_path / "run", cfg) == []
 
 
 def test_another_runs_checkpoint_that_is_gone(tmp_path):
