@@ -13,11 +13,12 @@ from jaxtyping import PyTree
 
 from launch import bench_count
 from launch.asked import TemplateAnnotator
-from oaif_jax import config, losses, train
+from oaif_jax import config, train
 from oaif_jax.annotate.orders import Template
 from oaif_jax.config import Config, ConfigError, Shape, at_least
 from oaif_jax.methods.base import Models
 from oaif_jax.methods.online import Online
+from oaif_jax.methods.pairs import loss_of
 from oaif_jax.models import sharding, transformer
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.rollout import Sampler, named_key
@@ -88,8 +89,7 @@ class Bench:
     def step(self, tokens: int) -> Step:
         """The online step with responses of a number of tokens."""
         compute, sampler = compute_of(self.cfg, self.mesh), self.sampler(tokens)
-        numbers = tuple((name, getattr(self.cfg.loss, name)) for name in losses.numbers_of(self.cfg.loss.name))
-        method = Online(losses.PairLoss(self.cfg.loss.name, numbers), missing_eos="ignore")
+        method = Online(loss_of(self.cfg), missing_eos="ignore")
         annotator = TemplateAnnotator(self.template, self.annotator, compute, sampler.stop_ids)
         return Step(method, Models(self.policy, self.policy, compute), sampler, annotator)
 

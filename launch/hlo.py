@@ -152,7 +152,7 @@ def executed(program: Program, dynamic: Mapping[str, int]) -> Iterator[Executed]
     """Every instruction that runs, with its count.
 
     `dynamic` gives the trip counts of loops that end by their data, by the end of the loop's op_name. Of a conditional
-    the branch with the most instructions counts. Raises ValueError for a loop whose count nobody knows.
+    the branch that makes the most elements counts. Raises ValueError for a loop whose count nobody knows.
     """
     yield from _walk(program, program.entry, 1, (), False, dynamic)
 
@@ -167,9 +167,16 @@ def _walk(
         if instruction.opcode == "while":
             inner, around = times * trips(program, computation, instruction, dynamic), (*loops, instruction.op_name)
         if instruction.opcode == "conditional":
-            called = (max(called, key=lambda name: len(program.computations[name])),)
+            called = (max(called, key=lambda name: _elements(program, name, dynamic)),)
         for name in called:
             yield from _walk(program, name, inner, around, is_fused or instruction.opcode == "fusion", dynamic)
+
+
+def _elements(program: Program, computation: str, dynamic: Mapping[str, int]) -> int:
+    """Elements of all arrays that a computation makes. The branches of a step at several response widths have the same
+    instructions, so that their number doesn't tell the widest."""
+    runs = _walk(program, computation, 1, (), False, dynamic)
+    return sum(run.times * sum(array.size for array in run.instruction.arrays) for run in runs)
 
 
 def trips(program: Program, computation: str, loop: Instruction, dynamic: Mapping[str, int]) -> int:

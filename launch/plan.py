@@ -54,7 +54,7 @@ from jaxtyping import PyTree
 
 from launch import bench_count, hlo, hlo_report
 from launch.asked import TemplateAnnotator
-from oaif_jax import config, losses, methods, train
+from oaif_jax import config, methods, train
 from oaif_jax.annotate.orders import Template
 from oaif_jax.annotate.prompts import read_instruction
 from oaif_jax.base.files import atomic_write_json
@@ -62,6 +62,7 @@ from oaif_jax.config import Config
 from oaif_jax.methods.base import Models
 from oaif_jax.methods.offline import Offline
 from oaif_jax.methods.online import Online
+from oaif_jax.methods.pairs import loss_of
 from oaif_jax.models import sharding
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.rollout import Sampler
@@ -165,14 +166,12 @@ def step_of(planned: Planned, mesh: Mesh) -> Step:
     compute, sampled = compute_of(cfg, mesh), cfg.sample
     limit = cfg.data.response_tokens
     sampler = Sampler(sampled.temperature, sampled.top_k, sampled.top_p, limit, policy.stop_ids, pad_id=0)
-    numbers = tuple((name, getattr(cfg.loss, name)) for name in losses.numbers_of(cfg.loss.name))
-    loss, parts = losses.PairLoss(cfg.loss.name, numbers), cfg.optimizer.accumulate
-    models = Models(policy.cfg, policy.cfg, compute)
+    models, loss = Models(policy.cfg, policy.cfg, compute), loss_of(cfg)
+    lengths, parts = cfg.compute.lengths, cfg.optimizer.accumulate
     if planned.annotator is None:
-        return Step(Offline(loss), models, sampler, parts=parts)
+        return Step(Offline(loss), models, sampler, None, lengths, parts)
     asked = TemplateAnnotator(planned.template, planned.annotator.cfg, compute, sampler.stop_ids)
-    online = Online(loss, cfg.annotator.missing_eos)
-    return Step(online, models, sampler, asked, lengths=cfg.compute.lengths, parts=parts)
+    return Step(Online(loss, cfg.annotator.missing_eos), models, sampler, asked, lengths, parts)
 
 
 def state_of(planned: Planned, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:

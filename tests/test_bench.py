@@ -9,6 +9,7 @@ import io
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -194,6 +195,13 @@ def test_members_parse(member):
     made = bench_setup.parse(cli.load_config(f"{ROOT}/experiments/bench.py:{member}").to_dict())
     assert made.template.width(made.sizes.response) == made.sizes.order
     assert len(made.template.first + made.template.second + made.template.closing) == made.section.label_tokens
+
+
+@pytest.mark.parametrize("path", ["experiments/bench.py", "launch/bench.py"])
+def test_commands_name_members(path):
+    named = re.findall(r"--config=experiments/bench\.py:(\S+)", (ROOT / path).read_text())
+    assert named
+    assert set(named) <= set(MEMBERS)
 
 
 @pytest.mark.parametrize(

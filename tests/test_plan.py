@@ -1,5 +1,6 @@
 """Counting in compiled programs: against closed forms, XLA's own count, and what small programs are known to do."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -7,6 +8,7 @@ import math
 import pathlib
 import types
 
+import hf_dirs
 import hf_fakes
 import jax
 import jax.numpy as jnp
@@ -16,10 +18,11 @@ from jax.sharding import PartitionSpec
 from rich.console import Console
 
 from launch import bench_count, hlo, hlo_report, plan
-from oaif_jax import train
+from oaif_jax import collect, config, train
 from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
 from oaif_jax.models import sharding
+from oaif_jax.run.setup import open_setup
 from oaif_jax.update import optim, state
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -105,6 +108,21 @@ def test_the_larger_branch_counts():
     )  # fmt: skip
     names = {run.instruction.name for run in hlo.executed(program(branch("few", 1), branch("many", 3), choose), {})}
     assert names & {"many_end", "few_end"} == {"many_end"}
+
+
+@pytest.mark.parametrize("widths", [(4, 8, 16), (16, 8, 4), (8, 16, 4)])
+def test_the_widest_branch_counts(widths):
+    """Branches of one function at several widths have the same instructions, in whichever order they stand."""
+
+    @jax.jit
+    def chosen(x, w, which):
+        def cut(width: int):
+            return jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x[:width], w)[0])
+
+        return jax.lax.switch(which, [functools.partial(cut, width) for width in widths])
+
+    read = hlo.parse(chosen.lower(jnp.ones((16, 8)), jnp.ones((3, 8, 8)), jnp.array(0)).compile().as_text())
+    assert hlo_report.operations(read, 1)["other"].first == 3 * 2 * 16 * 8 * 8
 
 
 def test_loops_multiply():
@@ -357,12 +375,16 @@ def planned(models) -> plan.Planned:
     return plan.parse(values(models))
 
 
-@pytest.fixture(scope="module")
-def found(planned) -> dict:
+def reported(planned: plan.Planned) -> dict:
     """The report of a step compiled for the eight devices that are here."""
     quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # it isn't run
     compiled = plan.lower(planned, sharding.make_mesh(1, 4, 2)).compile(compiler_options=quickly)
     return plan.report(planned, compiled, compiled.as_text(), "cpu", 8) | {"compile_seconds": 0.0}
+
+
+@pytest.fixture(scope="module")
+def found(planned) -> dict:
+    return reported(planned)
 
 
 def dense(cfg, trunk: int, branches: int, branch: int) -> int:
@@ -388,6 +410,14 @@ def test_operations_of_a_step(planned, found):
         if phase != "other":
             assert row["model"] == plan.model_operations(planned)[phase]
             assert 0.5 < row["ratio"] <= 1.0, phase
+
+
+def test_operations_at_several_widths(models, found):
+    """Of a step that the device cuts to its longest response, the widest is counted: what it needs at most."""
+    cut = reported(plan.parse(values(models, **{"compute.lengths": "2"})))["operations"]
+    for phase, row in found["operations"].items():
+        for name in ("model", "program"):
+            assert cut[phase][name] == pytest.approx(row[name], rel=0.01), (phase, name)
 
 
 def test_what_is_moved(planned, found):
@@ -435,6 +465,35 @@ def test_offline(models):
     plan.lower(planned, sharding.make_mesh(1, 4, 2))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch and its friends
+@pytest.mark.parametrize(("method", "file"), [("online", hf_dirs.write_prompts), ("offline", hf_dirs.write_pairs)])
+def test_a_step_and_its_batch_are_a_runs(tmp_path, method, file):
+    """What is planned from config.json is what a run makes of directories with weights; but for token ids, which nobody has
+    without a tokenizer: of padding, of the instruction, and of stop tokens that a chat template adds."""
+    made = cli.load_config(f"{ROOT}/experiments/own.py:{method}")
+    directory = str(hf_dirs.write(tmp_path / "model", "gemma", extra_rows=0))
+    changes = CHANGES | {
+        "policy.path": directory, "data.path": str(file(tmp_path / "data.jsonl")), "data.prompt_tokens": "64",
+        "data.held_out": "8", "eval.prompts": "8", "eval.final_prompts": "8", "annotator.question_tokens": "512",
+        "compute.lengths": "2", "loss.name": "ipo", "sample.top_k": "5",
+    }  # fmt: skip
+    changes |= {"annotator.path": directory, "annotator.missing_eos": "ignore"} if method == "online" else {}
+    cli.override(made, changes)
+    mesh, planned = sharding.make_mesh(1, 4, 2), plan.parse(made.to_dict())
+    setup = open_setup(config.parse(made.to_dict()), mesh)
+    ours, runs = plan.step_of(planned, mesh), collect.step_of(setup)
+    ids = {"stop_ids": (), "pad_id": 0}
+    assert dataclasses.replace(ours.sampler, **ids) == dataclasses.replace(runs.sampler, **ids)
+    assert set(ours.sampler.stop_ids) <= set(runs.sampler.stop_ids)
+    if method == "online":
+        assert (ours.annotator.cfg, ours.annotator.compute) == (runs.annotator.cfg, runs.annotator.compute)
+    same = {"sampler": runs.sampler, "annotator": None}
+    assert dataclasses.replace(ours, **same) == dataclasses.replace(runs, **same)
+
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
+    assert shapes(plan.batch_of(planned, mesh)) == shapes(collect.host_batch(setup, 0))
+
+
 def test_arguments_lie_as_in_training(planned):
     """State, frozen models and batch: as state.create, sharding.place and sharding.place_batch make them."""
     mesh, cfg = sharding.make_mesh(1, 4, 2), planned.cfg
@@ -471,6 +530,7 @@ def test_memory():
         ({"policy.init": "tiny:sft"}, "config.policy.init='tiny:sft' can't be planned, wanted 'hf'"),
         ({"policy.lora.rank": "4"}, "config.policy.lora.rank=4 can't be planned, wanted 0"),
         ({"annotator.path": "nowhere"}, "no config.json there"),
+        ({"loss.name": "nothing"}, "config.loss.name='nothing', wanted one of"),
         ({"optimizer.accumulate": "16"}, "doesn't divide over data x fsdp"),
     ],
 )
