@@ -409,6 +409,23 @@ def test_the_model_below_another_run(there, tmp_path, rank, name, refused):
         assert resume.check(tmp_path / "run", cfg) == []
 
 
+def test_the_run_below_another_run(there, tmp_path):
+    """Additions to a run's own checkpoint are read with that checkpoint, and not with the weights it began with."""
+    directory = there / "policy"
+    full = write_checkpoint(tmp_path / "full", {2: 0.5}, policy__init="hf", policy__path=str(directory))
+    added = write_checkpoint(tmp_path / "added", {2: 0.5}, policy__init=f"{full}@2", policy__lora__rank=4)
+    cfg = made(annotator__init=f"{added}@2")
+    claimed(tmp_path / "run", cfg)
+    flip(directory / "model.safetensors")
+    assert resume.check(tmp_path / "run", cfg) == []
+    flip(directory / "tokenizer.json")
+    assert f"(base base): tokenizer.json has changed ({directory})" in refusal(tmp_path / "run", cfg)
+    flip(directory / "tokenizer.json")
+    shutil.rmtree(full / "checkpoints")
+    write_checkpoint(full, {2: 0.5}, value=2.0)
+    assert f"(base): {full / 'checkpoints' / '2'} has changed" in refusal(tmp_path / "run", cfg)
+
+
 def test_another_runs_checkpoint_that_is_gone(tmp_path):
     other = write_checkpoint(tmp_path / "other", {2: 0.5, 4: 0.25})
     cfg = made(policy__init=f"{other}@2")

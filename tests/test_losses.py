@@ -12,6 +12,7 @@ import pytest
 from oaif_jax import config
 from oaif_jax.base.errors import UserError
 from oaif_jax.losses import LOSSES, LogRatios, PairLoss, numbers_of
+from oaif_jax.methods.pairs import loss_of
 
 BETAS = (0.002, 0.1, 1.0)  # the paper's: slic, dpo, ipo
 SUMMED = ("dpo", "ipo", "slic")  # functions of h alone
@@ -162,3 +163,23 @@ def test_where_they_are_least(beta):
     value = loss_and_gradient(of(h, 0.0), name="ipo", beta=beta)[0]
     assert np.argmin(value) == 30
     assert value[30] < 1e-9 / beta**2
+
+
+def test_a_loss_with_several_numbers(monkeypatch):
+    """Each is a key of config.loss by the argument's name, reaches the loss under it, and belongs to no other loss."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Numbers(config.Config().loss.__class__):
+        offset: float = 0.0
+
+    def offset(ratios: LogRatios, *, beta: float, offset: float) -> jax.Array:
+        return beta * ratios.margin - offset
+
+    monkeypatch.setitem(LOSSES, "offset", offset)
+    cfg = dataclasses.replace(config.Config(), loss=Numbers("offset", beta=0.5, offset=0.25))
+    loss = loss_of(cfg)
+    assert loss.numbers == (("beta", 0.5), ("offset", 0.25))
+    np.testing.assert_allclose(loss(of(3.0, 1.0)), [0.75])
+    assert hash(loss) == hash(loss_of(cfg))  # it is closed over in compiled programs
+    with pytest.raises(UserError, match=r"config.loss.offset=0.25: the loss dpo doesn't take it"):
+        loss_of(dataclasses.replace(cfg, loss=Numbers("dpo", beta=0.5, offset=0.25)))

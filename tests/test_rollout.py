@@ -124,6 +124,30 @@ def test_after_the_end(params):
     assert 0.1 < finished.mean() < 1.0
 
 
+def test_the_loop_ends_with_the_longest_completion(params, monkeypatch):
+    """A token of all completions at a time, and none that nobody needs: the first comes from the prompts' pass."""
+    taken, decode = [], transformer.decode
+
+    def counting(*args, **kwargs):
+        jax.debug.callback(lambda: taken.append(1))
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(transformer, "decode", counting)
+    counted = jax.jit(  # a function of its own: what was traced before doesn't count
+        lambda params, prompts, key: sample(
+            params, prompts, key, sampler=SAMPLED, completions=2, cfg=CFG, compute=COMPUTE
+        )
+    )
+    longest = []
+    for seed in range(20):
+        taken.clear()
+        made = counted(params, prompts_of(seed, count=2), key_of(seed))
+        jax.effects_barrier()
+        longest.append(int(np.asarray(made.mask).sum(-1).max()))
+        assert 1 + len(taken) == longest[-1]
+    assert min(longest) < max(longest) == TOKENS
+
+
 def test_all_end_at_once(params):
     everything = dataclasses.replace(SAMPLED, stop_ids=tuple(range(CFG.vocab_size)))
     made = draw(params, prompts_of(), key_of(0), everything)

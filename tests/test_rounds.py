@@ -134,6 +134,34 @@ def test_three_completions_by_their_writers():
     assert (int(pairs.chosen[3]), int(pairs.rejected[3])) == (0, 2)
 
 
+@pytest.mark.parametrize(
+    ("value", "ends", "chosen", "rejected", "weight"),
+    [
+        ([0.9, 0.5, 0.1], [True, True, True], 0, 2, 1.0),
+        ([0.9, 0.5, 0.1], [False, False, False], 0, 2, 1.0),
+        ([0.9, 0.5, 0.1], [False, True, True], 1, 0, 1.0),  # the best that ends, the worst that doesn't
+        ([0.9, 0.5, 0.1], [False, False, True], 2, 1, 1.0),
+        ([0.1, 0.5, 0.9], [True, False, True], 2, 1, 1.0),
+        ([0.5, 0.5, 0.5], [True, False, True], 0, 1, 1.0),  # decided by the end alone
+        ([0.5, 0.5, 0.5], [True, True, True], 0, 1, 0.0),
+        ([0.1, 0.5, None], [True, True, False], 1, 2, 1.0),  # what isn't scored has still lost
+        ([0.1, 0.5, None], [True, False, True], 0, 1, 1.0),  # and isn't chosen where another that ends is scored
+        ([None, 0.5, None], [True, True, True], 1, 0, 0.0),
+    ],
+)
+def test_a_missing_end_among_three(value, ends, chosen, rejected, weight):
+    """Best of those that end against worst of those that don't, whatever the scores between them say."""
+    from oaif_jax.types import Prompts, Rollout, Scores
+
+    tokens = jnp.arange(6, dtype=jnp.int32).reshape(1, 3, 2)
+    prompts = Prompts(jnp.ones((1, 1), jnp.int32), jnp.ones((1, 1), bool), jnp.arange(1))
+    rollout = Rollout(prompts, tokens, jnp.ones((1, 3, 2), bool), jnp.array([ends]), Exploring.by)
+    known = jnp.array([[each is not None for each in value]])
+    scores = Scores(jnp.array([[each or 0.0 for each in value]]), known)
+    pairs = best_and_worst(rollout, scores, missing_eos="loses")
+    assert (int(pairs.chosen[0]), int(pairs.rejected[0]), float(pairs.weight[0])) == (chosen, rejected, weight)
+
+
 def test_the_bonus_is_on_the_first_completion():
     from oaif_jax.methods.pairs import Pairs
     from oaif_jax.types import Logps

@@ -193,13 +193,14 @@ def _run(source: Source) -> Found:
 
 
 def _below(source: Source) -> Iterator[tuple[str, Found]]:
-    """What a run's checkpoint is read with: its directory's tokenizer and chat template, and under LoRA the base's parameters."""
-    directory, is_lora = home(source), run_config(source).policy.lora.rank > 0
-    if directory is not None:
-        files = (
-            _in_directory(source, directory) if is_lora else _there(directory, [directory / name for name in BESIDE])
-        )
-        yield f"{source.key}.init base", Found("model", directory, files)
+    """What a run's checkpoint is read with: its directory's tokenizer and chat template; under LoRA all that its base is made of,
+    which may be another run's."""
+    first, directory = source_of(POLICY, run_config(source).policy), home(source)
+    if run_config(source).policy.lora.rank > 0:
+        for key, found in _model(first):
+            yield f"{source.key}.init base{key[len(key.partition(' ')[0]) :]}", found
+    elif directory is not None:
+        yield f"{source.key}.init base", Found("model", directory, _there(directory, [directory / n for n in BESIDE]))
 
 
 def _instruction(key: str, asked: Source, name: str) -> tuple[str, Found]:
