@@ -25,6 +25,8 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from oaif_jax.data.chat import TEMPLATE_FILE
+from oaif_jax.data.special_tokens import CONFIG
 from oaif_jax.run.setup import stored_model
 from oaif_jax.stored import hf
 from oaif_jax.stored.open import Model
@@ -40,8 +42,8 @@ def check(model: Model) -> hf.HFModel:
 def save(model: Model, params: PyTree, directory: pathlib.Path, dtype: str) -> str:
     """Writes trained parameters, with a base's where there is one; `dtype` is float32 or bfloat16. Returns what to say of it."""
     source, voice = check(model), model.voice
-    is_own = voice.chat.path.resolve().is_relative_to(source.directory.resolve())
-    chat = hf.Chat(voice.stop_ids, "" if is_own else voice.chat.source)
+    own = (source.directory / TEMPLATE_FILE, source.directory / CONFIG)
+    chat = hf.Chat(voice.stop_ids, "" if voice.chat.path in own else voice.chat.source)
     lost = hf.save(directory, model.merged(params), model.cfg, source, dtype, chat)
     if dtype == "float32":
         return f"exported to {directory}"

@@ -80,7 +80,8 @@ def _has_another_head(directory: pathlib.Path, model_type: str, stamps: tuple) -
         if head.shape != embedding.shape:
             return True  # which the check of all shapes then names
         for start in range(0, head.shape[0], ROWS):
-            rows = [each.read((slice(start, start + ROWS),)).astype(np.float32) for each in (head, embedding)]
+            region = (slice(start, min(start + ROWS, head.shape[0])),)
+            rows = [each.read(region).astype(np.float32) for each in (head, embedding)]
             if not np.array_equal(*rows, equal_nan=True):
                 return True
         return False
