@@ -53,7 +53,7 @@ def added(home, tmp_path_factory):
 
 def write_run(workdir, home, **changes):
     """A run as it stands after its last step, with parameters near those that it began with; nothing is trained."""
-    cfg = config.parse(values(home, data__response_tokens="6", **changes))
+    cfg = config.parse(values(home, **{"data__response_tokens": "6"} | changes))
     setup = open_setup(cfg, sharding.make_mesh(-1, 1, 1))
     leaves, tree = jax.tree.flatten(jax.tree.map(np.asarray, setup.policy.params))
     rng = np.random.default_rng(0)
@@ -66,7 +66,9 @@ def write_run(workdir, home, **changes):
 
 
 def setup_of(home, **changes):
-    return open_setup(config.parse(values(home, data__response_tokens="6", **changes)), sharding.make_mesh(-1, 1, 1))
+    return open_setup(
+        config.parse(values(home, **{"data__response_tokens": "6"} | changes)), sharding.make_mesh(-1, 1, 1)
+    )
 
 
 def whole(workdir, which="last"):
