@@ -85,7 +85,7 @@ class Batches:
     def restore(self, at: int, batch: Batch) -> None:
         """Puts back what `pending` gave."""
         done: concurrent.futures.Future[Ready] = concurrent.futures.Future()
-        done.set_result(Ready(batch, tokens_in(jax.tree.map(np.asarray, batch)), at - 1))
+        done.set_result(Ready(batch, self._tokens(jax.tree.map(np.asarray, batch)), at - 1))
         self._pending[at] = done
 
     def abstract(self, params: PyTree, frozen: Frozen) -> Batch:
@@ -97,6 +97,9 @@ class Batches:
             batch = batch if batch.scores is not None else dataclasses.replace(batch, scores=self._unasked(batch))
         on = sharding.batch_sharding(self._setup.mesh)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), batch)
+
+    def _tokens(self, batch: Batch) -> int:
+        return tokens_in(batch, self._setup.method.asks)
 
     def close(self) -> None:
         """Ends the threads."""
@@ -111,7 +114,7 @@ class Batches:
 
     def _begin(self, at: int, params: PyTree, frozen: Frozen, collected_at: int) -> "concurrent.futures.Future[Ready]":
         made = self._made(at)
-        placed, tokens = self._setup.place(made), tokens_in(made)
+        placed, tokens = self._setup.place(made), self._tokens(made)
         if self._collect is None:
             return self._thread.submit(lambda: Ready(placed, tokens, collected_at))
         # Dispatched in this thread, before the step that gives these parameters' buffers away.
@@ -182,12 +185,13 @@ def host_batch(setup: Setup, at: int) -> Batch:
     return dataclasses.replace(batch, question=question, scores=None)
 
 
-def tokens_in(batch: Batch) -> int:
-    """Valid tokens of a batch: of prompts (or questions), and of completions that came with it."""
+def tokens_in(batch: Batch, asks: bool) -> int:
+    """Valid tokens of a batch: of prompts (or questions), and of completions that came with it. Those that an annotator is asked
+    about are among a step's outputs, and counted there."""
     holders = [batch.question, batch.judged]
     rollout = batch.rollout or batch.data
     prompts = batch.prompts if rollout is None else rollout.prompts
     counted = [] if prompts is None else [prompts.valid]
-    counted += [] if rollout is None else [rollout.mask]
+    counted += [] if rollout is None or asks else [rollout.mask]
     counted += [holder[name] for holder in holders if holder for name in ("question_valid", "mask") if name in holder]
     return int(sum(np.sum(np.asarray(each)) for each in counted))

@@ -8,10 +8,11 @@ the loss goes back through it. Where completions or their scores were made befor
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
@@ -146,12 +147,13 @@ def rollout_of(
         return batch.data if batch.rollout is None else batch.rollout
     assert batch.prompts is not None
     models, sampler = step.models, step.sampler
-    parts = []
+    parts = {}
     for writer in dict.fromkeys(writers):
         count = writers.count(writer)
         if writer == DATA:
             assert batch.data is not None
-            parts.append(batch.data)
+            assert batch.data.tokens.shape[1] == count, f"the data has other completions than {count}"
+            parts[writer] = batch.data
             continue
         whole, cfg, first = {
             POLICY: (policy_of(params, frozen), models.policy, prefilled),
@@ -159,7 +161,7 @@ def rollout_of(
         }[writer]
         name = "sample" if writer == POLICY else f"sample.{writer}"
         with jax.named_scope("sample"):
-            part = rollouts.sample(
+            parts[writer] = rollouts.sample(
                 whole,
                 batch.prompts,
                 named_key(key, name),
@@ -170,15 +172,19 @@ def rollout_of(
                 prefilled=first,
                 by=writer,
             )
-        parts.append(part)
-    return parts[0] if len(parts) == 1 else joined(batch.prompts, parts)
+    return parts[writers[0]] if len(parts) == 1 else joined(batch.prompts, parts, writers)
 
 
-def joined(prompts: Prompts, parts: list[Rollout]) -> Rollout:
-    """Completions of the same prompts side by side."""
-    beside = lambda name: jnp.concatenate([getattr(part, name) for part in parts], axis=1)  # noqa: E731
-    by = tuple(writer for part in parts for writer in part.by)
-    return Rollout(prompts, beside("tokens"), beside("mask"), beside("finished"), by)
+def joined(prompts: Prompts, parts: Mapping[str, Rollout], writers: tuple[str, ...]) -> Rollout:
+    """Completions of the same prompts side by side, in the order of their writers."""
+    firsts = dict(zip(parts, np.cumsum([0, *(len(part.by) for part in parts.values())]), strict=False))
+    order = np.array([firsts[writer] + writers[:at].count(writer) for at, writer in enumerate(writers)])
+
+    def beside(name: str) -> Array:
+        together = jnp.concatenate([getattr(part, name) for part in parts.values()], axis=1)
+        return together if np.array_equal(order, np.arange(len(order))) else together[:, order]
+
+    return Rollout(prompts, beside("tokens"), beside("mask"), beside("finished"), writers)
 
 
 def at_length(function: Callable[[Rollout], Contribution], rollout: Rollout, lengths: int) -> Contribution:

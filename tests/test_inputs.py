@@ -161,7 +161,10 @@ USED = {
     ),
     "offline": ({"method": "offline"}, TINY | {"data.pairs", "judge.init", "judge.instruction"}),
     "sft": ({"method": "sft"}, TINY),
-    "annotator": ({"method": "annotator", "policy__init": "scratch"}, {"data.name"}),
+    "annotator": (
+        {"method": "annotator", "policy__init": "scratch"},
+        {"data.name", "data.name helpful", "data.name short", "data.name very_short"},
+    ),
     "another reference": (
         {"reference__init": "tiny:judge", "judge__init": "none"},
         TINY | {"reference.init", "annotator.init", "annotator.instruction"},
@@ -490,11 +493,24 @@ def test_a_file_that_was_touched_is_read_once_more(there, tmp_path, hashed):
     assert hashed == []
 
 
+def test_a_start_reads_each_file_once(there, tmp_path, hashed):
+    """A start compares several times, before the lock, in it and when it writes."""
+    cfg = own(there)
+    claimed(tmp_path / "run", cfg)
+    os.utime(there / "policy" / "model.safetensors")
+    hashed.clear()
+    for _ in range(3):
+        resume.check(tmp_path / "run", cfg)
+    claimed(tmp_path / "run", cfg)
+    assert hashed == ["model.safetensors"]
+
+
 def test_hashing_much_is_said_once(there, tmp_path, monkeypatch):
     said = []
     claimed(tmp_path / "small", own(there), said.append)
     assert said == []
     monkeypatch.setattr(inputs, "LARGE", 100)
+    monkeypatch.setattr(inputs, "_read", {})
     for _ in range(2):
         claimed(tmp_path / "run", own(there), said.append)
     assert len(said) == 1

@@ -181,5 +181,10 @@ def test_a_loss_with_several_numbers(monkeypatch):
     assert loss.numbers == (("beta", 0.5), ("offset", 0.25))
     np.testing.assert_allclose(loss(of(3.0, 1.0)), [0.75])
     assert hash(loss) == hash(loss_of(cfg))  # it is closed over in compiled programs
-    with pytest.raises(UserError, match=r"config.loss.offset=0.25: the loss dpo doesn't take it"):
-        loss_of(dataclasses.replace(cfg, loss=Numbers("dpo", beta=0.5, offset=0.25)))
+    others = dataclasses.replace(cfg, loss=Numbers("dpo", beta=0.5, offset=0.25))
+    with pytest.raises(UserError, match=r"config.loss.offset=0.25: the loss dpo doesn't take it$"):
+        loss_of(others)
+    # Unless it is the method's own.
+    assert loss_of(others, "offset").numbers == (("beta", 0.5),)
+    with pytest.raises(UserError, match=r"offset=0.25: the loss dpo doesn't take it, nor does the method online$"):
+        loss_of(others, "alpha")

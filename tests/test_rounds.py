@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from oaif_jax import collect, losses, methods, train
+from oaif_jax import collect, config, losses, methods, train
+from oaif_jax.base.errors import UserError
 from oaif_jax.methods.base import Loss, Method, over_rows
+from oaif_jax.methods.online import Online
 from oaif_jax.methods.pairs import annotator_metrics, best_and_worst, pair_loss
+from oaif_jax.run import resume
 from oaif_jax.stored.checkpoint import load_params
 from oaif_jax.types import DATA, REFERENCE
 
@@ -175,3 +178,53 @@ def test_the_bonus_is_on_the_first_completion():
     difference = 0.2 * 0.5 * (policy - reference)[:, 0].sum(-1)
     np.testing.assert_allclose(explored.total - plain.total, difference.sum(), rtol=1e-5)
     assert explored.weight == plain.weight == 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Free(Online):
+    """Online training whose loss has no reference; evaluations still compare with the policy's start."""
+
+    has_reference = False
+
+
+def test_a_loss_without_a_reference(tmp_path, monkeypatch):
+    monkeypatch.setitem(methods.METHODS, "free", Free)
+    changes = {"method": "free", "rounds": {}, "steps": 2, "eval": CONFIG["eval"] | {"every": 2}}
+    summary = run(tmp_path / "free", changes | {"annotator": {"init": "scratch"}, "judge": {"init": "none"}})
+    assert summary["kl"] == pytest.approx(summary["kl"])
+    assert {"win", "tie", "loss"} <= set(summary["gold"])
+    with pytest.raises(UserError, match=r"config.rounds.count=2: method free has no reference, wanted 1"):
+        run(tmp_path / "rounds", {"method": "free", "judge": {"init": "none"}})
+
+
+def test_completions_lie_in_the_order_of_their_writers():
+    from oaif_jax.step import joined
+    from oaif_jax.types import DATA, POLICY, Prompts, Rollout
+
+    prompts = Prompts(jnp.ones((2, 1), jnp.int32), jnp.ones((2, 1), bool), jnp.arange(2))
+
+    def of(writer: str, *numbers: int) -> Rollout:
+        tokens = jnp.broadcast_to(jnp.array(numbers)[None, :, None], (2, len(numbers), 3))
+        return Rollout(prompts, tokens, tokens > 0, tokens[..., 0] > 0, (writer,) * len(numbers))
+
+    parts = {POLICY: of(POLICY, 1, 2), DATA: of(DATA, 3)}
+    found = joined(prompts, parts, (POLICY, DATA, POLICY))
+    assert found.tokens[0, :, 0].tolist() == [1, 3, 2]
+    assert found.by == (POLICY, DATA, POLICY)
+    assert joined(prompts, parts, (POLICY, POLICY, DATA)).tokens[0, :, 0].tolist() == [1, 2, 3]
+
+
+def test_rounds_keep_their_steps(tmp_path):
+    """Boundaries of rounds would move; and each round has examples of its own."""
+    cfg = config.parse(CONFIG)
+    resume.claim(tmp_path, cfg)
+    with pytest.raises(UserError, match=r"steps \(3 there, 6 now\)"):
+        resume.check(tmp_path, dataclasses.replace(cfg, steps=6))
+    alone = dataclasses.replace(cfg, rounds=type(cfg.rounds)())
+    (tmp_path / "alone").mkdir()
+    resume.claim(tmp_path / "alone", alone)
+    assert resume.check(tmp_path / "alone", dataclasses.replace(alone, steps=6)) == ["config.steps: 3 before, 6 now"]
+    with pytest.raises(
+        UserError, match=r"config.rounds.portions=True: \d+ training examples don't make 1000000 portions"
+    ):
+        run(tmp_path / "many", {"rounds": {"count": 1_000_000, "portions": True}})

@@ -24,13 +24,15 @@ class Pairs:
     weight: Float[Array, " P"]  # 0: not decided, or the two are identical
 
 
-def loss_of(cfg: Config) -> PairLoss:
-    """The pairwise loss that a config names, with its numbers; UserError for a number that it doesn't take."""
+def loss_of(cfg: Config, *own: str) -> PairLoss:
+    """The pairwise loss that a config names, with its numbers. UserError for a number that neither it takes nor the method, whose
+    `own` they are."""
     taken = losses.numbers_of(cfg.loss.name)
     for field in dataclasses.fields(cfg.loss):
         value = getattr(cfg.loss, field.name)
-        if field.name not in ("name", *taken) and value != field.default:
-            raise UserError(f"config.loss.{field.name}={value!r}: the loss {cfg.loss.name} doesn't take it")
+        if field.name not in ("name", *taken, *own) and value != field.default:
+            method = f", nor does the method {cfg.method}" if own else ""
+            raise UserError(f"config.loss.{field.name}={value!r}: the loss {cfg.loss.name} doesn't take it{method}")
     return PairLoss(cfg.loss.name, tuple((name, getattr(cfg.loss, name)) for name in taken))
 
 

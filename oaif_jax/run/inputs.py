@@ -83,7 +83,12 @@ def of(cfg: Config, known: Mapping[str, Input] | None = None, say: Say | None = 
         for name, file in each.files.items()
         if stamps.get(key, {}).get(name) == file.stamp
     }
-    unread = sum(stamp[0] for key in stamps for name, stamp in stamps[key].items() if (key, name) not in kept)
+    unread = sum(
+        stamp[0]
+        for key, each in found.items()
+        for name, stamp in stamps[key].items()
+        if (key, name) not in kept and _read.get(each.files[name].absolute(), (None,))[0] != stamp
+    )
     if say is not None and unread > LARGE:
         say(f"hashing {unread / 1e9:.1f} GB of models and data, once: a later start reads what has changed since")
     return {
@@ -111,7 +116,14 @@ def _stamp(path: pathlib.Path) -> tuple[int, ...]:
 
 def _file(path: pathlib.Path) -> File:
     stamp = _stamp(path)  # before it is read: what is written meanwhile has another
-    return File(digest(path), stamp)
+    if _read.get(path.absolute(), (None,))[0] != stamp:
+        _read[path.absolute()] = (stamp, digest(path))
+    return File(_read[path.absolute()][1], stamp)
+
+
+_read: dict[
+    pathlib.Path, tuple[tuple[int, ...], str]
+] = {}  # what this process has hashed: a start compares several times
 
 
 def digest(path: pathlib.Path) -> str:
@@ -136,17 +148,19 @@ def _found(cfg: Config) -> Iterator[tuple[str, Found]]:
     kind = methods.named(cfg.method)
     yield from _model(source_of(POLICY, cfg.policy), cfg.policy.chat)
     yield from _data(cfg, kind.reads)
-    if not kind.has_reference:
-        return
-    if cfg.reference.init != "policy":
+    is_compared = kind.evaluation == "comparison"
+    if (kind.has_reference or is_compared) and cfg.reference.init != "policy":
         yield from _model(source_of("reference", cfg.reference), "none")
     annotator = source_of("annotator", cfg.annotator)
     is_python = annotator.init.startswith(python.PREFIX)
-    if is_python and (kind.asks or cfg.judge.init == "annotator"):
+    is_asked = kind.asks or (is_compared and cfg.judge.init == "annotator")
+    if is_python and is_asked:
         yield from _python(annotator.init)
-    elif kind.asks or cfg.judge.init == "annotator":
+    elif is_asked:
         yield from _model(annotator, cfg.annotator.chat)
         yield _instruction("annotator", annotator, cfg.annotator.instruction)
+    if not is_compared:
+        return
     judge = source_of("judge", cfg.judge)
     if judge.init == "annotator" and not is_python:
         yield _instruction("judge", annotator, cfg.judge.instruction)
@@ -234,6 +248,10 @@ def _data(cfg: Config, reads: str) -> Iterator[tuple[str, Found]]:
         voice = policy_voice()
         both = [voice.tokenizer.path, voice.chat.path]
         yield "data.name", Found("tiny world", both[0].parent, {path.name: path for path in both})
+        if reads == "judged":
+            for name in templates.INSTRUCTIONS:
+                path = templates.path_of(name)
+                yield f"data.name {name}", Found("instruction", path, _there(path.parent, [path]))
         if reads == "pairs":
             is_asset = section.pairs.startswith("tiny:")
             path = asset(section.pairs.removeprefix("tiny:")) if is_asset else pathlib.Path(section.pairs)

@@ -67,8 +67,8 @@ def owned(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def check(workdir: pathlib.Path, cfg: Config) -> list[str]:
-    """What may change and has, one line each. Nothing is written.
+def check(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None = None) -> list[str]:
+    """What may change and has, one line each. Nothing is written. `say` is told when hashing takes long.
 
     Raises UserError where another config's run is there, naming the keys that differ; where what the config names isn't what
     the run began with (see inputs); and where nothing can be written.
@@ -83,7 +83,7 @@ def check(workdir: pathlib.Path, cfg: Config) -> list[str]:
             raise UserError(f"--workdir={workdir} holds files but no config.json: wanted an empty directory or a run's")
         return []
     changes = _changes(workdir / "config.json", cfg)
-    _same_inputs(workdir, cfg)
+    _same_inputs(workdir, cfg, say)
     return changes
 
 
@@ -113,14 +113,14 @@ def claim(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None = None) -> 
     return [*changes, *notes]
 
 
-def _same_inputs(workdir: pathlib.Path, cfg: Config) -> None:
+def _same_inputs(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None) -> None:
     """UserError unless what the config names is what the run began with, as far as that is known."""
     if not (workdir / inputs.FILE).exists():
         return
     known = inputs.read(workdir / inputs.FILE)
     wanted = f"wanted what the run in {workdir} began with; put it back, or take another --workdir"
     try:
-        found = inputs.compare(known, inputs.of(cfg, known), cfg)
+        found = inputs.compare(known, inputs.of(cfg, known, say), cfg)
     except UserError as error:
         raise UserError(f"{error}; {wanted}") from error
     if found:
@@ -145,8 +145,8 @@ def _changes(path: pathlib.Path, cfg: Config) -> list[str]:
     before = config.flatten(stored_config(path.parent)[0])
     now = config.flatten(cfg)
     changed = [name for name in now if before[name] != now[name]]
-    # The last step of a run collects no pairs ahead for one that isn't taken.
-    may_be_longer = cfg.optimizer.schedule == "constant" and not cfg.async_steps
+    # The last step of a run collects no pairs ahead for one that isn't taken; and in rounds their boundaries would move.
+    may_be_longer = cfg.optimizer.schedule == "constant" and not cfg.async_steps and cfg.rounds.count == 1
     may_change = [name for name in config.MAY_CHANGE if name != "steps" or may_be_longer]
     refused = [name for name in changed if name not in may_change]
     if refused:

@@ -6,6 +6,7 @@ import math
 import pathlib
 from collections.abc import Mapping
 
+import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -55,7 +56,7 @@ class Setup:
     data: DataSet
     compute: ComputeConfig
     policy: Model
-    reference: Model | None  # None: the method has none
+    reference: Model | None  # what the policy is compared with, in the loss or in evaluations; None: with nothing
     annotator: Annotator | None  # None: the method asks nobody, and nobody's agreement is measured
     mesh_annotator: MeshAnnotator | None  # the same one, where it can be asked within the step
     measured: Mapping[str, Annotator]  # by instruction: the annotator, whose agreement evaluations measure
@@ -75,9 +76,11 @@ class Setup:
         """The parameters that a step reads. Under LoRA the base is the reference, unless that is another model, or will be: where
         rounds move it, or additions go on, it is the base with a copy of the additions."""
         frozen = {} if self.policy.base is None else {"base": self.policy.base}
-        if self.reference is not None and self.reference.params is not self.policy.base:
+        if self.reference is None or not self.method.has_reference:
+            pass
+        elif self.reference.params is not self.policy.base:
             frozen["reference"] = self.reference.params
-        elif self.reference is not None and self.cfg.rounds.count > 1:
+        elif self.cfg.rounds.count > 1:
             frozen["reference"] = sharding.place(self.policy.params, self.mesh, self.cfg.compute.frozen)
         if self.mesh_annotator is not None:
             frozen["annotator"] = self.mesh_annotator.params
@@ -99,14 +102,21 @@ def open_setup(cfg: Config, mesh: Mesh) -> Setup:
     source = source_of(POLICY, cfg.policy)
     voice = voice_of(source, cfg.policy.chat)
     data = _data(cfg, kind, source, voice)
+    examples = len(data.splits["train"]) if kind.reads != "judged" else 0
+    if cfg.rounds.portions and examples < cfg.rounds.count:
+        raise UserError(
+            f"config.rounds.portions=True: {examples} training examples don't make {cfg.rounds.count} portions, "
+            "wanted at least one for each of config.rounds.count"
+        )
     method = kind.of(cfg, data)
     compute = compute_of(cfg, mesh)
     policy = _policy(cfg, source, voice, mesh)
-    reference = _reference(cfg, policy, mesh) if kind.has_reference else None
+    is_compared = kind.evaluation == "comparison"
+    reference = _reference(cfg, policy, mesh) if kind.has_reference or is_compared else None
 
     notes = (*data.notes, *policy.notes)
     model, annotator, on_the_mesh, measured = None, None, None, {}
-    if kind.has_reference and (kind.asks or cfg.judge.init == "annotator"):
+    if kind.asks or (is_compared and cfg.judge.init == "annotator"):
         if cfg.annotator.init.startswith(python.PREFIX):
             annotator = python.open_annotator(cfg.annotator.init)
             measured = {annotator.name: annotator}
@@ -118,7 +128,7 @@ def open_setup(cfg: Config, mesh: Mesh) -> Setup:
             notes = notes if on_the_mesh is not None or not kind.asks else (*notes, OVER_THE_HOST)
             measured = _measured(cfg, asked, model, data, mesh)
     judge, judged_by = None, ""
-    if kind.has_reference and cfg.judge.init != "none":
+    if is_compared and cfg.judge.init != "none":
         judge, judged_by = _judge(cfg, model, annotator, data, compute, mesh)
     return Setup(
         cfg=cfg,
@@ -159,7 +169,8 @@ def check(cfg: Config, kind: type[Method], mesh: Mesh) -> None:
     if cfg.eval.final == "last":
         return
     there = {"judge.score": cfg.judge.init != "none", "gold.score": cfg.data.name == "tiny"}
-    measured = [name for name, is_there in there.items() if is_there] if kind.has_reference else ["validation_loss"]
+    is_compared = kind.evaluation == "comparison"
+    measured = [name for name, is_there in there.items() if is_there] if is_compared else ["validation_loss"]
     if cfg.eval.best not in measured:
         wanted = f"wanted {' or '.join([*measured, 'config.eval.final=last'])} for method {cfg.method}"
         raise UserError(f"config.eval.best={cfg.eval.best!r}, {wanted}")
@@ -305,8 +316,13 @@ def _said(source: Source) -> str:
 
 
 def stored_model(workdir: str | pathlib.Path, which: str) -> tuple[Config, int, Model]:
-    """A run's config, and its whole model by checkpoint `which` (best, last or a step), with the step; additions merged."""
+    """A run's config, and its whole model by checkpoint `which` (best, last or a step), with the step. It lies on the run's mesh
+    where there are such devices; else on those that there are, each with a copy."""
     cfg, _, source = read_run(workdir, which)
-    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
+    sharding.use_cpu_devices(cfg.mesh.cpu_devices)
+    parts = cfg.mesh.fsdp * cfg.mesh.tensor
+    count = parts * cfg.mesh.data if cfg.mesh.data > 0 else len(jax.devices()) // parts * parts
+    is_there = count == len(jax.devices())
+    mesh = sharding.make_mesh(*(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor) if is_there else (-1, 1, 1))
     voice = voice_of(source, cfg.policy.chat)
     return cfg, step_of(source), open_model(source, voice, mesh, cfg.compute.frozen)

@@ -1,5 +1,6 @@
 """The texts around posts and summaries: the policy's cue, and the annotator's question."""
 
+import functools
 import pathlib
 
 INSTRUCTION_DIR = pathlib.Path(__file__).parent / "instructions"
@@ -26,6 +27,7 @@ def path_of(name_or_path: str) -> pathlib.Path:
     return INSTRUCTION_DIR / f"{name_or_path}.txt" if name_or_path in INSTRUCTIONS else pathlib.Path(name_or_path)
 
 
+@functools.cache
 def instruction(name: str) -> str:
-    """The text of an instruction that comes with the tiny world."""
+    """The text of an instruction that comes with the tiny world; read once, so that all of a run is under the same."""
     return path_of(name).read_text().strip()

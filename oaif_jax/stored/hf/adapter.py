@@ -55,7 +55,7 @@ def save_adapter(directory: str | pathlib.Path, added: PyTree, cfg: ModelConfig,
         modules.setdefault(row[0], []).append(row)
     tensors, ranks = {}, {}
     for name, rows in modules.items():
-        there = [target for row in rows for target in TARGETS.get(row[1::2], ()) if target in low]
+        there = [target for _, leaf, _, part in rows for target in TARGETS.get((leaf, part), ()) if target in low]
         if not there:
             continue
         ranks[name.rpartition(".")[2]] = rank * len(there)
