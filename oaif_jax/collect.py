@@ -98,10 +98,10 @@ class Batches:
         on = sharding.batch_sharding(self._setup.mesh)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), batch)
 
-    def close(self) -> None:
-        """Ends the threads."""
+    def close(self, *, wait: bool = True) -> None:
+        """Ends the threads; without waiting for an annotator that is being asked."""
         self._arrays.close()
-        self._thread.shutdown(cancel_futures=True)
+        self._thread.shutdown(wait=wait, cancel_futures=True)
 
     def _made(self, at: int) -> Batch:
         """The global batch of a step, on the host; steps are asked for in order, but for the first one of a run."""

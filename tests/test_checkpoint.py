@@ -213,10 +213,27 @@ def test_missing_file(saved):
         path.write_bytes(whole)
 
 
-def test_extra_file(saved):
-    extra = saved / "120" / "params" / "d" / "extra"
-    extra.touch()
-    assert f"is not in {MANIFEST}" in assert_refused(saved, extra)
+STRANGERS = (".DS_Store", "params/.DS_Store", "params/d/extra", "params/_sharding", "params/copy/meta.json", "meta copy.json")
+
+
+def test_files_of_strangers_damage_nothing_and_are_not_read(saved):
+    """What the manifest doesn't list is nobody's, even under a name that Orbax would look for."""
+    for name in STRANGERS:
+        (saved / "120" / name).parent.mkdir(exist_ok=True)
+        (saved / "120" / name).write_bytes(b"\xff\x00 nothing of a checkpoint")
+    (saved / ".DS_Store").touch()
+    (saved / "notes").mkdir()
+    want = items_of(120)
+    with Checkpoints(saved, keep=1) as checkpoints:
+        checkpoints.verify(120)
+        assert_same(checkpoints.restore(120, abstract(want)), want)
+        params, meta = load_params(saved, "last")
+        assert_same(params, want["params"])
+        assert meta["step"] == 120
+        checkpoints.save(160, items_of(160), {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [80, 160], "strangers go with a checkpoint that is deleted"
+    assert sorted(path.name for path in saved.iterdir()) == [".DS_Store", "160", "80", "notes"]
 
 
 def test_empty_step_directory_is_an_error_not_the_latest(saved):
