@@ -213,7 +213,14 @@ def test_missing_file(saved):
         path.write_bytes(whole)
 
 
-STRANGERS = (".DS_Store", "params/.DS_Store", "params/d/extra", "params/_sharding", "params/copy/meta.json", "meta copy.json")
+STRANGERS = (
+    ".DS_Store",
+    "params/.DS_Store",
+    "params/d/extra",
+    "params/_sharding",
+    "params/copy/meta.json",
+    "meta copy.json",
+)
 
 
 def test_files_of_strangers_damage_nothing_and_are_not_read(saved):

@@ -18,6 +18,8 @@ from test_train import (
     FILES,
     ROOT,
     STEPS,
+    ahead_config,
+    ahead_run,
     base_of,
     configured,
     digest,
@@ -124,8 +126,7 @@ def test_a_stopped_online_run_goes_on_to_the_same_end(base, tmp_path, monkeypatc
 
 def test_pairs_collected_ahead_are_in_the_checkpoint(base, tmp_path, monkeypatch):
     """A run with async_steps=1 goes on with the very pairs that it had collected, which are a step old."""
-    values = preference_config(base, "online", async_steps=1)
-    run(values, tmp_path / "whole")
+    values, whole = ahead_config(base), ahead_run(base)
     with monkeypatch.context() as patched:
         stop_at(patched, MetricsLog, "write", lambda step, kind, _: (step, kind) == (5, "train"))
         with pytest.raises(StopError):
@@ -133,9 +134,9 @@ def test_pairs_collected_ahead_are_in_the_checkpoint(base, tmp_path, monkeypatch
     reader = Reader(tmp_path / "run" / "checkpoints")
     assert "pending" in reader.items(reader.latest())
     run(values, tmp_path / "run")
-    assert_same_end(tmp_path / "run", tmp_path / "whole")
-    assert [line["staleness"] for line in lines(tmp_path / "whole", "train")] == [0, 1, 1, 1, 1, 1]
-    stale, fresh = lines(tmp_path / "whole", "train"), lines(online_run(base), "train")
+    assert_same_end(tmp_path / "run", whole)
+    assert [line["staleness"] for line in lines(whole, "train")] == [0, 1, 1, 1, 1, 1]
+    stale, fresh = lines(whole, "train"), lines(online_run(base), "train")
     assert stale[0]["loss"] == pytest.approx(fresh[0]["loss"], rel=1e-5)
 
 

@@ -149,6 +149,17 @@ def online_run(base: pathlib.Path) -> pathlib.Path:
     return base / "online"
 
 
+def ahead_config(base: pathlib.Path) -> dict:
+    """Online training on pairs that are collected a step ahead."""
+    return preference_config(base, "online", async_steps=1)
+
+
+@functools.cache
+def ahead_run(base: pathlib.Path) -> pathlib.Path:
+    run(ahead_config(base), base / "ahead")
+    return base / "ahead"
+
+
 @functools.cache
 def offline_run(base: pathlib.Path) -> pathlib.Path:
     run(preference_config(base, "offline", steps=4), base / "offline")

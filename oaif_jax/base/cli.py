@@ -159,7 +159,7 @@ def _complain(text: str) -> None:
 # Of the disk, of permissions, of a path: nobody's bug.
 OF_FILES = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG,
-    errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ESTALE, errno.EMFILE, errno.ENFILE,
+    errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ESTALE, errno.EMFILE, errno.ENFILE,
 )  # fmt: skip
 
 
@@ -360,5 +360,5 @@ def _where(error: Exception, path: str) -> str:
     return f" in line {lines[-1]}" if lines else ""
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return " ".join(str(error).split())

@@ -16,9 +16,9 @@ class Lasting:
         self._has_failed = False
 
     @classmethod
-    def stdout(cls) -> "Lasting | None":
+    def stdout(cls) -> TextIO | None:
         """Standard output; None where there is none."""
-        return None if sys.stdout is None else cls(sys.stdout)
+        return None if sys.stdout is None else cls(sys.stdout)  # type: ignore[return-value]  # all that is asked of one
 
     def write(self, text: str) -> int:
         """As of any stream."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from tensorboardX import SummaryWriter
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
 from tensorboardX.writer import FileWriter
 
 from oaif_jax.base.files import reason
@@ -87,8 +87,8 @@ class _Direct(EventsWriter):
 
     def flush(self) -> None:
         """To the file; to the disk whenever the system does so."""
-        self._py_recordio_writer._writer.flush()
+        self._py_recordio_writer._writer.flush()  # type: ignore[union-attr]
 
     def close(self) -> None:
         """The file is closed even where it can't be written."""
-        self._py_recordio_writer._writer.close()
+        self._py_recordio_writer.close()

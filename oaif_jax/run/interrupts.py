@@ -51,7 +51,7 @@ class Interrupts:
     def check(self) -> None:
         """Interrupted, which is a KeyboardInterrupt, if there was a signal."""
         if self.seen is not None:
-            raise Interrupted(f"stopped by {_named(self.seen)}", self.seen)
+            raise Interrupted("interrupted" if self.seen is signal.SIGINT else f"ended by {self.seen.name}", self.seen)
 
     def begin(self, function: Callable, *arguments: Any) -> concurrent.futures.Future:
         """Calls a function in another thread; two at a time."""

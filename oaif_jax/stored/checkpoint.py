@@ -424,10 +424,10 @@ class Checkpoints(Reader):
             self._delete(int(path.name))
         unfinished.rename(path)
         fsync(self.directory)
-        *before, _ = steps = self.steps()
-        interim = {step for step in before if self._record(step).get("is_interim", False)}
+        steps = self.steps()
+        interim = [step for step in steps if self._record(step).get("is_interim", False)]
         regular = [step for step in steps if step not in interim]
-        for step in interim | set(regular[: -self._keep]) - {self.best()}:
+        for step in {*interim, *regular[: -self._keep]} - {self.best(), steps[-1]}:
             self._delete(step)
 
     def _delete(self, step: int) -> None:

@@ -124,7 +124,7 @@ def updates_before(state: Any) -> Int[Array, ""] | None:
     pair has any weight isn't counted: the schedule doesn't move then either."""
     counts = (RoundState, optax.ScaleByScheduleState)
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, counts))
-    return next((node.count for node in nodes if isinstance(node, counts)), None)
+    return next((jnp.asarray(node.count) for node in nodes if isinstance(node, counts)), None)
 
 
 def round_factor(lr: float, by_round: str, which: int) -> float:

@@ -67,7 +67,11 @@ def save(directory: str | pathlib.Path, params: PyTree, cfg: ModelConfig, source
         shard = {key: _tensor(tensors[key], layer_of, DTYPES[dtype]) for key in keys}
         if writes:
             # transformers wants to know for which framework a file was written; the bytes are the same for all.
-            safetensors.numpy.save_file(shard, partial / name, {"format": "pt"})
+            try:
+                safetensors.numpy.save_file(shard, partial / name, {"format": "pt"})
+            except (safetensors.SafetensorError, OSError) as error:  # type: ignore[attr-defined]
+                shutil.rmtree(partial, ignore_errors=True)  # on a full disk it is in the way of all else
+                raise UserError(f"export to {directory}: {partial / name} can't be written ({error})") from error
     if writes:
         if len(shards) > 1:
             total = sum((partial / name).stat().st_size for name in set(weight_map.values()))
