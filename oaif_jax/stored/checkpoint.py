@@ -116,6 +116,18 @@ def _digest(path: Path) -> dict[str, int | str]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+@contextlib.contextmanager
+def _without_wildcards(directory: Path) -> Iterator[Path]:
+    """The directory by a path that Orbax can look for files in: it takes brackets in one for a pattern, and finds none."""
+    if not set("*?[") & set(str(directory)):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as links:
+        link = Path(links) / "checkpoints"
+        link.symlink_to(directory)
+        yield link
+
+
 class Reader:
     """Reads the checkpoints under `directory`; deletes and writes nothing, so it may look into a run that goes on."""
 
@@ -225,13 +237,13 @@ class Reader:
     @contextlib.contextmanager
     def _listed_files(self, step: int, item: str) -> Iterator[Path]:
         """The item's directory; where files lie in it that the manifest doesn't list, one of links to those that it does."""
-        directory = self.directory / str(step)
-        listed = [name for name in self._manifest(step) if name.startswith(f"{item}/")]
-        if _files(directory).keys() - {META} <= self._manifest(step).keys():
-            yield directory / item
+        directory, manifest = self.directory / str(step), self._manifest(step)
+        if _files(directory).keys() <= manifest.keys():
+            with _without_wildcards(self.directory) as place:
+                yield place / str(step) / item
             return
         with tempfile.TemporaryDirectory() as links:
-            for name in listed:
+            for name in manifest:
                 link = Path(links) / name
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(directory / name)
@@ -342,6 +354,8 @@ class Checkpoints(Reader):
         handler = ocp.CompositeCheckpointHandler(handler_registry=registry, composite_options=options)
         self._orbax = ocp.AsyncCheckpointer(handler, async_options=made_first)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._links = contextlib.ExitStack()
+        self._place = self._links.enter_context(_without_wildcards(self.directory))
 
     def save(
         self,
@@ -377,7 +391,7 @@ class Checkpoints(Reader):
         text = json.dumps(record | {"meta": meta})  # now: meta may change
         args = ocp.args.Composite(**{name: ocp.args.PyTreeSave(tree) for name, tree in items.items()})
         try:
-            self._orbax.save(path.with_suffix(".unfinished"), args=args, force=True)
+            self._orbax.save(self._place / f"{step}.unfinished", args=args, force=True)
         except OSError as error:
             raise CheckpointError(f"{path}: can't be saved: {_line(error)}") from error
         self._pending = self._thread.submit(self._finish, path, text)
@@ -402,6 +416,7 @@ class Checkpoints(Reader):
         finally:
             self._thread.shutdown()
             self._orbax.close()
+            self._links.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
