@@ -108,11 +108,15 @@ def call(main: Callable[[], object]) -> None:
         main()  # its result is not handed on: absl would take it for an exit code
 
     _is_program = True
-    with user_errors():
-        app.run(without_result, flags_parser=lambda argv: argv[:1])
+    try:
+        with user_errors():
+            app.run(without_result, flags_parser=lambda argv: argv[:1])
+    finally:
+        _is_program = False
 
 
 _is_program = False
+WORKER = "oaif-worker"  # how threads' names begin that are left at their work when a program is interrupted
 
 
 def is_program() -> bool:
@@ -123,8 +127,8 @@ def is_program() -> bool:
 def _leave(code: int) -> NoReturn:
     """Exits; a program does so at once if a thread is still at work, such as one that compiles: nothing can stop it, and its
     result is wanted no more."""
-    is_alone = all(thread.daemon or thread is threading.main_thread() for thread in threading.enumerate())
-    if is_alone or not _is_program:
+    is_at_work = any(thread.name.startswith(WORKER) for thread in threading.enumerate())
+    if not (is_at_work and _is_program):
         sys.exit(code)
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
@@ -146,7 +150,7 @@ def user_errors() -> Iterator[None]:
             _complain(f"\n{_line(error)}: {shlex.join(sys.orig_argv)}")
             _leave(128 + error.number)
         except KeyboardInterrupt:
-            _complain("\ninterrupted")
+            _complain(f"\ninterrupted; the same command goes on from what is kept: {shlex.join(sys.orig_argv)}")
             _leave(130)
 
 

@@ -142,12 +142,13 @@ def summary(workdir: pathlib.Path) -> dict[str, Any] | None:
     try:
         found = _object(_decoded(raw, path), str(path))
         _check(found, SUMMARY, str(path))
+        _check(found.get("greedy", {}), RESULTS, f"{path}: greedy")
     except ReportError as error:
         raise ReportError(f"{error}; {AGAIN}") from error
     return found
 
 
-AGAIN = "wanted what a finished run writes; without the file, the run's command writes it again"
+AGAIN = "without the file, the run's command writes it again"
 
 
 def _is_number(value: Any) -> bool:
@@ -163,10 +164,24 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_agreement(value: Any) -> bool:
-    """Numbers, some of them by instruction, at start and end."""
-    return isinstance(value, dict) and all(
-        each is None or _is_number(each) or _is_agreement(each) for each in value.values()
-    )
+    """Numbers, some of them by instruction, at start and end; a share of nothing is None."""
+    if not isinstance(value, dict):
+        return False
+
+    def fits(name: str, each: Any) -> bool:
+        if name.endswith("_agreement"):
+            return _is_result(each)
+        return _is_agreement(each) or (name not in ("start", "end") and _is_number(each))
+
+    return all(fits(name, each) for name, each in value.items())
+
+
+def _is_verdict(value: Any) -> bool:
+    """Shares of all comparisons, and an interval of the score."""
+    if not isinstance(value, dict) or not all(_is_number(value.get(name)) for name in VERDICT):
+        return False
+    interval = value.get("interval")
+    return isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval))
 
 
 def _is_result(value: Any) -> bool:
@@ -177,28 +192,31 @@ def _is_result(value: Any) -> bool:
 Fields = Mapping[str, tuple[Callable[[Any], bool], str]]
 COUNT, TEXT, NUMBER = (_is_count, "a whole number"), (_is_text, "a text"), (_is_result, "a finite number")
 MEASURES = ("mean_length", "reference_length", "words", "reference_words", "kl", "gold_mean", "reference_gold_mean",
-            "gold_share", "reference_gold_share", "seconds", "validation_loss", "accuracy")  # fmt: skip
+            "gold_share", "reference_gold_share", "validation_loss", "accuracy")  # fmt: skip
+VERDICT = ("win", "tie", "loss", "score")
 REQUIRED = ("method", "steps")
+RESULTS: Fields = {
+    **dict.fromkeys(("gold", "judge"), (_is_verdict, f"{', '.join(VERDICT)}, interval")),
+    **dict.fromkeys(MEASURES, NUMBER),
+}
 SUMMARY: Fields = {
     "method": TEXT,
     "steps": COUNT,
     "evaluated_step": COUNT,
+    "seconds": (_is_number, "a number of seconds"),
     "params_sha256": TEXT,
-    "greedy": (lambda value: isinstance(value, dict), "an object"),
+    **dict.fromkeys(("greedy", "versions"), (lambda value: isinstance(value, dict), "an object")),
     "annotator": (_is_agreement, "numbers by instruction"),
-    **dict.fromkeys(MEASURES, NUMBER),
+    **RESULTS,
 }
 
 
 def _check(found: Mapping[str, Any], fields: Fields, where: str) -> None:
     for name, (fits, wanted) in fields.items():
         if name in REQUIRED and name not in found:
-            raise ReportError(f"{where}: no {name}")
+            raise ReportError(f"{where}: no {name}; wanted what a finished run writes")
         if name in found and not fits(found[name]):
-            raise ReportError(f"{where}: {name} is {found[name]!r}, not {wanted}")
-    for name in MEASURES:
-        if not _is_result(found.get("greedy", {}).get(name)):
-            raise ReportError(f"{where}: greedy.{name} is {found['greedy'][name]!r}, not a finite number")
+            raise ReportError(f"{where}: {name} is {found[name]!r}; wanted {wanted}")
 
 
 def _config(path: pathlib.Path) -> dict[str, Any]:
@@ -206,10 +224,10 @@ def _config(path: pathlib.Path) -> dict[str, Any]:
     found = _object(_text(path), str(path))
     for name in ("loss", "sample", "data", "policy"):
         if name in found and not isinstance(found[name], dict):
-            raise ReportError(f"{path}: {name} is {found[name]!r}, not an object")
+            raise ReportError(f"{path}: {name} is {found[name]!r}; wanted an object")
     temperature = found.get("sample", {}).get("temperature")
     if not _is_result(temperature):
-        raise ReportError(f"{path}: sample.temperature is {temperature!r}, not a finite number")
+        raise ReportError(f"{path}: sample.temperature is {temperature!r}; wanted a finite number")
     return found
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from oaif_jax.base.cli import WORKER
 from oaif_jax.base.errors import Interrupted
 
 DEFAULTS = {
@@ -34,7 +35,7 @@ class Interrupts:
         self.seen: signal.Signals | None = None
         self._is_program = is_program
         self._installed: list[signal.Signals] = []
-        self._pool = concurrent.futures.ThreadPoolExecutor(2, "worker")
+        self._pool = concurrent.futures.ThreadPoolExecutor(2, WORKER)
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
