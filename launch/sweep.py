@@ -6,25 +6,33 @@
 Runs the product of all --config, --run "KEY=A KEY=B" (settings that belong together), --set (values of one key) and
 --seeds, each in a process of its own, in WORKDIR/SETTINGS/seed_N; what it prints is in seed_N.log beside it. A run that
 has finished isn't run again, one that was stopped goes on. One that fails doesn't stop the others; it is listed at the
-end, and the exit code is 1. WORKDIR/sweep.md has the table with means and 95 % intervals, sweep.json all results.
+end, and the exit code is 1. WORKDIR/sweep.md has the table with means and 95 % intervals, sweep.json all results. Values
+that are lists themselves are set apart by semicolons: --set "policy.lora.targets=q,v;q,k,v".
+
+Ctrl-C, SIGTERM and SIGHUP end the run that is training as they end any, with a checkpoint, and then the sweep. On Linux the run
+ends so, too, if the sweep is killed.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import itertools
-import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
 
 from absl import flags
 from rich.console import Console
 
-from oaif_jax import config
+from oaif_jax import config, report
 from oaif_jax.base import cli, files, options
-from oaif_jax.base.errors import UserError
+from oaif_jax.base.errors import Interrupted, UserError
 from oaif_jax.report import tables
 
 
@@ -63,7 +71,8 @@ class Run:
 
     def summary(self) -> dict | None:
         """The results, or None if the run hasn't finished; UserError if they are of other settings."""
-        if not (self.workdir / "summary.json").exists():
+        summary = report.summary(self.workdir)
+        if summary is None:
             return None
         kept, now = config.flatten(_read_config(self.workdir / "config.json")), config.flatten(self.config)
         changed = [f"config.{key}={kept[key]!r} (now {now[key]!r})" for key in now if kept[key] != now[key]]
@@ -71,16 +80,8 @@ class Run:
             raise UserError(
                 f"{self.workdir} has finished with {', '.join(changed)}; wanted these, or another --workdir"
             )
-        summary = _read(self.workdir / "summary.json")
         steps = self.config.steps * self.config.rounds.count
         return summary if summary["steps"] == steps else None  # else it was going on to more steps
-
-
-def _read(path: pathlib.Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({error}), wanted a finished run; delete {path.parent}") from error
 
 
 def _read_config(path: pathlib.Path) -> config.Config:
@@ -96,7 +97,14 @@ def parse_flags(arguments: Sequence[str]) -> tuple[list[Run], pathlib.Path]:
     values = flags.FlagValues()
     options.define("config", None, options.FILE, "an experiment's file", required=True, repeatable=True, values=values)
     options.define("workdir", None, options.DIR, "the directory of all runs", required=True, values=values)
-    options.define("set", [], SETTING, "values of a key, each of which is tried", repeatable=True, values=values)
+    options.define(
+        "set",
+        [],
+        SETTING,
+        "values of a key, each of which is tried; lists are set apart by semicolons",
+        repeatable=True,
+        values=values,
+    )
     options.define(
         "run", [], options.TEXT, 'settings that are tried together, "KEY=A KEY=B"', repeatable=True, values=values
     )
@@ -105,12 +113,14 @@ def parse_flags(arguments: Sequence[str]) -> tuple[list[Run], pathlib.Path]:
     workdir = pathlib.Path(values.workdir)
     choices = [[_setting(part) for part in text.split()] for text in values.run] or [[]]
     for key, texts in map(_setting, values.set):
-        choices = [[*choice, (key, text)] for choice in choices for text in texts.split(",")]
+        choices = [[*choice, (key, text)] for choice in choices for text in _values(texts)]
     products = itertools.product(values.config, choices, map(int, values.seeds.split(",")))
     runs = [make_run(workdir, file, fixed, choice, seed) for file, choice, seed in products]
     for i, run in enumerate(runs):
         if any(run.workdir == earlier.workdir for earlier in runs[:i]):
             raise UserError(f"two runs would be in {run.workdir}, wanted other settings, seeds or names of files")
+        if same := [each for each in runs[:i] if (each.file, each.config) == (run.file, run.config)]:
+            raise UserError(f"{same[0].name!r} and {run.name!r} are the same run, wanted values that differ")
     return runs, workdir
 
 
@@ -126,7 +136,17 @@ def make_run(workdir: pathlib.Path, file: str, fixed: Sequence[Pair], choice: Se
     cli.override(values, {**overrides, "seed": str(seed)})
     name = " ".join([name_of(file), *(f"{key}={value}" for key, value in choice)])
     directory = re.sub(r"[^A-Za-z0-9._=+-]+", "_", name.replace(" ", "__"))
+    if len(directory) > LONGEST:
+        directory = f"{directory[: LONGEST - 17]}_{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     return Run(name, file, overrides, seed, workdir / directory / f"seed_{seed}", _checked(values.to_dict()))
+
+
+LONGEST = 240  # characters of a file's name, of which systems allow 255
+
+
+def _values(text: str) -> list[str]:
+    """In: "0.1,0.3" -> Out: ["0.1", "0.3"]; values with commas end with semicolons: "q,v;q,k,v" or "q,v;"."""
+    return text.removesuffix(";").split(";") if ";" in text else text.split(",")
 
 
 def name_of(file: str) -> str:
@@ -202,16 +222,67 @@ def _train(run: Run, trainer: Sequence[str]) -> str:
         start = log.tell()
         # Unbuffered: else what was printed comes after the error, which is then not the log's last line.
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        code = subprocess.run(
-            run.command(trainer), stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
-        ).returncode
+        command = _following(run.command(trainer))
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        with _signals_to(process) as seen:
+            code = process.wait()
         log.seek(start)
         lines = [line.strip() for line in log if line.strip()]
-    if code == 130:
-        raise KeyboardInterrupt
+    number = seen[0] if seen else signal.SIGINT if code == 128 + signal.SIGINT else None
+    if number is not None:
+        raise Interrupted(f"interrupted in {run.workdir}; the same command goes on with that run", number)
     if code == 0 and (run.workdir / "summary.json").exists():
         return ""
-    return f"exit code {code}, {lines[-1] if lines else 'nothing said'} ({run.log})"
+    ended = f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
+    return f"{ended}, {lines[-1] if lines else 'nothing said'} ({run.log})"
+
+
+@contextlib.contextmanager
+def _signals_to(process: subprocess.Popen) -> Iterator[list[int]]:
+    """Hands signals on that would end the sweep, and lists them; a second Ctrl-C kills the run.
+
+    A terminal sends Ctrl-C to the run as well. What is handed on is SIGTERM, which a run that stops already takes no notice of.
+    """
+    seen: list[int] = []
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        del frame
+        seen.append(number)
+        if seen.count(signal.SIGINT) > 1:
+            process.kill()
+        else:
+            process.terminate()
+
+    defaults = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    is_main = threading.current_thread() is threading.main_thread()
+    taken = {each: default for each, default in defaults.items() if is_main and signal.getsignal(each) is default}
+    try:
+        for each in taken:
+            signal.signal(each, hand_on)
+        yield seen
+    finally:
+        for each, default in taken.items():
+            signal.signal(each, default)
+
+
+# Asks Linux for SIGTERM at the end of the process that started it, however that ends, and becomes the run.
+FOLLOWER = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):  # it has ended meanwhile
+    sys.exit(128 + signal.SIGTERM)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def _following(command: list[str]) -> list[str]:
+    """The command, which ends with this process where the system can do that."""
+    is_linux = sys.platform == "linux"
+    return [sys.executable, "-I", "-S", "-c", FOLLOWER, str(os.getpid()), *command] if is_linux else command
 
 
 def _say(console: Console, text: str) -> None:
@@ -224,7 +295,7 @@ def _write_json(path: pathlib.Path, runs: Sequence[Run], summaries: Sequence[dic
          "workdir": str(run.workdir), "failure": failure, "summary": summary}
         for run, summary, failure in zip(runs, summaries, failures, strict=True)
     ]  # fmt: skip
-    files.atomic_write_json(path, results)
+    files.atomic_write_json(path, [files.finite(result) for result in results])
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from jaxtyping import Array, PyTree
 from oaif_jax import step as steps
 from oaif_jax.annotate.base import asks_of
 from oaif_jax.annotate.orders import compared
+from oaif_jax.base.cli import WORKER
 from oaif_jax.data.order import batch_indices
 from oaif_jax.data.records import Example
 from oaif_jax.data.stream import ahead_of
@@ -62,7 +63,7 @@ class Batches:
         self._setup, self._step, self._key = setup, step_of(setup), key
         self._pending: dict[int, concurrent.futures.Future[Ready]] = {}
         self._arrays = ahead_of(lambda at: host_batch(setup, at))
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "annotator")
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, f"{WORKER}-annotator")
         self._collect = None
         if not is_fused(setup):
             on = sharding.batch_sharding(setup.mesh)
@@ -101,10 +102,10 @@ class Batches:
     def _tokens(self, batch: Batch) -> int:
         return tokens_in(batch, self._setup.method.asks)
 
-    def close(self) -> None:
-        """Ends the threads."""
+    def close(self, *, wait: bool = True) -> None:
+        """Ends the threads; without waiting for an annotator that is being asked."""
         self._arrays.close()
-        self._thread.shutdown(cancel_futures=True)
+        self._thread.shutdown(wait=wait, cancel_futures=True)
 
     def _made(self, at: int) -> Batch:
         """The global batch of a step, on the host; steps are asked for in order, but for the first one of a run."""

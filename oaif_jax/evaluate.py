@@ -2,11 +2,13 @@
 
     python -m oaif_jax.evaluate --workdir=runs/online_dpo --split=test --prompts=512 --checkpoint=best
 
-Writes WORKDIR/evaluations/NAME.json and NAME.jsonl (the samples) and prints the metrics; the run itself isn't touched.
+Writes WORKDIR/evaluations/NAME.json and NAME.jsonl (the samples), unless they can't be written there, and prints the metrics; the
+run itself isn't touched.
 """
 
 import dataclasses
 import pathlib
+import sys
 
 from absl import flags
 from rich.console import Console
@@ -21,7 +23,7 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
     cli.define_checkpoint()
     cli.parse()
 
-from oaif_jax.base.files import atomic_write_json, atomic_write_text
+from oaif_jax.base.files import atomic_write_json, atomic_write_text, finite, reason
 from oaif_jax.evals.of_run import Evaluations
 from oaif_jax.models import sharding
 from oaif_jax.run.log import flatten, json_lines
@@ -39,12 +41,15 @@ def run(workdir: str | pathlib.Path, *, split: str = "test", prompts: int = 256,
     sharding.check_batch(prompts, 1, mesh)
     setup, step = open_setup(cfg, mesh), step_of(source)
     metrics, records = Evaluations(setup).finish(sharding.place(trained, mesh, cfg.compute.trained))
-    found = {"step": step, "split": split, "prompts": prompts, **metrics}
-    directory = pathlib.Path(workdir) / "evaluations"
-    directory.mkdir(exist_ok=True)
+    found = finite({"step": step, "split": split, "prompts": prompts, **metrics})
+    directory = pathlib.Path(workdir).expanduser() / "evaluations"
     name = f"{split}_{prompts}_step_{step:06d}"
-    atomic_write_json(directory / f"{name}.json", found)
-    atomic_write_text(directory / f"{name}.jsonl", json_lines(records))
+    try:
+        directory.mkdir(exist_ok=True)
+        atomic_write_json(directory / f"{name}.json", found)
+        atomic_write_text(directory / f"{name}.jsonl", json_lines(records))
+    except OSError as error:  # of somebody else's run, which may only be read
+        print(f"not kept in {directory}: {reason(error)}", file=sys.stderr)
     return found
 
 

@@ -5,24 +5,24 @@
 The same command goes on after a kill, from the last complete checkpoint, and prints the results again once it is done.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import math
+import os
 import pathlib
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import flags
 from rich.console import Console
 
 from oaif_jax.base import cli
-from oaif_jax.base.errors import UserError
+from oaif_jax.base.errors import Interrupted, UserError
 
 if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
     cli.define_config()
@@ -35,15 +35,17 @@ import numpy as np
 from jaxtyping import PyTree
 
 from oaif_jax import collect, config, export, report, step
-from oaif_jax.base.files import atomic_write_json, sha256_of_tree
+from oaif_jax.base.files import atomic_write_json, finite, sha256_of_tree
+from oaif_jax.base.output import Lasting
 from oaif_jax.collect import Batches
 from oaif_jax.config import Config
 from oaif_jax.evals.of_run import Evaluations, agreement_with_gold
 from oaif_jax.models import sharding
 from oaif_jax.rollout import named_key
 from oaif_jax.run import resume
+from oaif_jax.run.inputs import Say
 from oaif_jax.run.interrupts import Interrupts
-from oaif_jax.run.log import MetricsLog
+from oaif_jax.run.log import MetricsLog, RecordError
 from oaif_jax.run.progress import Progress
 from oaif_jax.run.setup import Setup, open_setup
 from oaif_jax.stored.checkpoint import Checkpoints, Reader, load_params
@@ -71,12 +73,13 @@ class Taken:
 def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = None) -> dict[str, Any]:
     """Trains as a config says (a ConfigDict, or nested dicts of the same keys) and returns the summary.
 
-    Raises UserError for what can't be run, before anything is computed or written.
+    Raises UserError for what can't be run, before anything is computed or written; Interrupted, a KeyboardInterrupt, after
+    Ctrl-C, SIGTERM or SIGHUP, with a checkpoint of all steps taken.
     """
     began = time.monotonic()
-    console = console or Console()
+    console = console or Console(file=Lasting.stdout())
     cfg = config.parse(values)
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir).expanduser()
     sharding.use_cpu_devices(cfg.mesh.cpu_devices)
     if jax.process_count() > 1:
         raise UserError(
@@ -84,12 +87,15 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
         )
 
     # ------------------------------------------------------------------------------------------ is it done already?
-    changes = resume.check(workdir, cfg)
-    if (workdir / "summary.json").exists() and not changes:
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    resume.refuse_owned(workdir)  # before models are opened, for which there may be no room beside the other's
+    changes = resume.check(workdir, cfg, say)
+    if os.path.lexists(workdir / "summary.json") and not changes:
         done = report.load(workdir)
-        console.print(f"finished before, in {workdir}")
-        report.show(done, console)
-        return dict(done.summary)
+        if done.summary["steps"] == total_steps(cfg):  # else it is of a run that goes on to more steps
+            say(f"finished before, in {workdir}")
+            report.show(report.drawn(done), console)
+            return dict(done.summary)
 
     # ------------------------------------------------------------------------- mesh, models, data: all that can be wrong
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
@@ -103,19 +109,18 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
     # ------------------------------------------------------------------------------------------ from here on it is ours
     with resume.owned(workdir):
         changes = resume.check(workdir, cfg)  # again: it may have been another process's until now
-        reader = Reader(workdir / "checkpoints")
+        reader = Reader(workdir / "checkpoints", is_own=True)
         taken = reader.latest()
         if taken is not None and taken > total_steps(cfg):
             raise UserError(f"config.steps={cfg.steps}, but {taken} were taken in {workdir}; wanted at least that")
         if changes and taken is not None:  # what the run before left is given up now: not for one that can't go on
             reader.verify(taken)
-        say = functools.partial(console.print, markup=False, highlight=False)
         for line in (*resume.claim(workdir, cfg, say), *setup.notes):
             say(line)
-        return _train(setup, workdir, console, began)
+        return _train(setup, workdir, console, say, began)
 
 
-def _train(setup: Setup, workdir: pathlib.Path, console: Console, began: float) -> dict[str, Any]:
+def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, began: float) -> dict[str, Any]:
     """The run itself, in a workdir that is ours; `began` is the time from which its seconds count."""
     cfg, mesh, steps = setup.cfg, setup.mesh, total_steps(setup.cfg)
     tx, learning_rate = optim.optimizer(optimizer_config(cfg)), optim.schedule(optimizer_config(cfg))
@@ -137,11 +142,11 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, began: float) 
         training = TrainState(number, restored["params"], restored["optimizer"])
         frozen |= {"reference": restored["reference"]} if "reference" in restored else {}
         seconds_before, history = meta["seconds"], meta["history"]
-        console.print(f"going on from step {begin} in {workdir}")
+        say(f"going on from step {begin} in {workdir}")
         for difference in resume.differences(meta["environment"], environment):
-            console.print(f"not bit for bit what an uninterrupted run gives: {difference}")
+            say(f"not bit for bit what an uninterrupted run gives: {difference}")
     sharding.free(setup.policy.params)  # the state has them, or a checkpoint's
-    log = MetricsLog(workdir, begin)
+    log = MetricsLog(workdir, begin, say)
     evaluations = Evaluations(setup)
 
     # ----------------------------------------------------------------------------------------------------- the step
@@ -162,23 +167,31 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, began: float) 
     # ----------------------------------------------------------------------------------------------------- the loop
     abstract = (training, frozen, batches.abstract(training.params, frozen), key)
     progress = Progress(steps, begin or 0, cfg.method, console=console)
-    compiler = concurrent.futures.ThreadPoolExecutor(1, "compiler")
-    interrupts = Interrupts()
+    interrupts = Interrupts(is_program=cli.is_program())
     read_at = began  # when the last step's metrics came
-    with interrupts, checkpoints, contextlib.closing(log), contextlib.closing(batches), compiler, progress:
+    at = kept = begin or 0  # steps taken, and those that a checkpoint has
+    unread: Taken | None = None
+    doing = ""  # what is made again if it is interrupted
+    with interrupts, checkpoints, contextlib.closing(log), contextlib.ExitStack() as closing, progress:
+        closing.callback(lambda: batches.close(wait=interrupts.seen is None))
+
+        def good() -> str:
+            """What an error leaves."""
+            checkpoints.wait()
+            last = checkpoints.latest()
+            found = f"the checkpoint of step {last} is good" if last is not None else "there is no checkpoint yet"
+            return f"{found} ({workdir})"
 
         def read(taken: Taken) -> None:
             """Metrics of a step, once the next one is under way; a loss or an update that isn't finite ends the run here."""
             nonlocal read_at
             found, outputs = jax.device_get((taken.metrics, taken.outputs))
+            updates = int(found.pop("updates"))  # before this one
             metrics = {name: float(value) for name, value in found.items()}
             broken = [name for name in FINITE if not math.isfinite(metrics.get(name, 0.0))]
             if broken:
-                checkpoints.wait()
-                last = checkpoints.latest()
-                kept = f"the checkpoint of step {last} is good" if last is not None else "there is no checkpoint yet"
                 found = ", ".join(f"{name}={metrics[name]}" for name in broken)
-                raise NonFiniteError(f"step {taken.number}: {found}, wanted finite; {kept} ({workdir})")
+                raise NonFiniteError(f"step {taken.number}: {found}, wanted finite; {good()}")
             # A step begins when it is dispatched, or when the one before it ends.
             now = time.monotonic()
             seconds, read_at = now - max(taken.began, read_at), now
@@ -186,9 +199,9 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, began: float) 
                 examples = collect.examples_at(setup, taken.number - 1)
                 metrics |= agreement_with_gold(setup, examples, outputs)
             tokens = taken.tokens + (int(outputs["mask"].sum()) if "mask" in outputs else 0)
-            which, inside = divmod(taken.number - 1, cfg.steps)
+            which = (taken.number - 1) // cfg.steps
             metrics |= {
-                "lr": float(np.asarray(learning_rate(inside)))
+                "lr": float(np.asarray(learning_rate(updates)))
                 * optim.round_factor(cfg.optimizer.lr, cfg.rounds.lr, which),
                 "seconds": seconds,
                 "tokens_per_second": tokens / seconds,
@@ -201,14 +214,47 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, began: float) 
 
         def evaluate(number: int) -> float | None:
             """An evaluation on validation examples; returns what "best" is chosen by (higher is better)."""
-            metrics, records = evaluations.validate(training.params, thorough=number in (0, steps))
+            nonlocal doing
+            doing = f"the evaluation of step {number}"
+            is_thorough = number in (0, steps)
+            metrics, records = interrupts.work(
+                functools.partial(evaluations.validate, training.params, thorough=is_thorough)
+            )
             flat = log.write(number, "eval", metrics)
             log.write_samples(f"step_{number:06d}", records)
             progress.update(number, flat)
             if "annotator" in metrics:
                 history["start" if number == 0 else "end"] = metrics["annotator"]  # the last of them stays
-            best = flat.get(cfg.eval.best)
+            best, doing = flat.get(cfg.eval.best), ""
             return -best if best is not None and cfg.eval.best == "validation_loss" else best
+
+        def save(number: int, metric: float | None, *, is_interim: bool = False) -> None:
+            """A checkpoint of `number` steps, whose record is on the disk before it counts."""
+            nonlocal kept
+            log.sync()
+            meta = {
+                "step": number,
+                "seed": cfg.seed,
+                "model": dataclasses.asdict(setup.policy.cfg),
+                "config": resume.nested(cfg),
+                "environment": environment,
+                "history": history,
+                "seconds": seconds_before + time.monotonic() - began,
+            }
+            items = {"params": training.params, "optimizer": training.optimizer}
+            pending = batches.pending(number)
+            items |= {"pending": pending} if pending else {}
+            items |= {"reference": frozen["reference"]} if number > cfg.steps else {}
+            checkpoints.save(
+                number,
+                items,
+                meta,
+                metric=metric,
+                measured_on=cfg.eval.prompts,
+                is_interim=is_interim,
+                replaces=number == begin,
+            )
+            kept = number
 
         def compiled():
             """The step for these very arguments; jax 0.10 makes four-bit ones in another layout than it then wants, and
@@ -216,81 +262,97 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, began: float) 
             has_codes = any(leaf.dtype == jnp.uint4 for leaf in jax.tree.leaves(frozen))
             return train_step if has_codes or begin == steps else train_step.lower(*abstract).compile()
 
-        # Two programs at a time: LLVM uses one core for each, and the first evaluation compiles its own meanwhile.
-        compiling = compiler.submit(compiled)
-        if begin is None:
-            evaluate(0)
-        take = compiling.result()
-        if begin is not None and "pending" in checkpoints.items(begin):
-            batches.restore(begin, checkpoints.restore(begin, {"pending": abstract[2]})["pending"])
-        taken: Taken | None = None
-        for number in range((begin or 0) + 1, steps + 1):
-            interrupts.check()
-            which, inside = divmod(number - 1, cfg.steps)
-            if which and not inside:  # a round begins: what the policy has become is what it is compared with
-                factor = optim.round_factor(cfg.optimizer.lr, cfg.rounds.lr, which)
-                training, frozen["reference"] = next_round(training, np.float32(factor))
-            batch = batches.get(number - 1, training.params, frozen)
-            dispatched = Taken(number, {}, {}, batch.tokens, time.monotonic())
-            if number < steps:
-                batches.look_ahead(number, training.params, frozen)
-            training, metrics, outputs = take(training, frozen, batch.batch, key)
-            if cfg.async_steps:
-                metrics["staleness"] = number - 1 - batch.collected_at
-            if taken is not None:
-                read(taken)
-            taken = dataclasses.replace(dispatched, metrics=metrics, outputs=outputs)
-            is_last = number == steps
-            evaluates = number % cfg.eval.every == 0 or is_last
-            if evaluates or number % cfg.checkpoint.every == 0:
-                read(taken)
-                taken = None
-                best = evaluate(number) if evaluates else None
-                meta = {
-                    "step": number,
-                    "seed": cfg.seed,
-                    "model": dataclasses.asdict(setup.policy.cfg),
-                    "config": resume.nested(cfg),
-                    "environment": environment,
-                    "history": history,
-                    "seconds": seconds_before + time.monotonic() - began,
-                }
-                items = {"params": training.params, "optimizer": training.optimizer}
-                pending = batches.pending(number)
-                items |= {"pending": pending} if pending else {}
-                items |= {"reference": frozen["reference"]} if which else {}
-                checkpoints.save(number, items, meta, metric=best)
-        checkpoints.wait()
+        try:
+            # Two programs at a time: LLVM uses one core for each, and the first evaluation compiles its own meanwhile.
+            compiling = interrupts.begin(compiled)
+            if begin is None:
+                evaluate(0)
+            take = interrupts.wait(compiling)
+            if begin is not None and "pending" in checkpoints.items(begin):
+                batches.restore(begin, checkpoints.restore(begin, {"pending": abstract[2]})["pending"])
+            if begin and (begin % cfg.eval.every == 0 or begin == steps) and begin not in log.evaluated:
+                save(begin, evaluate(begin))  # which a signal cut short, or which another config didn't ask for
+            for number in range(at + 1, steps + 1):
+                interrupts.check()
+                which, inside = divmod(number - 1, cfg.steps)
+                if which and not inside:  # a round begins: what the policy has become is what it is compared with
+                    factor = optim.round_factor(cfg.optimizer.lr, cfg.rounds.lr, which)
+                    training, frozen["reference"] = next_round(training, np.float32(factor))
+                # The first step compiles what is left, and an annotator on the host may take long: both can be left alone, but
+                # for what was collected ahead, which nobody could collect again.
+                is_first = number == (begin or 0) + 1
+                call = interrupts.work if is_first or not (cfg.async_steps or collect.is_fused(setup)) else _at_once
+                batch = call(batches.get, number - 1, training.params, frozen)
+                dispatched = Taken(number, {}, {}, batch.tokens, time.monotonic())
+                if number < steps:
+                    batches.look_ahead(number, training.params, frozen)
+                call = interrupts.work if is_first else _at_once
+                training, metrics, outputs = call(take, training, frozen, batch.batch, key)
+                at = number
+                if cfg.async_steps:
+                    metrics["staleness"] = number - 1 - batch.collected_at
+                before, unread = unread, dataclasses.replace(dispatched, metrics=metrics, outputs=outputs)
+                if before is not None:
+                    read(before)
+                evaluates = number % cfg.eval.every == 0 or number == steps
+                if evaluates or number % cfg.checkpoint.every == 0:
+                    before, unread = unread, None
+                    read(before)
+                    save(number, evaluate(number) if evaluates else None)
+            checkpoints.wait()
 
-        # ----------------------------------------------------------------------------------- final evaluation, summary
-        interrupts.check()
-        final_step = checkpoints.best() if cfg.eval.final == "best" else checkpoints.latest()
-        if final_step is None:
-            raise UserError(f"config.eval.best={cfg.eval.best!r}: no evaluation gave a number, wanted eval.final=last")
-        params = training.params
-        if final_step != steps:
-            stored, _ = load_params(workdir / "checkpoints", str(final_step))
-            params = sharding.place(stored, mesh, cfg.compute.trained)
-        metrics, records = evaluations.finish(params)
-        log.write_samples("final", records)
-        for name in ("export", "adapter"):
-            shutil.rmtree(workdir / name, ignore_errors=True)  # of fewer steps, or of a run that was killed since
-        if cfg.export.at_end:
-            console.print(export.save(setup.policy, params, workdir / "export", cfg.export.dtype))
-        if cfg.export.adapter:
-            console.print(export.save_adapter(setup.policy, params, workdir / "adapter"))
-        if cfg.export.check:
-            exported = export.load(setup.policy, workdir / "export", mesh, cfg.compute.trained)
-            metrics["exported"], _ = evaluations.finish(exported)
+            # ------------------------------------------------------------------------------- final evaluation, summary
+            doing = "the final evaluation"
+            final_step = checkpoints.best() if cfg.eval.final == "best" else checkpoints.latest()
+            if final_step is None:
+                raise UserError(
+                    f"config.eval.best={cfg.eval.best!r}: no evaluation gave a number, wanted eval.final=last"
+                )
+            params = training.params
+            if final_step != steps:
+                stored, _ = load_params(workdir / "checkpoints", str(final_step))
+                params = sharding.place(stored, mesh, cfg.compute.trained)
+            metrics, records = interrupts.work(evaluations.finish, params)
+            log.write_samples("final", records)
+            doing = "the export"
+            for name in ("export", "adapter"):
+                shutil.rmtree(workdir / name, ignore_errors=True)  # of fewer steps, or of a run that was killed since
+            if cfg.export.at_end:
+                say(interrupts.work(export.save, setup.policy, params, workdir / "export", cfg.export.dtype))
+            if cfg.export.adapter:
+                say(export.save_adapter(setup.policy, params, workdir / "adapter"))
+            if cfg.export.check:
+                exported = export.load(setup.policy, workdir / "export", mesh, cfg.compute.trained)
+                metrics["exported"], _ = interrupts.work(evaluations.finish, exported)
+        except RecordError as error:
+            raise UserError(f"{error}; {good()}") from error
+        except Interrupted as error:
+            if unread is not None:
+                read(unread)
+            try:
+                if at != kept:
+                    save(at, None, is_interim=True)
+                checkpoints.wait()
+            except UserError as failed:
+                last = checkpoints.latest() or 0
+                raise UserError(f"{failed}; {error} after step {at}: what came after step {last} is lost") from failed
+            where = f"step {at} of {steps}; {f'{doing} is made again' if doing else 'nothing is lost'}"
+            then = f"the same command goes on from here ({where})" if at else "nothing was trained yet"
+            raise Interrupted(f"{error}; {then}", error.number) from error
     summary = summarise(setup, metrics, history, environment) | {
         "evaluated_step": final_step,
         "seconds": seconds_before + time.monotonic() - began,
         "command": shlex.join(sys.orig_argv),
         "params_sha256": sha256_of_tree(jax.tree.map(np.asarray, training.params)),
     }
+    summary = finite(summary)
     atomic_write_json(workdir / "summary.json", summary)
     report.show(report.write(workdir), console)
     return summary
+
+
+def _at_once(function: Callable, *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 def total_steps(cfg: Config) -> int:
@@ -318,7 +380,7 @@ HISTORY = ("annotator.order_agreement", "annotator.gold_agreement")
 def add_to_history(history: dict, metrics: Mapping[str, float]) -> None:
     """Adds a step to the run's averages, weighted by the pairs that each is a share of."""
     for name in HISTORY:
-        if name in metrics:
+        if math.isfinite(metrics.get(name, math.nan)):
             value = metrics[name]
             weight = metrics["annotator.decided"] if name.endswith("gold_agreement") else 1.0 - metrics["identical"]
             total, count = history.get(name, (0.0, 0.0))

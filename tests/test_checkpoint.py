@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit, or not at all."""
 
+import fcntl
 import json
 import random
 import shutil
@@ -213,10 +214,34 @@ def test_missing_file(saved):
         path.write_bytes(whole)
 
 
-def test_extra_file(saved):
-    extra = saved / "120" / "params" / "d" / "extra"
-    extra.touch()
-    assert f"is not in {MANIFEST}" in assert_refused(saved, extra)
+STRANGERS = (
+    ".DS_Store",
+    "params/.DS_Store",
+    "params/d/extra",
+    "params/_sharding",
+    "params/copy/meta.json",
+    "meta copy.json",
+)
+
+
+def test_files_of_strangers_damage_nothing_and_are_not_read(saved):
+    """What the manifest doesn't list is nobody's, even under a name that Orbax would look for."""
+    for name in STRANGERS:
+        (saved / "120" / name).parent.mkdir(exist_ok=True)
+        (saved / "120" / name).write_bytes(b"\xff\x00 nothing of a checkpoint")
+    (saved / ".DS_Store").touch()
+    (saved / "notes").mkdir()
+    want = items_of(120)
+    with Checkpoints(saved, keep=1) as checkpoints:
+        checkpoints.verify(120)
+        assert_same(checkpoints.restore(120, abstract(want)), want)
+        params, meta = load_params(saved, "last")
+        assert_same(params, want["params"])
+        assert meta["step"] == 120
+        checkpoints.save(160, items_of(160), {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [80, 160], "strangers go with a checkpoint that is deleted"
+    assert sorted(path.name for path in saved.iterdir()) == [".DS_Store", "160", "80", "notes"]
 
 
 def test_empty_step_directory_is_an_error_not_the_latest(saved):
@@ -253,6 +278,165 @@ def test_a_save_that_finds_an_older_one_damaged(saved):
         with pytest.raises(CheckpointError, match=f"^{spoilt}: differs.*delete {saved / '40'} to go on from step 160$"):
             checkpoints.wait()
         assert checkpoints.steps() == [40, 80, 120, 160]  # nothing is deleted on the word of a damaged file
+
+
+def assert_named(directory: Path, step: int, said: str) -> None:
+    """Neither the run nor a reader takes what has that step's name for a checkpoint; a step that is good is read."""
+    for reader in (Reader(directory), Reader(directory, is_own=True)):
+        with pytest.raises(CheckpointError, match=said) as error:
+            reader.restore(step, {"params": abstract(params_of(step))})
+        assert "\n" not in str(error.value)
+    for which in (str(step), "last"):
+        with pytest.raises(CheckpointError, match=said):
+            load_params(directory, which)
+    assert_same(load_params(directory, "80")[0], params_of(80))
+
+
+def test_a_directory_that_was_renamed_is_not_another_step(saved):
+    (saved / "40").rename(saved / "200")
+    assert_named(saved, 200, f"^{saved / '200'}: is the checkpoint of step 40; rename it to {saved / '40'}$")
+    (saved / "200").rename(saved / "40")  # as the error said
+    assert Reader(saved).latest() == 120
+    assert_same(load_params(saved, "40")[0], params_of(40))
+
+
+def test_a_directory_that_was_copied_is_not_another_step(saved):
+    shutil.copytree(saved / "40", saved / "200")
+    assert_named(
+        saved, 200, f"^{saved / '200'}: is the checkpoint of step 40; delete {saved / '200'} to go on from step 120$"
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: path.write_text(""), "is a file, wanted a checkpoint's directory; delete"),
+        (lambda path: path.symlink_to("80"), "is the checkpoint of step 80; delete"),
+        (lambda path: path.symlink_to("nowhere"), "is a link to nothing; delete"),
+        (
+            lambda path: (path / MANIFEST).mkdir(parents=True),
+            r"MANIFEST.json: can't be read \(is a directory\); delete",
+        ),
+        (lambda path: (path / ".DS_Store").mkdir(parents=True), "has no MANIFEST.json; delete"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(saved, make, said):
+    make(saved / "200")
+    assert_named(saved, 200, f"^{saved / '200'}.*{said} {saved / '200'} to go on from step 120$")
+
+
+def test_a_checkpoint_that_lies_elsewhere_is_one(saved, tmp_path):
+    """On another disk, behind a link of its own name; the link goes when its turn comes, what is behind it stays."""
+    (saved / "40").rename(tmp_path / "elsewhere")
+    (saved / "40").symlink_to(tmp_path / "elsewhere")
+    assert_same(load_params(saved, "40")[0], params_of(40))
+    with Checkpoints(saved, keep=1) as checkpoints:
+        checkpoints.save(160, items_of(160), {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [80, 160]
+    assert not any("40" in path.name for path in saved.iterdir())
+    assert (tmp_path / "elsewhere" / MANIFEST).is_file()
+
+
+def test_a_file_that_cannot_be_read(saved, monkeypatch):
+    def refused(path: Path) -> dict:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint, "_digest", refused)
+    with pytest.raises(CheckpointError, match=r"meta\.json: can't be read \(permission denied\)"):
+        Reader(saved).latest() and Reader(saved).meta(120)
+
+
+# ------------------------------------------------------------------------------------------------ a run that goes on
+
+
+def deleted_when_read(monkeypatch, directory: Path, steps: list[int]) -> None:
+    """The run deletes checkpoints, one at a time, as soon as a reader looks at a file of theirs."""
+    digest, left = checkpoint._digest, list(steps)
+
+    def looked_at(path: Path) -> dict:
+        if left and f"/{left[0]}/" in str(path):
+            deleted = directory / f"{left[0]}.deleted"
+            (directory / str(left.pop(0))).rename(deleted)
+            shutil.rmtree(deleted)
+        return digest(path)
+
+    monkeypatch.setattr(checkpoint, "_digest", looked_at)
+
+
+def test_readers_of_a_run_that_goes_on_take_what_is_there(saved, monkeypatch):
+    """The last one, or the best, is deleted while it is read: another one is by now."""
+    with monkeypatch.context() as patched:
+        deleted_when_read(patched, saved, [80])
+        params, meta = load_params(saved, "best")
+    assert meta["step"] == 120
+    assert_same(params, params_of(120))
+    with monkeypatch.context() as patched:
+        deleted_when_read(patched, saved, [120])
+        assert load_params(saved, "last")[1]["step"] == 40
+    with monkeypatch.context() as patched:
+        deleted_when_read(patched, saved, [40])
+        with pytest.raises(CheckpointError, match=r"40: no such checkpoint; there are: none$"):
+            load_params(saved, "40")
+    assert (Reader(saved).steps(), Reader(saved).best()) == ([], None)
+
+
+def test_readers_of_a_run_that_goes_on_do_not_advise_deleting(saved):
+    (saved / "120" / MANIFEST).unlink()
+    with (saved.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for step in (None, 120):
+            with pytest.raises(CheckpointError, match=r"has no MANIFEST\.json; a run goes on there") as error:
+                Reader(saved).latest() if step is None else Reader(saved).verify(120)
+            assert "delete" not in str(error.value)
+        with pytest.raises(CheckpointError, match=f"delete {saved / '120'} to go on from step 80"):
+            Reader(saved, is_own=True).latest()
+    with pytest.raises(CheckpointError, match="delete"):
+        Reader(saved).latest()
+
+
+# ------------------------------------------------------------------------------------------------ the best
+
+
+def test_metrics_that_were_measured_otherwise_do_not_compete(tmp_path):
+    """Not with those of the last measurement, and neither do they keep their checkpoint."""
+    items = {"params": {"w": np.ones(2)}}
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        found = []
+        for step, metric, on in ((1, 0.5, 8), (2, 0.9, 8), (3, None, 16), (4, 0.4, 16), (5, 0.3, 16), (6, 0.8, 8)):
+            checkpoints.save(step, items, {}, metric=metric, measured_on=on)
+            checkpoints.wait()
+            found.append((checkpoints.best(), checkpoints.steps()))
+    assert found == [(1, [1]), (2, [2]), (2, [2, 3]), (4, [4]), (4, [4, 5]), (6, [6])]
+
+
+def test_checkpoints_of_earlier_versions_say_by_their_config_what_was_measured(tmp_path):
+    items = {"params": {"w": np.ones(2)}}
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        for step, metric, prompts in ((1, 0.9, 8), (2, 0.3, 16), (3, 0.4, 16), (4, 0.1, 16)):
+            checkpoints.save(
+                step, items, {"config": {"eval": {"prompts": prompts}}}, metric=metric, measured_on=prompts
+            )
+        checkpoints.wait()
+    for step in (1, 2, 3):
+        path = tmp_path / str(step) / "meta.json"
+        record = json.loads(path.read_text())
+        del record["measured_on"], record["is_interim"]
+        path.write_text(json.dumps(record))
+        manifest = json.loads((path.parent / MANIFEST).read_text()) | {"meta.json": checkpoint._digest(path)}
+        (path.parent / MANIFEST).write_text(json.dumps(manifest))
+    assert Reader(tmp_path).best() == 3
+
+
+@pytest.mark.parametrize("name", ["a [b] c", "me@home", "100%20 é ü", "#1?x=2&y*", "[red"])
+def test_paths_of_any_kind(saved, tmp_path, name):
+    moved = (tmp_path / name).absolute()
+    saved.rename(moved)
+    with Checkpoints(moved, keep=5) as checkpoints:
+        checkpoints.save(160, items_of(160), {})
+        checkpoints.wait()
+        assert_same(checkpoints.restore(160, abstract(items_of(160))), items_of(160))
+    assert_same(load_params(moved, "last")[0], params_of(160))
 
 
 @pytest.mark.parametrize(

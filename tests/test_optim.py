@@ -95,10 +95,41 @@ def test_constant():
     ("schedule", "form"), [("linear", lambda x: 1 - x), ("cosine", lambda x: (1 + math.cos(math.pi * x)) / 2)]
 )
 def test_decay(schedule, form):
-    """From lr at the last step of the warm-up down to 0, which the schedule reaches at the end."""
+    """From lr at the last step of the warm-up down to 0, which the schedule reaches after the last step."""
     found = rates(schedule=schedule, warmup=5, lr=0.3)
-    np.testing.assert_allclose(found[4:], [0.3 * form(i / 15) for i in range(16)], rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(found[4:], [0.3 * form(i / 16) for i in range(16)], rtol=1e-5)
     assert (np.diff(found[4:]) < 0).all()
+    after = optim.schedule(dataclasses.replace(ADAMW, schedule=schedule, warmup=5))(jnp.array([20, 21, 1000]))
+    np.testing.assert_array_equal(after, 0.0)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 1, 2, 10])
+@pytest.mark.parametrize("steps", [1, 2, 9, 240, 1_000_000])
+def test_no_step_is_without_a_rate(schedule, warmup, steps):
+    """The first and the last one, however short or long the run is: the rates go down to a small one, but not to 0."""
+    cfg = dataclasses.replace(ADAMW, schedule=schedule, warmup=warmup, steps=steps)
+    first, last = (float(optim.schedule(cfg)(jnp.array(step))) for step in (0, steps - 1))
+    assert first > 0
+    assert last > 0
+    if schedule == "cosine" and steps > 100:
+        expected = cfg.lr * (math.pi / 2 / (steps + 1 - warmup)) ** 2
+        assert last == pytest.approx(expected, rel=1e-3), "near its end a cosine is a parabola"
+
+
+def test_updates_are_counted_where_the_rate_depends_on_them():
+    """A state's count is what its next rate is chosen by; an optimizer of one rate for all steps has none."""
+    params, gradients = tree(0), tree(1)
+    for rounds in (False, True):
+        tx = optim.optimizer(dataclasses.replace(ADAMW, schedule="linear", has_rounds=rounds))
+        state = tx.init(params)
+        for count in range(3):
+            assert int(optim.updates_before(state)) == count
+            updates, state = tx.update(gradients, state, params)
+            rate = float(optim.schedule(dataclasses.replace(ADAMW, schedule="linear"))(count))
+            sizes = jnp.stack([jnp.abs(leaf).max() for leaf in jax.tree.leaves(updates)])
+            assert float(sizes.max()) == pytest.approx(rate, rel=1e-3), "Adam's updates by equal gradients are as large"
+    assert optim.updates_before(optax.adam(0.1).init(params)) is None
 
 
 def test_names_are_those_of_the_config():

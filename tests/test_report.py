@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import pathlib
 import re
 import shutil
@@ -279,6 +280,147 @@ def test_what_is_missing_is_named(workdir, name):
     (workdir / name).unlink()
     with pytest.raises(report.ReportError, match=rf"{re.escape(str(workdir / name))}: no such file"):
         report.load(workdir)
+
+
+# ------------------------------------------------------------------------------------------------ a run that goes on
+
+
+@pytest.fixture
+def live(workdir) -> pathlib.Path:
+    """A small run that hasn't finished."""
+    (workdir / "summary.json").unlink()
+    return workdir
+
+
+@pytest.mark.parametrize("part", [b'{"step": 4, "ki', b"\xc3", b"{", b'{"step": 4, "kind": "train", "loss": 1.0}'])
+def test_the_half_of_a_line_that_is_being_written_waits(live, part):
+    whole = report.load(live, finished=False)
+    with (live / "metrics.jsonl").open("ab") as file:
+        file.write(part)
+    assert report.load(live, finished=False) == whole
+    report.write(live, finished=False)
+
+
+def test_a_run_that_has_just_begun(live):
+    """It has a config and nothing else yet."""
+    (live / "metrics.jsonl").unlink()
+    run = report.write(live, finished=False)
+    assert (run.train, run.evals, run.last_samples) == ((), (), ())
+    assert "not finished, at step 0" in printed(tables.final_table(run))
+
+
+def test_what_goes_while_it_is_read(live, monkeypatch):
+    """Samples of steps that are taken again, and the summary of a run that goes on to more steps."""
+    write_lines(live / "samples" / "step_000003.jsonl", [{"prompt": "p", "policy": "x"}])
+    listed = pathlib.Path.glob
+
+    def gone(self, pattern):
+        found = list(listed(self, pattern))
+        for path in found:
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(pathlib.Path, "glob", gone)
+    assert report.load(live, finished=False).samples == {"step_000003": ()}
+
+
+def test_files_of_strangers_are_not_samples(workdir):
+    for name in ("step_000001", "step_000001 copy", "step_000001 (1)", "._final", "final copy", "mine"):
+        (workdir / "samples").mkdir(exist_ok=True)
+        (workdir / "samples" / f"{name}.jsonl").write_bytes(b"\xff" if name != "step_000001" else b"")
+    assert list(report.load(workdir).samples) == ["step_000001"]
+
+
+# ------------------------------------------------------------------------------------------------ damage
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{}", "no method"),
+        ("", "not JSON"),
+        ("null", "wanted a JSON object"),
+        ('{"method": "sft"}', "no steps"),
+        ('{"method": "sft", "steps": 3.5}', "steps is 3.5; wanted a whole number"),
+        ('{"method": "sft", "steps": true}', "steps is True; wanted a whole number"),
+        ('{"method": 3, "steps": 3}', "method is 3; wanted a text"),
+        ('{"method": "sft", "steps": 3, "kl": "large"}', "kl is 'large'; wanted a finite number"),
+        ('{"method": "sft", "steps": 3, "kl": Infinity}', "Infinity is not JSON"),
+        ('{"method": "sft", "steps": 3, "greedy": []}', "greedy is []; wanted an object"),
+        ('{"method": "sft", "steps": 3, "greedy": {"words": {}}}', "greedy: words is {}; wanted a finite number"),
+        ('{"method": "sft", "steps": 3, "annotator": {"end": {"helpful": 3, "short": "x"}}}', "annotator is "),
+    ],
+)
+def test_a_summary_that_is_none_is_one_line(workdir, content, said):
+    """Also where a run is read that may not have finished: a file that is there is no finished run's for nothing."""
+    (workdir / "summary.json").write_text(content)
+    for finished in (True, False):
+        with pytest.raises(
+            report.ReportError, match=rf"summary\.json: .*{re.escape(said)}.*; without the file, the run"
+        ) as error:
+            report.load(workdir, finished=finished)
+        assert "\n" not in str(error.value)
+
+
+def refusal(workdir: pathlib.Path) -> str:
+    """Why a run isn't shown; "" for one that is."""
+    try:
+        run = report.load(workdir)
+        html.report(run)
+        printed(tables.final_table(run))
+        tables.final_table_markdown(run)
+    except report.ReportError as error:
+        return str(error)
+    return ""
+
+
+def test_any_field_of_a_wrong_type_is_one_line_or_shown(tmp_path, monkeypatch):
+    """Each value of a summary and of a config in turn: never anything but a page, or an error that names the file."""
+    write_online_run(tmp_path, steps=2, every=2, prompts=2)
+    monkeypatch.setattr(plots, "curve_svg", lambda _: "")
+    assert refusal(tmp_path) == ""
+    for name in ("summary.json", "config.json"):
+        whole = json.loads((tmp_path / name).read_text())
+        places = [(key,) for key in whole]
+        places += [(key, inner) for key, part in whole.items() if isinstance(part, dict) for inner in part]
+        for place in places:
+            for wrong in (None, "text", [None, "x"], {"a": {"b": []}}):
+                values = json.loads(json.dumps(whole))
+                *outer, last = place
+                section = values[outer[0]] if outer else values
+                section[last] = wrong
+                (tmp_path / name).write_text(json.dumps(values))
+                said = refusal(tmp_path)
+                assert not said or name in said, (place, wrong, said)
+                assert "\n" not in said
+        (tmp_path / name).write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize("name", ["summary.json", "config.json", "metrics.jsonl", "samples/final.jsonl", "curve.png"])
+def test_a_directory_where_a_file_should_be(workdir, name):
+    (workdir / name).unlink(missing_ok=True)
+    (workdir / name).mkdir(parents=True)
+    with pytest.raises(report.ReportError, match=rf"{re.escape(str(workdir / name))}.* is a directory"):
+        report.write(workdir)
+
+
+@pytest.mark.parametrize("number", [28, 30, 13])
+def test_a_place_that_cannot_be_written_is_one_line(workdir, monkeypatch, number):
+    """A full disk, a file system or a directory that may only be read; nothing half-written stays."""
+
+    def refused(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(report.ReportError, match=r"curve\.png can't be written: "):
+        report.write(workdir)
+    assert not [path for path in workdir.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "y/" * 2500, "z\0z"])
+def test_a_path_that_cannot_be_is_one_line(tmp_path, name):
+    with pytest.raises(report.ReportError, match="wanted the workdir of a run"):
+        report.load(tmp_path / name)
 
 
 def test_a_directory_that_is_missing_is_named(tmp_path):

@@ -18,6 +18,8 @@ from test_train import (
     FILES,
     ROOT,
     STEPS,
+    ahead_config,
+    ahead_run,
     base_of,
     configured,
     digest,
@@ -31,12 +33,16 @@ from test_train import (
     summary_of,
 )
 
-from oaif_jax import config
+from oaif_jax import config, train
 from oaif_jax.base.errors import UserError
-from oaif_jax.run import resume
+from oaif_jax.base.files import sha256_of_tree
+from oaif_jax.models import sharding
+from oaif_jax.run import inputs, resume
 from oaif_jax.run.interrupts import Interrupts
 from oaif_jax.run.log import MetricsLog
 from oaif_jax.stored.checkpoint import Checkpoints, Reader, load_params
+from oaif_jax.stored.open import POLICY, open_model, source_of
+from oaif_jax.tiny.data import policy_voice
 
 CLOCK = ("seconds", "command")  # of a summary: what may differ
 
@@ -124,8 +130,7 @@ def test_a_stopped_online_run_goes_on_to_the_same_end(base, tmp_path, monkeypatc
 
 def test_pairs_collected_ahead_are_in_the_checkpoint(base, tmp_path, monkeypatch):
     """A run with async_steps=1 goes on with the very pairs that it had collected, which are a step old."""
-    values = preference_config(base, "online", async_steps=1)
-    run(values, tmp_path / "whole")
+    values, whole = ahead_config(base), ahead_run(base)
     with monkeypatch.context() as patched:
         stop_at(patched, MetricsLog, "write", lambda step, kind, _: (step, kind) == (5, "train"))
         with pytest.raises(StopError):
@@ -133,9 +138,9 @@ def test_pairs_collected_ahead_are_in_the_checkpoint(base, tmp_path, monkeypatch
     reader = Reader(tmp_path / "run" / "checkpoints")
     assert "pending" in reader.items(reader.latest())
     run(values, tmp_path / "run")
-    assert_same_end(tmp_path / "run", tmp_path / "whole")
-    assert [line["staleness"] for line in lines(tmp_path / "whole", "train")] == [0, 1, 1, 1, 1, 1]
-    stale, fresh = lines(tmp_path / "whole", "train"), lines(online_run(base), "train")
+    assert_same_end(tmp_path / "run", whole)
+    assert [line["staleness"] for line in lines(whole, "train")] == [0, 1, 1, 1, 1, 1]
+    stale, fresh = lines(whole, "train"), lines(online_run(base), "train")
     assert stale[0]["loss"] == pytest.approx(fresh[0]["loss"], rel=1e-5)
 
 
@@ -473,6 +478,144 @@ def test_what_may_change_is_logged_and_done(copy):
     assert steps(copy, "train") == list(range(1, STEPS + 1))
     assert summary["validation_loss"] == pytest.approx(lines(copy, "eval")[-1]["validation_loss"], rel=1e-5)
     assert summary_of(copy) == summary
+
+
+def test_a_second_process_is_refused_before_models_are_opened(copy, monkeypatch):
+    """For which there may be no room beside those of the first one."""
+    monkeypatch.setattr(train, "open_setup", None)
+    with (copy / "lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is training there"):
+            run(sft_config(steps=STEPS + 2), copy)
+
+
+def test_figures_of_a_finished_run_are_drawn_again(copy, monkeypatch):
+    """Where one is missing; nothing else is touched."""
+    monkeypatch.setattr(train, "open_setup", None)
+    before = digest(copy)
+    for name in ("curve.png", "report.html"):
+        (copy / name).unlink()
+        _, shown = run(sft_config(), copy)
+        assert "finished before" in shown
+        assert (copy / name).exists()
+    assert digest(copy).keys() == before.keys()
+
+
+@pytest.mark.parametrize("text", ["{}", "", "[]", '{"method": "sft", "steps": "6"}', "\xff\xfe"])
+def test_a_damaged_summary_is_named_and_makes_no_finished_run(copy, text):
+    """The rest is untouched; without the file the run's end is made again, and is the same."""
+    (copy / "summary.json").write_bytes(text.encode("latin-1"))
+    before = digest(copy)
+    with pytest.raises(
+        UserError, match=r"summary\.json: .*; without the file, the run's command writes it again$"
+    ) as error:
+        run(sft_config(), copy)
+    assert "\n" not in str(error.value)
+    assert digest(copy) == before
+
+
+def test_what_others_left_in_a_workdir(base, tmp_path):
+    """File managers, editors and people: an empty directory is one, and a run of theirs goes on, to the same end."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / ".DS_Store").touch()
+    assert resume.check(workdir, config.parse(sft_config())) == []
+    workdir.rmdir() if not any(workdir.iterdir()) else shutil.rmtree(workdir)
+    shutil.copytree(sft_run(base), workdir)
+    (workdir / "summary.json").unlink()
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    for name in (".DS_Store", "samples/step_000002 copy.jsonl", "checkpoints/.DS_Store", "checkpoints/4/.DS_Store",
+                 "checkpoints/4/params/._d", "checkpoints/notes/x", "checkpoints/4 copy/x"):  # fmt: skip
+        (workdir / name).parent.mkdir(exist_ok=True)
+        (workdir / name).write_bytes(b"\xff\x00")
+    with (workdir / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff half a line")
+    _, shown = run(sft_config(), workdir)
+    assert "going on from step 4" in shown
+    (workdir / "samples" / "step_000002 copy.jsonl").unlink()
+    assert_same_end(workdir, sft_run(base))
+
+
+@pytest.mark.parametrize("name", ["lock", "config.json", "inputs.json", "metrics.jsonl", "summary.json"])
+def test_a_directory_where_a_runs_file_should_be(copy, name):
+    (copy / name).unlink()
+    (copy / name).mkdir()
+    (copy / "summary.json").unlink() if name not in ("summary.json",) else None
+    with pytest.raises(UserError, match=name.replace(".", r"\.")) as error:
+        run(sft_config(), copy)
+    gc.collect()
+    assert "\n" not in str(error.value)
+
+
+def test_evaluations_on_other_prompts_do_not_compete(base, copy):
+    """The best checkpoint is the best by the last measurement's prompts, and the run says so."""
+    before = Reader(copy / "checkpoints")
+    _, shown = run(sft_config(steps=STEPS + 2, eval__prompts=16, eval__final_prompts=16), copy)
+    assert "config.eval.prompts: 8 before, 16 now; evaluations before don't compete for the best one" in shown
+    assert Reader(copy / "checkpoints").best() == STEPS + 2
+    assert summary_of(copy)["evaluated_step"] == STEPS + 2
+    assert before.latest() == STEPS + 2
+
+
+def test_fewer_steps_than_the_first_evaluation(base, tmp_path):
+    """A run that is cut short to a step that nobody has evaluated: it is evaluated, and is then the best."""
+    workdir, values = tmp_path / "run", sft_config(eval__every=6, checkpoint__every=3)
+    with pytest.MonkeyPatch.context() as patched:
+        stop_at(patched, MetricsLog, "write", lambda step, kind, _: (step, kind) == (5, "train"))
+        with pytest.raises(StopError):
+            run(values, workdir)
+    gc.collect()
+    assert steps(workdir, "eval") == [0]
+    summary, _ = run(values | {"steps": 3}, workdir)
+    assert (summary["steps"], summary["evaluated_step"]) == (3, 3)
+    assert steps(workdir, "eval") == [0, 3]
+    assert Reader(workdir / "checkpoints").best() == 3
+
+
+def test_the_record_is_on_the_disk_before_a_checkpoint_counts(tmp_path, monkeypatch):
+    """Power may go at any time: a checkpoint whose lines are lost would go on without them."""
+    events, write, sync, save = [], MetricsLog.write, MetricsLog.sync, Checkpoints.save
+    monkeypatch.setattr(MetricsLog, "write", lambda self, step, *a: (events.append("write"), write(self, step, *a))[1])
+    monkeypatch.setattr(MetricsLog, "sync", lambda self: (events.append("sync"), sync(self))[1])
+    monkeypatch.setattr(Checkpoints, "save", lambda self, *a, **k: (events.append("save"), save(self, *a, **k))[1])
+    run(sft_config(), tmp_path / "run")
+    saves = [i for i, event in enumerate(events) if event == "save"]
+    assert len(saves) == 3
+    assert all(events[i - 1] == "sync" for i in saves)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("x" * 300, "file name too long"), ("y" * 200 + "/" + "z/" * 2000, "file name too long"), ("u\udc80", "not UTF-8"),
+     ("file/below", "no directory that can be written in")],
+)  # fmt: skip
+def test_paths_that_cannot_be(tmp_path, name, said):
+    """One line, before anything is computed or made."""
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=said) as error:
+        run(sft_config(), tmp_path / name)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_paths_of_any_kind(base, tmp_path, monkeypatch):
+    """Brackets, an @, a tilde: in a workdir and in what names it; what is said holds the path as it is."""
+    home = tmp_path / "[bold] me@home"
+    workdir = shutil.copytree(sft_run(base), home / "a [b]@2" / "sft@x")
+    monkeypatch.setenv("HOME", str(home))
+    _, shown = run(sft_config(), "~/a [b]@2/sft@x")
+    assert f"finished before, in {workdir}" in shown
+    for which, step in (("", STEPS), ("@last", STEPS), ("@4", 4)):
+        values = sft_config(policy__init=f"~/a [b]@2/sft@x{which}")
+        cfg = config.parse(values)
+        assert cfg.policy.init == f"{workdir}{which}"
+        found = open_model(source_of(POLICY, cfg.policy), policy_voice(), sharding.make_mesh(-1, 1, 1), "float32")
+        params, _ = load_params(workdir / "checkpoints", str(step) if which else "best")
+        assert sha256_of_tree(found.params) == sha256_of_tree(params)
+        ((_, resolved),) = [(key, each) for key, each in inputs.of(cfg).items() if key == "policy.init"]
+        assert resolved.path.startswith(f"{workdir}/checkpoints/")
+    with pytest.raises(UserError, match=r"no checkpoint 'worst'; wanted best, last or a step"):
+        inputs.of(config.parse(sft_config(policy__init=f"{workdir}@worst")))
 
 
 def test_one_process_at_a_time(copy):

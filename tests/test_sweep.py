@@ -3,7 +3,10 @@
 import io
 import json
 import pathlib
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 from rich.console import Console
@@ -122,6 +125,13 @@ def test_paths_in_settings_make_one_directory(tmp_path):
         (("--set", "loss.beta="), "'loss.beta=': wanted KEY=VALUE"),
         (("--set", "loss.beta=1,1"), "two runs would be in"),
         (("--seeds=0,0",), "two runs would be in"),
+        (
+            ("--set", "loss.beta=0.1,0.3,1e-1"),
+            "loss.beta=0.1' and 'tiny_tldr_online_dpo loss.beta=1e-1' are the same run",
+        ),
+        (("--set", "data.batch=16,016"), "are the same run, wanted values that differ"),
+        (("--run", "steps=7", "--run", "steps=7 loss.name=dpo"), "are the same run, wanted values that differ"),
+        (("--set", "rounds.lr=1e-3,2e-3;1e-3", "--config.rounds.count=2"), "config.rounds.lr='1e-3', wanted 2 numbers"),
         (("--seeds=a",), "--seeds=a: wanted whole numbers, such as 0,1,2"),
         (("--set", "seed=1,2"), "config.seed is set; wanted --seeds=0,1,2"),
         (("--config.seed=1",), "config.seed is set; wanted --seeds=0,1,2"),
@@ -225,6 +235,113 @@ def test_damaged_results_are_named(tmp_path, trainer):
     (runs[0].workdir / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json can't be read"):
         runs[0].summary()
+
+
+def test_values_that_are_lists_are_set_apart_by_semicolons(tmp_path):
+    """Several lists, several keys of lists, and one list alone."""
+    runs = parse(
+        tmp_path, f"--config={DPO}", "--config.rounds.count=2", "--config.policy.lora.rank=2",
+        "--set", "rounds.lr=1e-3,2e-3;3e-3,1e-3", "--set", "policy.lora.targets=q,v;q,k,v;",
+    )  # fmt: skip
+    found = [(run.config.rounds.lr, run.config.policy.lora.targets) for run in runs]
+    assert found == [(lr, to) for lr in ("1e-3,2e-3", "3e-3,1e-3") for to in ("q,v", "q,k,v")]
+    assert len({run.workdir for run in runs}) == 4
+    (run,) = parse(tmp_path, f"--config={DPO}", "--set=annotator.instruction=short, please.txt;")
+    assert run.config.annotator.instruction == "short, please.txt"
+    assert "--config.annotator.instruction=short, please.txt" in run.command(())
+
+
+def test_settings_too_long_for_a_files_name(tmp_path, trainer):
+    """Each has a directory of its own, the same one each time."""
+    given = (f"--config={DPO}", f"--set=policy.init={'a' * 300}/sft,{'a' * 300}/judge,{'b' * 300}")
+    runs = parse(tmp_path, *given)
+    assert len({run.workdir for run in runs}) == 3
+    assert start(tmp_path, runs, trainer)[0] == 0
+    assert [run.workdir for run in parse(tmp_path, *given)] == [run.workdir for run in runs]
+
+
+# Trains for a minute; at SIGTERM it saves, which takes a while, and a second one is not heard.
+LONG = """
+import os, pathlib, signal, sys, time
+here = pathlib.Path(__file__).parent
+def save(number, frame):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(0.3)
+    (here / "saved").touch()
+    os._exit(128 + number)
+signal.signal(signal.SIGTERM, save)
+(here / "began").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+SWEEP = """
+import pathlib, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from rich.console import Console
+from launch import sweep
+from oaif_jax.base import cli
+trainer, *arguments = sys.argv[1:]
+with cli.user_errors():
+    sweep.sweep(*sweep.parse_flags(arguments), Console(), (sys.executable, trainer))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_sweep_that_ends_does_not_leave_its_run_training(tmp_path, number):
+    """The run saves before it goes; of a killed sweep Linux tells it."""
+    if number == signal.SIGKILL and sys.platform != "linux":
+        pytest.skip("nobody tells the run there")
+    (tmp_path / "trainer.py").write_text(LONG)
+    arguments = [str(tmp_path / "trainer.py"), f"--config={DPO}", f"--workdir={tmp_path / 'sweep'}", "--seeds=0,1"]
+    command = [sys.executable, "-c", SWEEP, *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for((tmp_path / "began").exists)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    wait_for((tmp_path / "saved").exists)
+    child = int((tmp_path / "began").read_text())
+    wait_for(lambda: not alive(child))
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    if number != signal.SIGKILL:
+        assert err.startswith("\ninterrupted in ")
+        assert "; the same command goes on with that run: " in err
+        assert "Traceback" not in err
+    assert not (tmp_path / "sweep" / "tiny_tldr_online_dpo" / "seed_1.log").exists()
+
+
+def wait_for(seen) -> None:
+    until = time.monotonic() + 60
+    while not seen():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def alive(process: int) -> bool:
+    """Whether there is such a process, but for one that nobody has waited for."""
+    try:
+        return "Z" not in pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[:1]
+    except FileNotFoundError:
+        return False
+
+
+def test_a_run_that_was_killed_is_a_failure(tmp_path):
+    (run,) = parse(tmp_path, f"--config={DPO}")
+    failed, shown = start(tmp_path, [run], (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"))
+    assert failed == 1
+    assert "failed: ended by SIGKILL, nothing said" in shown
+
+
+@pytest.mark.parametrize("text", ["{}", "", "{", "[]", '{"method": "online", "steps": "many"}', "\xff"])
+def test_a_damaged_summary_is_named_and_nothing_is_run(tmp_path, trainer, text):
+    """It is nobody's finished run, and not one to be deleted."""
+    (run,) = parse(tmp_path, f"--config={DPO}")
+    start(tmp_path, [run], trainer)
+    (run.workdir / "summary.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(
+        UserError, match=r"summary\.json: .*without the file, the run's command writes it again"
+    ) as error:
+        start(tmp_path, [run], trainer)
+    assert "delete" not in str(error.value)
+    assert len(calls(tmp_path)) == 1
 
 
 def test_interrupted(tmp_path):

@@ -149,6 +149,17 @@ def online_run(base: pathlib.Path) -> pathlib.Path:
     return base / "online"
 
 
+def ahead_config(base: pathlib.Path) -> dict:
+    """Online training on pairs that are collected a step ahead."""
+    return preference_config(base, "online", async_steps=1)
+
+
+@functools.cache
+def ahead_run(base: pathlib.Path) -> pathlib.Path:
+    run(ahead_config(base), base / "ahead")
+    return base / "ahead"
+
+
 @functools.cache
 def offline_run(base: pathlib.Path) -> pathlib.Path:
     run(preference_config(base, "offline", steps=4), base / "offline")
@@ -364,7 +375,41 @@ def test_recipes_run_twenty_steps_from_scratch(tmp_path, name):
     losses = [line["loss"] for line in lines(tmp_path / "run", "train")]
     assert len(losses) == summary["steps"] == 20
     assert np.mean(losses[-5:]) < 0.95 * np.mean(losses[:3])
-    assert all(line["changed"] > 0.5 for line in lines(tmp_path / "run", "train")[:-1])  # the schedule ends at 0
+    assert all(line["changed"] > 0.5 for line in lines(tmp_path / "run", "train"))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_run_of_one_step_trains(base, tmp_path, schedule):
+    """Before its first evaluation; the start and the end of the annotator's agreement are both there."""
+    changes = {"steps": 1, "eval__every": 40, "checkpoint__every": 40, "optimizer__schedule": schedule}
+    summary, _ = run(preference_config(base, "online", **changes, optimizer__warmup=0), tmp_path / "run")
+    (line,) = lines(tmp_path / "run", "train")
+    assert line["lr"] > 1e-4
+    assert line["changed"] > 0.1
+    assert summary["annotator"].keys() >= {"start", "end"}
+    assert summary["evaluated_step"] == 1
+
+
+def test_what_is_not_finite_is_not_in_the_summary(tmp_path, monkeypatch):
+    """A measure without a value is left out, on every level: JSON has no Infinity."""
+    finish = Evaluations.finish
+
+    def infinite(self, params):
+        metrics, records = finish(self, params)
+        records[0]["gold_policy"] = math.nan
+        return metrics | {"kl": math.inf, "deep": {"nan": math.nan, "interval": [0.0, math.inf], "good": 1.0}}, records
+
+    monkeypatch.setattr(Evaluations, "finish", infinite)
+    summary, _ = run(sft_config(steps=2), tmp_path / "run")
+    assert "kl" not in summary
+    assert summary["deep"] == {"good": 1.0}
+    for name in ("summary.json", "samples/final.jsonl"):
+        for text in (
+            (tmp_path / "run" / name).read_text().splitlines()
+            if "samples" in name
+            else [(tmp_path / "run" / name).read_text()]
+        ):
+            json.loads(text, parse_constant=lambda found: pytest.fail(found))
 
 
 # ------------------------------------------------------------------------------------------------ a loss that isn't finite
@@ -604,7 +649,9 @@ def test_an_annotator_of_the_users_own(base, tmp_path, outside, async_steps):
 def test_what_an_annotator_does_not_know_is_never_a_label(base, tmp_path, outside):
     """Nothing moves but where one response ended and the other didn't."""
     changes = {"annotator__init": "python:mine_of_test.knows_nothing", "annotator__missing_eos": "ignore"}
-    run(preference_config(base, "online", **changes), tmp_path / "run")
+    run(preference_config(base, "online", **changes, optimizer__schedule="linear"), tmp_path / "run")
     for line in lines(tmp_path / "run", "train"):
         assert line["weight"] == line["loss"] == line["changed"] == 0
         assert line["abstained"] + line["identical"] == 1
+        # Nothing was applied, so that the schedule hasn't moved either: the rate that is logged is the one that would be.
+        assert line["lr"] == pytest.approx(0.5e-3)

@@ -23,17 +23,18 @@ import pathlib
 import re
 import shlex
 import sys
+import threading
 import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from oaif_jax.base import options
-from oaif_jax.base.errors import UserError, near
+from oaif_jax.base.errors import Interrupted, UserError, near
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # the flags below belong to the program that asks for them
@@ -96,16 +97,44 @@ def no_words(words: Sequence[str]) -> None:
 
 
 def call(main: Callable[[], object]) -> None:
-    """Calls `main()`, flags being parsed, and exits: 0; 2 and one line for the user's errors; 130 when interrupted.
+    """Calls `main()`, flags being parsed, and exits: 0; 2 and one line for the user's errors; 130 when interrupted, and 128 + the
+    signal's number where `main` ended in order after another.
 
     What else `main` raises is a bug and shows its traceback (exit 1).
     """
+    global _is_program
 
     def without_result(_: list[str]) -> None:
         main()  # its result is not handed on: absl would take it for an exit code
 
-    with user_errors():
-        app.run(without_result, flags_parser=lambda argv: argv[:1])
+    _is_program = True
+    try:
+        with user_errors():
+            app.run(without_result, flags_parser=lambda argv: argv[:1])
+    finally:
+        _is_program = False
+
+
+_is_program = False
+WORKER = "oaif-worker"  # how threads' names begin that are left at their work when a program is interrupted
+
+
+def is_program() -> bool:
+    """Whether this process is one of the programs, which may end it, and no library in somebody else's."""
+    return _is_program
+
+
+def _leave(code: int) -> NoReturn:
+    """Exits; a program does so at once if a thread is still at work, such as one that compiles: nothing can stop it, and its
+    result is wanted no more."""
+    is_at_work = any(thread.name.startswith(WORKER) for thread in threading.enumerate())
+    if not (is_at_work and _is_program):
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager
@@ -115,16 +144,33 @@ def user_errors() -> Iterator[None]:
         try:
             yield
         except UserError as error:
-            print(f"error: {_line(error)}", file=sys.stderr)
-            sys.exit(2)
+            _complain(f"error: {_line(error)}")
+            _leave(2)
+        except Interrupted as error:
+            _complain(f"\n{_line(error)}: {shlex.join(sys.orig_argv)}")
+            _leave(128 + error.number)
         except KeyboardInterrupt:
-            print(f"\ninterrupted; the same command goes on from here: {shlex.join(sys.orig_argv)}", file=sys.stderr)
-            sys.exit(130)
+            _complain(f"\ninterrupted; the same command goes on from what is kept: {shlex.join(sys.orig_argv)}")
+            _leave(130)
+
+
+def _complain(text: str) -> None:
+    """On stderr, if anybody listens there."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
+
+
+# Of the disk, of permissions, of a path: nobody's bug.
+OF_FILES = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG,
+    errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ESTALE, errno.EMFILE, errno.ENFILE,
+)  # fmt: skip
 
 
 @contextlib.contextmanager
 def _output_errors() -> Iterator[None]:
-    """Ends a program whose stdout was closed (`... | head -1`) without a word, and one on a full disk with one line (1)."""
+    """Ends a program whose stdout was closed (`... | head -1`) without a word, and with one line one that can't write, or may not
+    read (1)."""
     try:
         try:
             yield
@@ -132,10 +178,10 @@ def _output_errors() -> Iterator[None]:
             if sys.stdout is not None:  # as it is under >&-
                 sys.stdout.flush()  # here and not at the interpreter's end, where an error is a traceback
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.EPIPE, *OF_FILES):
             raise
         if error.errno != errno.EPIPE:
-            print(f"error: {error.strerror}: {error.filename or 'standard output or a file'}", file=sys.stderr)
+            _complain(f"error: {error.strerror}: {error.filename or 'standard output or a file'}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer goes there at the end
         sys.exit(1)
 
@@ -318,5 +364,5 @@ def _where(error: Exception, path: str) -> str:
     return f" in line {lines[-1]}" if lines else ""
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return " ".join(str(error).split())

@@ -10,6 +10,14 @@ class UserError(ValueError):
     """
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the work, which was left in order: one line on where it stands. `number` is the signal's."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
+
+
 def near(word: str, known) -> str:
     """`; did you mean 'lr'?`, or what there is when nothing is near."""
     known = list(known)

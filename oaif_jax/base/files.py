@@ -1,7 +1,10 @@
 """Files that are whole or absent, and the digest that names a set of parameters. Imports no jax: readers use it too."""
 
+import fcntl
+import fnmatch
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,15 +34,69 @@ def as_umask(path: Path) -> None:
 def atomic_write_text(path: Path, text: str) -> None:
     """Writes `text` so that a kill or a power cut at any time leaves the old file or the new one, never a part."""
     partial = path.with_name(f".{path.name}.partial")  # same directory: a rename across file systems is a copy
-    partial.write_text(text, encoding="utf-8")
-    fsync(partial)
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        fsync(partial)
+        partial.replace(path)
+    except OSError:  # a full disk has no room for a part of a file either
+        partial.unlink(missing_ok=True)
+        raise
     fsync(path.parent)
 
 
 def atomic_write_json(path: Path, obj: Any) -> None:
-    """`atomic_write_text` of indented JSON; TypeError where `obj` holds what JSON can't."""
-    atomic_write_text(path, json.dumps(obj, indent=2) + "\n")
+    """`atomic_write_text` of indented JSON; TypeError or ValueError where `obj` holds what JSON can't (see `finite`)."""
+    atomic_write_text(path, json.dumps(obj, indent=2, allow_nan=False) + "\n")
+
+
+def finite(tree: Any) -> Any:
+    """Nested mappings without the numbers that aren't finite, and without lists that have one: JSON has no such numbers."""
+    if not isinstance(tree, Mapping):
+        return tree
+    return {key: finite(value) for key, value in tree.items() if _is_finite(value)}
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+# What file managers, editors and file systems leave in any directory.
+STRANGERS = (
+    ".DS_Store",
+    "._*",
+    ".nfs*",
+    ".fuse_hidden*",
+    ".directory",
+    ".Trash*",
+    "Thumbs.db",
+    "desktop.ini",
+    "lost+found",
+)
+
+
+def is_stranger(name: str) -> bool:
+    """Whether a file of this name is nobody's work."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in STRANGERS)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock on the file; no where that can't be told."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def reason(error: OSError) -> str:
+    """In: OSError(28, "No space left on device") -> Out: "no space left on device"."""
+    said = error.strerror or str(error) or type(error).__name__
+    return said[:1].lower() + said[1:]
 
 
 def read_json(path: Path) -> Any:

@@ -1,6 +1,7 @@
 """From nested values to a run's Config: absent keys have their defaults, unknown ones and values out of bounds are errors."""
 
 import dataclasses
+import os
 import pathlib
 import typing
 from collections.abc import Callable, Mapping
@@ -124,6 +125,8 @@ def _value(name: str, value: Any, wanted: type, check: Callable[[Any], str | Non
         value = float(value)
     if type(value) is not wanted:
         raise ConfigError(f"config.{name}={value!r} is of type {type(value).__name__}, wanted {wanted.__name__}")
+    if isinstance(value, str):
+        value = _text(name, value)
     if wanted is int and abs(value) > LARGEST:
         raise ConfigError(f"config.{name}={value!r}, wanted at most {LARGEST}")
     problem = check(value) if check else None
@@ -133,6 +136,15 @@ def _value(name: str, value: Any, wanted: type, check: Callable[[Any], str | Non
     if wanted is float and not abs(value) < SMALLER:
         raise ConfigError(f"config.{name}={value!r}, wanted a number that float32 can hold")
     return value
+
+
+def _text(name: str, value: str) -> str:
+    """The text, a path in the home directory in full: shells leave the tilde of --config.policy.path=~/model as it is."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"config.{name}={value!r}, wanted a text in UTF-8") from error
+    return os.path.expanduser(value)  # of texts that begin with a tilde
 
 
 def _check_together(config: Config) -> None:

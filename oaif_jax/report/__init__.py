@@ -4,16 +4,18 @@ run = report.write(workdir)   # curve.png and report.html
 report.show(run)              # the final table and three posts side by side, on the terminal
 """
 
+import contextlib
 import os
 import pathlib
 
 from rich.console import Console
 from rich.text import Text
 
+from oaif_jax.base.files import reason
 from oaif_jax.report import html, plots, tables
-from oaif_jax.report.read import ReportError, Run, Sample, load
+from oaif_jax.report.read import ReportError, Run, Sample, load, summary
 
-__all__ = ["CURVE", "PAGE", "ReportError", "Run", "Sample", "load", "show", "write"]
+__all__ = ["CURVE", "PAGE", "ReportError", "Run", "Sample", "drawn", "load", "show", "summary", "write"]
 
 CURVE, PAGE = "curve.png", "report.html"
 
@@ -22,17 +24,31 @@ def write(workdir: str | pathlib.Path, *, finished: bool = True) -> Run:
     """Reads the run in `workdir` and writes its curve.png and report.html, each at once or not at all.
 
     Raises:
-        ReportError: a file of the run is missing or malformed; with `finished=False` summary.json may be missing.
+        ReportError: a file of the run is missing or malformed, or can't be written; with `finished=False` summary.json may be
+            missing.
     """
-    run = load(workdir, finished=finished)
+    return _draw(load(workdir, finished=finished))
+
+
+def drawn(run: Run) -> Run:
+    """The run, whose curve.png and report.html are there: they are drawn if one is missing."""
+    return run if all((run.workdir / name).exists() for name in (CURVE, PAGE)) else _draw(run)
+
+
+def _draw(run: Run) -> Run:
     page = html.report(run)
     for name, save in (
         (CURVE, lambda path: plots.curve(run, path)),
         (PAGE, lambda path: path.write_text(page, "utf-8")),
     ):
         unfinished = run.workdir / f".{name}.tmp"
-        save(unfinished)
-        os.replace(unfinished, run.workdir / name)
+        try:
+            save(unfinished)
+            os.replace(unfinished, run.workdir / name)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+            raise ReportError(f"{run.workdir / name} can't be written: {reason(error)}") from error
     return run
 
 

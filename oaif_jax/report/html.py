@@ -152,8 +152,7 @@ def _tree(tree: Mapping[str, Any]) -> str:
 
 
 def _versions(run: Run) -> str:
-    versions = run.summary.get("versions", {})
-    rows = tuple((str(name), tables.plain(version)) for name, version in versions.items())
+    rows = tuple((str(name), tables.plain(version)) for name, version in run.summary.get("versions", {}).items())
     return _details("Versions", _table(tables.Table("", ("Package", "Version"), rows)) if rows else "")
 
 

@@ -1,19 +1,24 @@
 """A run's files, read and checked: config.json, metrics.jsonl, samples/*.jsonl and summary.json, nothing else.
 
-Nothing is guessed or skipped: a line that isn't what it should be is an error with its file and number.
+Nothing is guessed or skipped: a line that isn't what it should be is an error with its file and number. Only a run that goes on
+is taken as it is at that moment: its last line may be half written, and a file may go.
 """
 
 import dataclasses
 import json
 import math
+import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import reason
 
 KINDS = ("train", "eval")
 FINAL = "final"
+SAMPLES = re.compile(rf"({FINAL}|step_\d+)\.jsonl")  # other files beside them aren't the run's
 
 
 class ReportError(UserError):
@@ -100,23 +105,130 @@ def load(workdir: str | pathlib.Path, *, finished: bool = True) -> Run:
     Raises:
         ReportError: a directory or file is missing, or holds what it shouldn't.
     """
-    workdir = pathlib.Path(workdir)
-    if not workdir.is_dir():
-        raise ReportError(f"{workdir}: no such directory; wanted the workdir of a run")
-    config_path, summary_path = workdir / "config.json", workdir / "summary.json"
+    workdir = pathlib.Path(workdir).expanduser()
+    try:
+        if not workdir.is_dir():
+            raise ReportError(f"{workdir}: no such directory; wanted the workdir of a run")
+    except OSError as error:  # too long, or not to be entered
+        raise ReportError(f"{workdir}: {reason(error)}; wanted the workdir of a run") from error
+    config_path = workdir / "config.json"
     if not config_path.exists():
         raise ReportError(f"{config_path}: no such file; wanted the workdir of a run")
-    if finished and not summary_path.exists():
-        raise ReportError(f"{summary_path}: no such file; the run has not finished")
-    metrics = _metrics(workdir / "metrics.jsonl")
+    found = summary(workdir)
+    if finished and found is None:
+        raise ReportError(f"{workdir / 'summary.json'}: no such file; the run has not finished")
+    metrics = _metrics(workdir / "metrics.jsonl", is_live=found is None)
     return Run(
         workdir=workdir,
-        config=_object(_text(config_path), str(config_path)),
+        config=_config(config_path),
         train=tuple(line for line in metrics if line["kind"] == "train"),
         evals=tuple(line for line in metrics if line["kind"] == "eval"),
-        samples=_samples(workdir / "samples"),
-        summary=_object(_text(summary_path), str(summary_path)) if summary_path.exists() else {},
+        samples=_samples(workdir / "samples", is_live=found is None),
+        summary=found or {},
     )
+
+
+def summary(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """What the run in `workdir` came to; None where it hasn't finished. ReportError for a file that isn't a summary."""
+    path = workdir / "summary.json"
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        if not path.is_symlink():
+            return None
+        raise ReportError(f"{path}: a link to nothing; {AGAIN}") from None
+    except OSError as error:
+        raise ReportError(f"{path}: {reason(error)}; {AGAIN}") from error
+    try:
+        found = _object(_decoded(raw, path), str(path))
+        _check(found, SUMMARY, str(path))
+        _check(found.get("greedy", {}), RESULTS, f"{path}: greedy")
+    except ReportError as error:
+        raise ReportError(f"{error}; {AGAIN}") from error
+    return found
+
+
+AGAIN = "without the file, the run's command writes it again"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_agreement(value: Any) -> bool:
+    """Numbers, some of them by instruction, at start and end; a share of nothing is None."""
+    if not isinstance(value, dict):
+        return False
+
+    def fits(name: str, each: Any) -> bool:
+        if name.endswith("_agreement"):
+            return _is_result(each)
+        return _is_agreement(each) or (name not in ("start", "end") and _is_number(each))
+
+    return all(fits(name, each) for name, each in value.items())
+
+
+def _is_verdict(value: Any) -> bool:
+    """Shares of all comparisons, and an interval of the score."""
+    if not isinstance(value, dict) or not all(_is_number(value.get(name)) for name in VERDICT):
+        return False
+    interval = value.get("interval")
+    return isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval))
+
+
+def _is_result(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+# What is said of a summary's keys: required ones, then what others are if they are there.
+Fields = Mapping[str, tuple[Callable[[Any], bool], str]]
+COUNT, TEXT, NUMBER = (_is_count, "a whole number"), (_is_text, "a text"), (_is_result, "a finite number")
+MEASURES = ("mean_length", "reference_length", "words", "reference_words", "kl", "gold_mean", "reference_gold_mean",
+            "gold_share", "reference_gold_share", "validation_loss", "accuracy")  # fmt: skip
+VERDICT = ("win", "tie", "loss", "score")
+REQUIRED = ("method", "steps")
+RESULTS: Fields = {
+    **dict.fromkeys(("gold", "judge"), (_is_verdict, f"{', '.join(VERDICT)}, interval")),
+    **dict.fromkeys(MEASURES, NUMBER),
+}
+SUMMARY: Fields = {
+    "method": TEXT,
+    "steps": COUNT,
+    "evaluated_step": COUNT,
+    "seconds": (_is_number, "a number of seconds"),
+    "params_sha256": TEXT,
+    **dict.fromkeys(("greedy", "versions"), (lambda value: isinstance(value, dict), "an object")),
+    "annotator": (_is_agreement, "numbers by instruction"),
+    **RESULTS,
+}
+
+
+def _check(found: Mapping[str, Any], fields: Fields, where: str) -> None:
+    for name, (fits, wanted) in fields.items():
+        if name in REQUIRED and name not in found:
+            raise ReportError(f"{where}: no {name}; wanted what a finished run writes")
+        if name in found and not fits(found[name]):
+            raise ReportError(f"{where}: {name} is {found[name]!r}; wanted {wanted}")
+
+
+def _config(path: pathlib.Path) -> dict[str, Any]:
+    """Of a config, sections are objects: all else is only shown."""
+    found = _object(_text(path), str(path))
+    for name in ("loss", "sample", "data", "policy"):
+        if name in found and not isinstance(found[name], dict):
+            raise ReportError(f"{path}: {name} is {found[name]!r}; wanted an object")
+    temperature = found.get("sample", {}).get("temperature")
+    if not _is_result(temperature):
+        raise ReportError(f"{path}: sample.temperature is {temperature!r}; wanted a finite number")
+    return found
 
 
 def series(lines: Sequence[Mapping[str, float]], key: str) -> tuple[list[int], list[float]]:
@@ -134,13 +246,22 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _text(path: pathlib.Path) -> str:
+def _bytes(path: pathlib.Path) -> bytes:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes()
+    except OSError as error:
+        raise ReportError(f"{path}: {reason(error)}") from error
+
+
+def _decoded(raw: bytes, path: pathlib.Path) -> str:
+    try:
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ReportError(f"{path}: not UTF-8 (byte {error.start})") from error
-    except OSError as error:
-        raise ReportError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+
+
+def _text(path: pathlib.Path) -> str:
+    return _decoded(_bytes(path), path)
 
 
 def _object(text: str, where: str) -> dict[str, Any]:
@@ -160,23 +281,23 @@ def _object(text: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _objects(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file, each with its place: "metrics.jsonl:17"."""
-    lines = _text(path).split("\n")  # not splitlines(), which also breaks at U+2028 inside of a string
+def _objects(path: pathlib.Path, *, is_live: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, each with its place: "metrics.jsonl:17"; of one that is being written, without a last part."""
+    if is_live and not os.path.lexists(path):
+        return
+    raw = _bytes(path)
+    raw = raw[: raw.rfind(b"\n") + 1] if is_live else raw
+    lines = _decoded(raw, path).split("\n")  # not splitlines(), which also breaks at U+2028 inside of a string
     if lines[-1] == "":
         lines.pop()
     for number, line in enumerate(lines, start=1):
         yield f"{path}:{number}", _object(line, f"{path}:{number}")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+def _metrics(path: pathlib.Path, *, is_live: bool) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     last = dict.fromkeys(KINDS, -1)
-    for where, line in _objects(path):
+    for where, line in _objects(path, is_live=is_live):
         kind, step = line.get("kind"), line.get("step")
         if kind not in KINDS:
             raise ReportError(f"{where}: kind is {kind!r}; wanted one of {', '.join(KINDS)}")
@@ -192,10 +313,11 @@ def _metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _samples(directory: pathlib.Path) -> dict[str, tuple[Sample, ...]]:
+def _samples(directory: pathlib.Path, *, is_live: bool) -> dict[str, tuple[Sample, ...]]:
     """Samples by evaluation, in the order of the steps with the final one last; a run may have none."""
-    paths = sorted(directory.glob("*.jsonl"), key=lambda path: (path.stem == FINAL, len(path.stem), path.stem))
-    return {path.stem: tuple(_sample(line, where) for where, line in _objects(path)) for path in paths}
+    paths = [path for path in directory.glob("*.jsonl") if SAMPLES.fullmatch(path.name)]
+    paths.sort(key=lambda path: (path.stem == FINAL, len(path.stem), path.stem))
+    return {path.stem: tuple(_sample(line, where) for where, line in _objects(path, is_live=is_live)) for path in paths}
 
 
 def _sample(line: dict[str, Any], where: str) -> Sample:

@@ -23,7 +23,7 @@ from oaif_jax.config import Config
 from oaif_jax.data import chat, readers, special_tokens, tokenizer
 from oaif_jax.stored.checkpoint import Reader
 from oaif_jax.stored.hf.tensors import INDEX, weight_files
-from oaif_jax.stored.open import POLICY, Source, chat_of, home, run_config, source_of
+from oaif_jax.stored.open import POLICY, Source, chat_of, home, run_config, run_of, source_of
 from oaif_jax.tiny import templates
 from oaif_jax.tiny.data import asset, policy_voice
 
@@ -198,11 +198,11 @@ def _in_directory(source: Source, directory: pathlib.Path) -> dict[str, pathlib.
 def _run(source: Source) -> Found:
     """The checkpoint that an init resolves to. Its manifest vouches for the files, and is checked when they are read."""
     run_config(source)  # there is a run
-    workdir, _, which = source.init.partition("@")
-    reader = Reader(pathlib.Path(workdir) / "checkpoints")
+    workdir, which = run_of(source)
+    reader = Reader(workdir / "checkpoints")
     try:
-        step = reader.named(which or "best")
-        return Found("run", pathlib.Path(workdir) / "checkpoints" / str(step), sha256=reader.sha256_of(step, "params"))
+        step = reader.named(which)
+        return Found("run", workdir / "checkpoints" / str(step), sha256=reader.sha256_of(step, "params"))
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
 
@@ -289,13 +289,20 @@ def read(path: pathlib.Path) -> dict[str, Input]:
     try:
         return {
             key: Input(
-                **{**entry, "files": {n: File(f["sha256"], tuple(f["stamp"])) for n, f in entry["files"].items()}}
+                **{name: _kept_text(entry[name]) for name in entry if name != "files"},
+                files={n: File(_kept_text(f["sha256"]), tuple(f["stamp"])) for n, f in entry["files"].items()},
             )
             for key, entry in values.items()
         }
     except (AttributeError, KeyError, TypeError) as error:
         wanted = "wanted what a run writes; without the file, what there is now counts as what the run began with"
         raise UserError(f"{path} isn't a run's list of its inputs, {wanted}") from error
+
+
+def _kept_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
 
 
 def compare(before: Mapping[str, Input], now: Mapping[str, Input], cfg: Config) -> list[str]:

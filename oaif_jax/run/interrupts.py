@@ -1,43 +1,88 @@
-"""Ctrl-C between two steps and not within one.
+"""Ctrl-C, SIGTERM and SIGHUP between two steps and not within one.
 
-Python raises KeyboardInterrupt wherever the main thread happens to be. Within tensorboardX's queue that leaves a lock
-behind for which the end of the run waits forever; within a callback of jax's garbage collection it is swallowed.
+Python raises KeyboardInterrupt wherever the main thread happens to be: within a callback of jax's garbage collection it is
+swallowed, elsewhere it leaves locks behind; and while XLA compiles, which may take minutes, it isn't raised at all.
 """
 
+import concurrent.futures
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
+
+from oaif_jax.base.cli import WORKER
+from oaif_jax.base.errors import Interrupted
+
+DEFAULTS = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}
+POLL = 0.1  # seconds
 
 
 class Interrupts:
-    """While entered, the first Ctrl-C is kept for the next `check()`, and a second one raises KeyboardInterrupt at once.
+    """While entered, the first of these signals is kept for the next `check()` or `work()`; a second Ctrl-C isn't waited for.
 
-    Where somebody else handles SIGINT, or ignores it, or in another thread than the main one, nothing changes.
+    A signal that somebody else handles, or that is ignored, is left alone; in another thread than the main one, all are.
     """
 
-    def __init__(self) -> None:
-        self._seen = self._installed = False
+    def __init__(self, *, is_program: bool = False) -> None:
+        """`is_program`: the second Ctrl-C may end the process at once, wherever it is; else it raises KeyboardInterrupt."""
+        self.seen: signal.Signals | None = None
+        self._is_program = is_program
+        self._installed: list[signal.Signals] = []
+        self._pool = concurrent.futures.ThreadPoolExecutor(2, WORKER)
 
     def __enter__(self) -> "Interrupts":
-        is_main = threading.current_thread() is threading.main_thread()
-        if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._handle)
-            self._installed = True
+        if threading.current_thread() is threading.main_thread():
+            self._installed = [each for each, default in DEFAULTS.items() if signal.getsignal(each) is default]
+        for each in self._installed:
+            signal.signal(each, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._installed:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each in self._installed:
+            signal.signal(each, DEFAULTS[each])
+        self._pool.shutdown(wait=self.seen is None, cancel_futures=True)
 
     def check(self) -> None:
-        """KeyboardInterrupt if there was a Ctrl-C."""
-        if self._seen:
-            raise KeyboardInterrupt
+        """Interrupted, which is a KeyboardInterrupt, if there was a signal."""
+        if self.seen is not None:
+            raise Interrupted("interrupted" if self.seen is signal.SIGINT else f"ended by {self.seen.name}", self.seen)
+
+    def begin(self, function: Callable, *arguments: Any) -> concurrent.futures.Future:
+        """Calls a function in another thread; two at a time."""
+        return self._pool.submit(function, *arguments)
+
+    def wait(self, future: concurrent.futures.Future) -> Any:
+        """The result of what was begun; Interrupted as soon as there is a signal, and nobody waits for the thread then."""
+        while not concurrent.futures.wait([future], POLL).done:
+            self.check()
+        return future.result()
+
+    def work(self, function: Callable, *arguments: Any) -> Any:
+        """What a function returns that may take long, as compiling does, and changes nothing that is needed afterwards."""
+        self.check()
+        return self.wait(self.begin(function, *arguments))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._seen:
+        if self.seen is None:
+            self.seen = signal.Signals(number)
+            again = "; Ctrl-C again stops at once" if signal.SIGINT in self._installed else ""
+            cursor = "\x1b[?25h" if os.isatty(2) else ""  # the bar hides it, and may have no time to show it again
+            with contextlib.suppress(OSError):  # the terminal may be gone; print() and rich may be what was interrupted
+                os.write(2, f"{cursor}\n{_named(self.seen)}: stopping after this step{again}\n".encode())
+            if self._is_program and signal.SIGINT in self._installed:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # no Python runs while XLA compiles
+        elif (
+            number == signal.SIGINT
+        ):  # SIGTERM and SIGHUP may come twice by themselves: from a terminal and from its shell
             signal.default_int_handler(number, frame)
-        self._seen = True
-        # print() and rich may be what was interrupted
-        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+
+
+def _named(number: signal.Signals) -> str:
+    return "Ctrl-C" if number is signal.SIGINT else number.name

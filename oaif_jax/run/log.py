@@ -1,13 +1,23 @@
 """The record of a run: metrics.jsonl, TensorBoard, samples; each step once, also when a run goes on after a kill."""
 
+import contextlib
 import json
 import math
+import os
 import pathlib
+import re
+import shutil
 from collections.abc import Iterator, Mapping
 
-from tensorboardX import SummaryWriter
+from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import atomic_write_text, finite, fsync, reason
+from oaif_jax.run.board import Board, Say
 
-from oaif_jax.base.files import atomic_write_text
+_SAMPLES = re.compile(r"step_(\d+)")
+
+
+class RecordError(UserError):
+    """The record can't be written: one line with the file and why."""
 
 
 def flatten(nested: Mapping, prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -22,53 +32,102 @@ def flatten(nested: Mapping, prefix: str = "") -> Iterator[tuple[str, float]]:
 
 
 def json_lines(records: list[dict]) -> str:
-    """One object a line."""
-    return "".join(json.dumps(record) + "\n" for record in records)
+    """One object a line, without numbers that aren't finite."""
+    return "".join(json.dumps(finite(record)) + "\n" for record in records)
 
 
 class MetricsLog:
-    """Appends metrics of training and evaluation steps to `workdir`, after dropping what lies beyond `step`."""
+    """Appends metrics of training and evaluation steps to `workdir`, after dropping what lies beyond `step`.
 
-    def __init__(self, workdir: pathlib.Path, step: int | None):
-        """`step`: the step that the run goes on from; None starts the record anew."""
+    Without metrics.jsonl and samples a run couldn't go on exactly: RecordError where they can't be written. TensorBoard's record
+    is given up then.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int | None, say: Say = print):
+        """`step`: the step that the run goes on from; None starts the record anew. `say` is told what is lost, a line each."""
         self.path = workdir / "metrics.jsonl"
         self.samples = workdir / "samples"
-        self.samples.mkdir(parents=True, exist_ok=True)
-        self._drop_after(-1 if step is None else step)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=None if step is None else step + 1)
+        self.evaluated: set[int] = set()  # steps that have an evaluation
+        with self._errors(self.samples):
+            self.samples.mkdir(parents=True, exist_ok=True)
+        with self._errors(self.path):
+            self._drop_after(-1 if step is None else step, say)
+            self._file = self.path.open("ab", buffering=0)
+            fsync(workdir)
+        self._board = Board(workdir / "tensorboard", say, purge_step=None if step is None else step + 1)
 
-    def _drop_after(self, step: int) -> None:
-        """Lines of steps that will be taken again, and a line that was cut in the middle."""
+    def _drop_after(self, step: int, say: Say) -> None:
+        """Drops lines of steps that will be taken again. What isn't a line of metrics is dropped as well: behind the kept ones it
+        is what a kill has cut, before one of them it is damage, and then `say` is told, and all is kept beside."""
         if not self.path.exists():
+            if step >= 0:
+                say(f"{self.path} is missing: the metrics of the first {step} steps are lost")
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break  # a kill while writing: all from here on is beyond the last checkpoint
-            if record["step"] <= step:
-                kept.append(line + "\n")
-        atomic_write_text(self.path, "".join(kept))
-        for path in self.samples.glob("step_*.jsonl"):
-            if int(path.stem.removeprefix("step_")) > step:
+        kept: dict[tuple[str, int], bytes] = {}
+        bad, last = [], 0
+        for number, line in enumerate(self.path.read_bytes().splitlines(), start=1):
+            found = _read(line)
+            if found is None or found in kept:
+                bad.append(number)
+            elif found[1] <= step:
+                kept[found], last = line + b"\n", number
+        damaged = [number for number in bad if number < last or (step >= 0 and not any(at == step for _, at in kept))]
+        if damaged:
+            beside = self.path.with_name(f"{self.path.name}.damaged")
+            shutil.copyfile(self.path, beside)
+            more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+            say(f"{self.path}:{damaged[0]}{more}: no line of metrics, left out; the file as it was is {beside}")
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_bytes(b"".join(kept.values()))
+        fsync(partial)
+        partial.replace(self.path)
+        fsync(self.path.parent)
+        self.evaluated = {at for kind, at in kept if kind == "eval"}
+        for path in self.samples.iterdir():
+            match = _SAMPLES.fullmatch(path.stem)
+            if match and path.suffix == ".jsonl" and int(match[1]) > step:
                 path.unlink()
 
     def write(self, step: int, kind: str, metrics: Mapping) -> dict[str, float]:
         """One line; numbers that aren't finite (a share of nothing) are left out. Returns what was written."""
         flat = {name: value for name, value in flatten(metrics) if math.isfinite(value)}
-        self._file.write(json.dumps({"step": step, "kind": kind, **flat}) + "\n")
-        self._file.flush()
-        for name, value in flat.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        left = memoryview((json.dumps({"step": step, "kind": kind, **flat}) + "\n").encode())
+        with self._errors(self.path):
+            while left:
+                left = left[self._file.write(left) :]
+        self._board.write(step, kind, flat)
         return flat
 
     def write_samples(self, name: str, records: list[dict]) -> None:
         """The samples of one evaluation."""
-        atomic_write_text(self.samples / f"{name}.jsonl", json_lines(records))
+        path = self.samples / f"{name}.jsonl"
+        with self._errors(path):
+            atomic_write_text(path, json_lines(records))
+
+    def sync(self) -> None:
+        """Brings what was written to the disk, for a checkpoint that will count."""
+        with self._errors(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Ends both records."""
         self._file.close()
         self._board.close()
+
+    @contextlib.contextmanager
+    def _errors(self, path: pathlib.Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RecordError(f"{path} can't be written: {reason(error)}") from error
+
+
+def _read(line: bytes) -> tuple[str, int] | None:
+    """Kind and step of a line of metrics.jsonl; None for anything else."""
+    try:
+        found = json.loads(line)
+        kind, step = found["kind"], found["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    is_step = isinstance(step, int) and not isinstance(step, bool) and step >= 0
+    return (kind, step) if kind in ("train", "eval") and is_step else None

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import importlib.metadata
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +16,7 @@ import jax
 
 from oaif_jax import config
 from oaif_jax.base.errors import UserError
-from oaif_jax.base.files import atomic_write_json
+from oaif_jax.base.files import atomic_write_json, is_locked, is_stranger, reason
 from oaif_jax.config import Config
 from oaif_jax.run import inputs
 
@@ -60,11 +62,29 @@ def owned(workdir: pathlib.Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"--workdir={workdir} can't be made ({error.strerror})") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--workdir={workdir}: another process is training there; wait for it or end it") from error
+        for is_last in (False, True):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if is_last:
+                    raise _others(workdir) from error
+                time.sleep(0.1)  # whoever only asks whether it is locked holds it for a moment
+            except OSError as error:
+                raise UserError(
+                    f"--workdir={workdir}: {workdir / 'lock'} can't be locked ({error.strerror})"
+                ) from error
         yield
+
+
+def refuse_owned(workdir: pathlib.Path) -> None:
+    """UserError where another process trains; nothing is made."""
+    if is_locked(workdir / "lock"):
+        raise _others(workdir)
+
+
+def _others(workdir: pathlib.Path) -> UserError:
+    return UserError(f"--workdir={workdir}: another process is training there; wait for it or end it")
 
 
 def check(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None = None) -> list[str]:
@@ -73,13 +93,28 @@ def check(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None = None) -> 
     Raises UserError where another config's run is there, naming the keys that differ; where what the config names isn't what
     the run began with (see inputs); and where nothing can be written.
     """
+    try:
+        return _check(workdir, cfg, say)
+    except (OSError, UnicodeEncodeError) as error:  # a path that is too long, can't be read, or isn't UTF-8
+        said = reason(error) if isinstance(error, OSError) else "not UTF-8, wanted a name that is"
+        raise UserError(f"--workdir={str(workdir)!r}: {said}") from error
+
+
+LONGEST = 3800  # bytes of a path: what lies deep in a checkpoint needs some 200 of Linux's 4096
+
+
+def _check(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None) -> list[str]:
+    if len(str(workdir.absolute()).encode()) > LONGEST:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    workdir.exists()  # raises where a part of the path is too long, or may not be entered
     there = workdir if os.path.lexists(workdir) else _nearest(workdir)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"--workdir={workdir}: {there} is no directory that can be written in")
     if (workdir / "checkpoints").exists() and not (workdir / "checkpoints").is_dir():
         raise UserError(f"--workdir={workdir}: {workdir / 'checkpoints'} is a file, wanted a run's directory")
     if not (workdir / "config.json").exists():
-        if workdir.exists() and any(each.name not in FIRST for each in workdir.iterdir()):
+        names = [each.name for each in workdir.iterdir()] if workdir.exists() else []
+        if any(name not in FIRST and not is_stranger(name) for name in names):
             raise UserError(f"--workdir={workdir} holds files but no config.json: wanted an empty directory or a run's")
         return []
     changes = _changes(workdir / "config.json", cfg)
@@ -154,4 +189,6 @@ def _changes(path: pathlib.Path, cfg: Config) -> list[str]:
         raise UserError(
             f"--workdir={path.parent} is another config's run: {listed}; take another --workdir or the same config"
         )
-    return [f"config.{name}: {before[name]!r} before, {now[name]!r} now" for name in changed]
+    lines = [f"config.{name}: {before[name]!r} before, {now[name]!r} now" for name in changed]
+    compared = "; evaluations before don't compete for the best one"
+    return [f"{line}{compared if name == 'eval.prompts' else ''}" for name, line in zip(changed, lines, strict=True)]

@@ -7,16 +7,22 @@
 
 All of it is written to <step>.unfinished, the manifest last, brought to the disk, and then renamed to <step>. So a kill
 leaves <step>.unfinished, which doesn't count, and never a step without its manifest: that one is damaged, and an error.
-Orbax alone doesn't notice damage: it restores wrong values from a flipped byte.
+Orbax alone doesn't notice damage: it restores wrong values from a flipped byte. Files that the manifest doesn't list are
+nobody's, and aren't read.
+
+A run that is interrupted leaves an interim checkpoint between the regular ones, which goes with the next of these.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
+import os
 import re
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,7 +33,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from oaif_jax.base.errors import UserError
-from oaif_jax.base.files import fsync
+from oaif_jax.base.files import fsync, is_locked, reason
 
 META, MANIFEST = "meta.json", "MANIFEST.json"
 _STEP = re.compile(r"0|[1-9]\d*")
@@ -36,6 +42,10 @@ _LEFTOVER = re.compile(r"\d+\.(unfinished|deleted).*")  # Orbax appends to "unfi
 
 class CheckpointError(UserError):
     """A checkpoint that is absent, damaged or of another structure: one line with path, fault and what to do."""
+
+
+class GoneError(CheckpointError):
+    """A checkpoint that was there a moment ago: the run that goes on has deleted it."""
 
 
 def _line(error: BaseException) -> str:
@@ -106,18 +116,34 @@ def _digest(path: Path) -> dict[str, int | str]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+@contextlib.contextmanager
+def _without_wildcards(directory: Path) -> Iterator[Path]:
+    """The directory by a path that Orbax can look for files in: it takes brackets in one for a pattern, and finds none."""
+    if not set("*?[") & set(str(directory)):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as links:
+        link = Path(links) / "checkpoints"
+        link.symlink_to(directory)
+        yield link
+
+
 class Reader:
     """Reads the checkpoints under `directory`; deletes and writes nothing, so it may look into a run that goes on."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, *, is_own: bool = False):
+        """`is_own`: the run is this process's, which may be told to delete what is damaged."""
         logging.getLogger("absl").addFilter(_not_from_orbax)
         self.directory = directory.absolute()  # Orbax refuses relative paths
+        self._is_own = is_own
 
     def steps(self) -> list[int]:
         """The complete checkpoints, ascending. CheckpointError where a step's directory has no readable manifest."""
-        steps = self._named()
-        for step in steps:
-            self._manifest(step)
+        steps = []
+        for step in self._named():
+            with contextlib.suppress(GoneError):
+                self._manifest(step)
+                steps.append(step)
         return steps
 
     def latest(self) -> int | None:
@@ -125,9 +151,18 @@ class Reader:
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The step with the highest metric, the earliest of equals; None where no checkpoint has a metric."""
-        metrics = {step: self._record(step)["metric"] for step in self.steps()}
-        return max((step for step in metrics if metrics[step] is not None), key=metrics.__getitem__, default=None)
+        """The step with the highest metric, the earliest of equals; None where no checkpoint has a metric. Metrics that weren't
+        measured as the last one was can't be compared with it."""
+        records = {}
+        for step in self.steps():
+            with contextlib.suppress(GoneError):
+                records[step] = self._record(step)
+        measured = {step: record for step, record in records.items() if record["metric"] is not None}
+        if not measured:
+            return None
+        last = _measured_on(measured[max(measured)])
+        alike = [step for step, record in measured.items() if _measured_on(record) == last]
+        return max(alike, key=lambda step: measured[step]["metric"])
 
     def named(self, which: str) -> int:
         """The step that "best", "last" or a decimal number names; CheckpointError where there is none."""
@@ -154,10 +189,11 @@ class Reader:
         return list(self._record(step)["leaves"])
 
     def verify(self, step: int) -> None:
-        """CheckpointError unless the directory holds exactly the manifest's files with their sizes and SHA-256 sums."""
+        """CheckpointError unless the directory is this step's, and has the manifest's files with their sizes and SHA-256 sums."""
         expected = self._manifest(step)
-        for name in sorted(expected.keys() | _files(self.directory / str(step)).keys()):
+        for name in sorted(expected):
             self._check(step, name, expected)
+        self._record(step)
 
     def restore(self, step: int, items: Mapping[str, Any]) -> dict[str, Any]:
         """The items asked for, with the structure of the abstract trees given, after `verify`.
@@ -175,14 +211,43 @@ class Reader:
                 raise CheckpointError(f"{path}: {faults}; use the config that it was saved with")
         return {name: self._load(step, name, abstract) for name, abstract in items.items()}
 
+    def load(self, step: int, item: str) -> dict:
+        """An item as a nested dict of numpy arrays, after `verify`."""
+        self.verify(step)
+        return self._load(step, item, None)
+
     def _load(self, step: int, name: str, abstract: Any) -> Any:
-        path = self.directory / str(step) / name
-        args = ocp.args.PyTreeRestore(item=abstract, restore_args=jax.tree.map(_restore_args, abstract))
-        with ocp.Checkpointer(_handler()) as checkpointer:
+        """An item as `abstract` describes it; None: as it was saved, in numpy arrays."""
+        with self._listed_files(step, name) as path, ocp.Checkpointer(_handler()) as checkpointer:
             try:
+                if abstract is None:
+                    tree = checkpointer.metadata(path).item_metadata.tree
+                    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+                    return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+                args = ocp.args.PyTreeRestore(item=abstract, restore_args=jax.tree.map(_restore_args, abstract))
                 return checkpointer.restore(path, args=args)
-            except ValueError as error:  # equal leaves in other containers, such as one more stateless optax transform
-                raise CheckpointError(f"{path}: {_line(error)}") from error
+            except (ValueError, OSError) as error:
+                if self._is_gone(step):
+                    raise self._gone(step) from error
+                if isinstance(error, OSError):
+                    raise
+                # equal leaves in other containers, such as one more stateless optax transform
+                raise CheckpointError(f"{self.directory / str(step) / name}: {_line(error)}") from error
+
+    @contextlib.contextmanager
+    def _listed_files(self, step: int, item: str) -> Iterator[Path]:
+        """The item's directory; where files lie in it that the manifest doesn't list, one of links to those that it does."""
+        directory, manifest = self.directory / str(step), self._manifest(step)
+        if _files(directory).keys() <= manifest.keys():
+            with _without_wildcards(self.directory) as place:
+                yield place / str(step) / item
+            return
+        with tempfile.TemporaryDirectory() as links:
+            for name in manifest:
+                link = Path(links) / name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(directory / name)
+            yield Path(links) / item
 
     def _named(self) -> list[int]:
         """Steps that have a directory, complete or not."""
@@ -191,34 +256,54 @@ class Reader:
     def _listed(self) -> str:
         return ", ".join(map(str, self._named())) or "none"
 
-    def _damaged(self, step: int, name: str, fault: str) -> CheckpointError:
+    def _is_gone(self, step: int) -> bool:
+        return not os.path.lexists(self.directory / str(step))
+
+    def _gone(self, step: int) -> GoneError:
+        return GoneError(f"{self.directory / str(step)}: no such checkpoint; there are: {self._listed()}")
+
+    def _damaged(self, step: int, name: str, fault: str, then: str = "") -> CheckpointError:
         directory = self.directory / str(step)
+        if self._is_gone(step):
+            return self._gone(step)
+        if not self._is_own and is_locked(
+            self.directory.parent / "lock"
+        ):  # nobody but the run itself knows what is wrong there
+            return CheckpointError(f"{directory / name}: {fault}; a run goes on there: wanted another checkpoint")
         others = [other for other in self._named() if other != step]
-        then = f"go on from step {max(others)}" if others else "start from the beginning"
-        return CheckpointError(f"{directory / name}: {fault}; delete {directory} to {then}")
+        begin = f"go on from step {max(others)}" if others else "start from the beginning"
+        return CheckpointError(f"{directory / name}: {fault}; {then or f'delete {directory} to {begin}'}")
 
     def _manifest(self, step: int) -> dict[str, dict[str, int | str]]:
         directory = self.directory / str(step)
+        if self._is_gone(step):
+            raise self._gone(step)
         if not directory.is_dir():
-            raise CheckpointError(f"{directory}: no such checkpoint; there are: {self._listed()}")
-        if not any(directory.iterdir()):
-            raise self._damaged(step, "", "is an empty directory")
+            fault = "is a link to nothing" if directory.is_symlink() else "is a file, wanted a checkpoint's directory"
+            raise self._damaged(step, "", fault)
         try:
+            if not any(directory.iterdir()):
+                raise self._damaged(step, "", "is an empty directory")
             manifest = json.loads((directory / MANIFEST).read_bytes())
             return {META: manifest[META]} | {name: {**entry} for name, entry in manifest.items()}
         except FileNotFoundError as error:
             raise self._damaged(step, "", f"has no {MANIFEST}") from error
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except OSError as error:
+            raise self._damaged(step, MANIFEST, f"can't be read ({reason(error)})") from error
+        except CheckpointError:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise self._damaged(step, MANIFEST, "is unreadable") from error
 
     def _check(self, step: int, name: str, expected: dict[str, dict[str, int | str]]) -> None:
         """One file against the manifest. That needs no sum of its own: whatever flips in it contradicts a file."""
         path = self.directory / str(step) / name
-        if name not in expected:
-            raise self._damaged(step, name, f"is not in {MANIFEST}")
         if not path.is_file():
             raise self._damaged(step, name, "is missing")
-        found = _digest(path)
+        try:
+            found = _digest(path)
+        except OSError as error:
+            raise self._damaged(step, name, f"can't be read ({reason(error)})") from error
         if found != expected[name]:
             size, wanted = found["bytes"], expected[name].get("bytes")
             fault = f"has {size} bytes, not {wanted}" if size != wanted else f"differs from its SHA-256 in {MANIFEST}"
@@ -226,7 +311,22 @@ class Reader:
 
     def _record(self, step: int) -> dict:
         self._check(step, META, self._manifest(step))
-        return json.loads((self.directory / str(step) / META).read_bytes())
+        try:
+            record = json.loads((self.directory / str(step) / META).read_bytes())
+        except OSError as error:
+            raise self._damaged(step, META, f"can't be read ({reason(error)})") from error
+        if record["step"] != step:
+            of = self.directory / str(record["step"])
+            then = f"rename it to {of}" if not os.path.lexists(of) else ""
+            raise self._damaged(step, "", f"is the checkpoint of step {record['step']}", then)
+        return record
+
+
+def _measured_on(record: Mapping) -> Any:
+    """What a metric was measured on; records of earlier versions say so by the run's config."""
+    if "measured_on" in record:
+        return record["measured_on"]
+    return record["meta"].get("config", {}).get("eval", {}).get("prompts")
 
 
 class Checkpoints(Reader):
@@ -236,7 +336,7 @@ class Checkpoints(Reader):
     """
 
     def __init__(self, directory: Path, *, keep: int):
-        super().__init__(directory)
+        super().__init__(directory, is_own=True)
         if keep < 1:
             raise ValueError(f"keep={keep}: at least 1 checkpoint must be kept")
         self._keep = keep
@@ -245,7 +345,7 @@ class Checkpoints(Reader):
             self.directory.mkdir(parents=True, exist_ok=True)
             for path in self.directory.iterdir():
                 if _LEFTOVER.fullmatch(path.name):
-                    shutil.rmtree(path)
+                    _remove(path)
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         registry.add(None, ocp.args.PyTreeSave, _handler())  # None: for every item
         # Directories made asynchronously that can't be made leave threads behind, for which the process waits minutes.
@@ -254,27 +354,47 @@ class Checkpoints(Reader):
         handler = ocp.CompositeCheckpointHandler(handler_registry=registry, composite_options=options)
         self._orbax = ocp.AsyncCheckpointer(handler, async_options=made_first)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._links = contextlib.ExitStack()
+        self._place = self._links.enter_context(_without_wildcards(self.directory))
 
-    def save(self, step: int, items: Mapping[str, Any], meta: dict, *, metric: float | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        items: Mapping[str, Any],
+        meta: dict,
+        *,
+        metric: float | None = None,
+        measured_on: Any = None,
+        is_interim: bool = False,
+        replaces: bool = False,
+    ) -> None:
         """Copies the items to the host, then writes them in the background: the caller may donate them on return.
 
         items: trees of jax or numpy arrays and Python numbers, none of size 0. meta: what JSON can hold.
-        metric: higher is better. Waits for the save before this one, and raises its error.
+        metric: higher is better; measured_on: only metrics with an equal one are compared. is_interim: deleted with the next
+        save. replaces: there may be a checkpoint of this step. Waits for the save before this one, and raises its error.
         """
         self.wait()
         path = self.directory / str(step)
-        if path.exists():
+        if os.path.lexists(path) and not replaces:
             raise CheckpointError(f"{path}: exists already; a step is saved once")
         if metric is not None and not math.isfinite(metric):
             raise ValueError(f"metric={metric} of step {step}: wanted a finite number")
         leaves = {name: _describe(tree) for name, tree in items.items()}
-        record = json.dumps({"step": step, "metric": metric, "leaves": leaves, "meta": meta})  # now: meta may change
+        record = {
+            "step": step,
+            "metric": metric,
+            "measured_on": measured_on,
+            "is_interim": is_interim,
+            "leaves": leaves,
+        }
+        text = json.dumps(record | {"meta": meta})  # now: meta may change
         args = ocp.args.Composite(**{name: ocp.args.PyTreeSave(tree) for name, tree in items.items()})
         try:
-            self._orbax.save(path.with_suffix(".unfinished"), args=args, force=True)
+            self._orbax.save(self._place / f"{step}.unfinished", args=args, force=True)
         except OSError as error:
             raise CheckpointError(f"{path}: can't be saved: {_line(error)}") from error
-        self._pending = self._thread.submit(self._finish, path, record)
+        self._pending = self._thread.submit(self._finish, path, text)
 
     def wait(self) -> None:
         """Returns when the last save is complete; CheckpointError if it failed, or found an older one damaged."""
@@ -296,6 +416,7 @@ class Checkpoints(Reader):
         finally:
             self._thread.shutdown()
             self._orbax.close()
+            self._links.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -314,22 +435,43 @@ class Checkpoints(Reader):
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for written in (*unfinished.rglob("*"), unfinished):
             fsync(written)
+        if os.path.lexists(path):
+            self._delete(int(path.name))
         unfinished.rename(path)
         fsync(self.directory)
         steps = self.steps()
-        for step in set(steps[: -self._keep]) - {self.best()}:
-            deleted = self.directory / f"{step}.deleted"  # renamed first: a kill must not leave a step in parts
-            (self.directory / str(step)).rename(deleted)
-            shutil.rmtree(deleted)
+        interim = [step for step in steps if self._record(step).get("is_interim", False)]
+        regular = [step for step in steps if step not in interim]
+        for step in {*interim, *regular[: -self._keep]} - {self.best(), steps[-1]}:
+            self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        deleted = self.directory / f"{step}.deleted"  # renamed first: a kill must not leave a step in parts
+        _remove(deleted)
+        (self.directory / str(step)).rename(deleted)
+        _remove(deleted)
+
+
+def _remove(path: Path) -> None:
+    """As far as that can be done: what is left doesn't count, and the next start tries again."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+TRIES = 5
 
 
 def load_params(directory: Path, which: str) -> tuple[dict, dict]:
     """Parameters as a nested dict of numpy arrays, and the meta, of checkpoint "best", "last" or a decimal step."""
     reader = Reader(directory)
-    step = reader.named(which)
-    reader.verify(step)
-    path = reader.directory / str(step) / "params"
-    with ocp.Checkpointer(_handler()) as checkpointer:
-        tree = checkpointer.metadata(path).item_metadata.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy)), reader.meta(step)
+    for left in reversed(range(TRIES)):  # a run that goes on may delete the one that is best or last now
+        step = reader.named(which)
+        try:
+            return reader.load(step, "params"), reader.meta(step)
+        except GoneError:
+            if which not in ("best", "last") or not left:
+                raise
+    raise AssertionError

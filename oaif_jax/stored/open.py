@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 
 from oaif_jax import config
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import reason
 from oaif_jax.config import Config
 from oaif_jax.data.chat import open_template
 from oaif_jax.data.tokenizer import Tokenizer, open_tokenizer
@@ -248,9 +249,19 @@ def _directory(source: Source, tokenizer: Tokenizer) -> hf.HFModel:
 # ------------------------------------------------------------------------------------------------ other runs
 
 
+def run_of(source: Source) -> tuple[pathlib.Path, str]:
+    """The run that a source names, and which of its checkpoints; a workdir may have an @ in its path.
+
+    In: "runs/sft@40", "runs/sft" -> Out: ("runs/sft", "40"), ("runs/sft", "best").
+    """
+    workdir, _, which = source.init.rpartition("@")
+    is_whole = not workdir or (pathlib.Path(source.init) / "config.json").is_file()
+    return (pathlib.Path(source.init), "best") if is_whole else (pathlib.Path(workdir), which or "best")
+
+
 def run_config(source: Source) -> Config:
     """The config of the run that a source names."""
-    workdir = pathlib.Path(source.init.partition("@")[0])
+    workdir, _ = run_of(source)
     path = workdir / "config.json"
     if not (workdir / "checkpoints").is_dir() or not path.is_file():
         raise UserError(f"{source}: no run there ({workdir / 'checkpoints'} doesn't exist), {WANTED}")
@@ -260,10 +271,15 @@ def run_config(source: Source) -> Config:
 def read_run(workdir: str | pathlib.Path, which: str) -> tuple[Config, PyTree, Source]:
     """A run's config, what it has trained (numpy; under LoRA the additions) by checkpoint `which` (best, last or a step), and
     the source that names that checkpoint. UserError where there is none, or it is damaged."""
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir).expanduser()
     path = workdir / "config.json"
-    if not path.is_file():
-        raise UserError(f"--workdir={workdir}: no run there (no config.json)")
+    try:
+        path.stat()
+    except OSError as error:
+        is_absent = isinstance(error, FileNotFoundError)
+        raise UserError(
+            f"--workdir={workdir}: no run there ({'no config.json' if is_absent else reason(error)})"
+        ) from error
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"--workdir={workdir}: this run has no checkpoint yet")
     params, meta = checkpoint.load_params(workdir / "checkpoints", which)
@@ -277,8 +293,8 @@ def step_of(source: Source) -> int:
 
 def _of_run(source: Source, voice: Voice, mesh: Mesh, dtype: str) -> Model:
     cfg = run_config(source)
-    workdir, _, which = source.init.partition("@")
-    params, meta = checkpoint.load_params(pathlib.Path(workdir) / "checkpoints", which or "best")
+    workdir, which = run_of(source)
+    params, meta = checkpoint.load_params(workdir / "checkpoints", which)
     model = ModelConfig.from_json(meta["model"])
     first = source_of(POLICY, cfg.policy)
     directory = home(first)

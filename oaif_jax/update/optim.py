@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 STACKED = ("layers", "lora")  # subtrees whose leaves have a leading L
 
@@ -31,12 +31,15 @@ class OptimizerConfig:
 
 
 def schedule(cfg: OptimizerConfig) -> optax.Schedule:
-    """Learning rate by step: linear warm-up from 0 so that step `warmup` has the full rate, then as named, to 0 at the end."""
-    rest = max(1, cfg.steps - cfg.warmup)
+    """Learning rate by step: linear warm-up from 0 so that step `warmup` has the full rate, then as named; linear and cosine
+    reach 0 after the last step, which still has a rate above 0."""
+    rest = max(1, cfg.steps + 1 - cfg.warmup)
+    left = lambda count: (rest - jnp.minimum(count, rest)) / rest  # noqa: E731
     after = {
         "constant": optax.constant_schedule(cfg.lr),
-        "linear": optax.linear_schedule(cfg.lr, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(cfg.lr, rest),
+        "linear": lambda count: cfg.lr * left(count),
+        # (1 + cos(pi (1 - left))) / 2, which float32 would round to 0 over the last of many steps
+        "cosine": lambda count: cfg.lr * jnp.sin(jnp.pi / 2 * left(count)) ** 2,
     }[cfg.schedule]
     warmup = optax.linear_schedule(0.0, cfg.lr, cfg.warmup) if cfg.warmup else after
 
@@ -127,6 +130,14 @@ def in_round(state: Any, factor: Float[Array, ""]) -> Any:
     return jax.tree.map(
         lambda node: RoundState(node.count, factor) if is_round(node) else node, state, is_leaf=is_round
     )
+
+
+def updates_before(state: Any) -> Int[Array, ""] | None:
+    """The count by which the next update's learning rate is chosen, of an optimizer's state; None: by nothing. A step in which no
+    pair has any weight isn't counted: the schedule doesn't move then either."""
+    counts = (RoundState, optax.ScaleByScheduleState)
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, counts))
+    return next((jnp.asarray(node.count) for node in nodes if isinstance(node, counts)), None)
 
 
 def round_factor(lr: float, by_round: str, which: int) -> float:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from oaif_jax.models import sharding
-from oaif_jax.update.optim import in_round
+from oaif_jax.update.optim import in_round, updates_before
 
 Metrics = dict[str, Array]
 
@@ -98,4 +98,6 @@ def apply_gradients(
         "update_rms": jnp.where(weight > 0, optax.tree.norm(updates) / size**0.5, 0.0),
         "changed": changed / float(size),
     }
+    updates = updates_before(state.optimizer)
+    metrics |= {} if updates is None else {"updates": updates}
     return dataclasses.replace(kept, step=state.step + 1), metrics

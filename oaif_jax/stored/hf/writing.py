@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+import safetensors
 import safetensors.numpy
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
@@ -91,7 +92,11 @@ def save(
                 lost.add(key, whole, shard[key])
             if writes:
                 # transformers wants to know for which framework a file was written; the bytes are the same for all.
-                safetensors.numpy.save_file(shard, partial / name, {"format": "pt"})
+                try:
+                    safetensors.numpy.save_file(shard, partial / name, {"format": "pt"})
+                except (safetensors.SafetensorError, OSError) as error:  # type: ignore[attr-defined]
+                    shutil.rmtree(partial, ignore_errors=True)  # on a full disk it is in the way of all else
+                    raise UserError(f"export to {directory}: {partial / name} can't be written ({error})") from error
                 files.as_umask(partial / name)
     if writes:
         if len(shards) > 1:
