@@ -25,6 +25,7 @@ from rich.console import Console
 from oaif_jax import config
 from oaif_jax.base import cli, files, options
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.text import printable
 from oaif_jax.report import tables
 
 
@@ -215,7 +216,7 @@ def _train(run: Run, trainer: Sequence[str]) -> str:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _write_json(path: pathlib.Path, runs: Sequence[Run], summaries: Sequence[dict | None], failures: Sequence[str]):
