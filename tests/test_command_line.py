@@ -15,7 +15,7 @@ DPO = "--config=experiments/tiny.py:tldr,online,dpo"
 # Program -> the file that holds its docstring, its required flags, its other flags, and arguments that it would take.
 PROGRAMS = {
     "oaif_jax.train": ("oaif_jax/train.py", "config workdir", "", (DPO, "--workdir=x")),
-    "oaif_jax.evaluate": ("oaif_jax/evaluate.py", "workdir", "split prompts checkpoint", ("--workdir=x",)),
+    "oaif_jax.evaluate": ("oaif_jax/evaluate.py", "workdir", "split prompts checkpoint out", ("--workdir=x",)),
     "oaif_jax.sample": (
         "oaif_jax/sample.py",
         "workdir prompt",
@@ -108,7 +108,7 @@ def test_help_names_types_and_defaults():
     shown = run("oaif_jax.evaluate", "--help").stdout
     for line in (
         "  --split=train|validation|test  (default: test)\n",
-        "  --prompts=INTEGER  (a whole number of at least 1, default: 256)\n",
+        "  --prompts=INTEGER  (a whole number of at least 1, optional)\n",
         "  --checkpoint=best|last|STEP  (default: best)\n",
     ):
         assert line in shown
@@ -188,7 +188,7 @@ def test_required(program):
         ("evaluate", ("--split=tset",), ("--split=tset: wanted one of train, validation, test",)),
         ("evaluate", ("--checkpoint=bst",), ("--checkpoint=bst: wanted best, last or a step",)),
         ("evaluate", ("--workdir=",), ("--workdir=: wanted the directory of the run",)),
-        ("evaluate", ("--split", "--prompts=1"), ("--split has no value, wanted which posts: --split=train|",)),
+        ("evaluate", ("--split", "--prompts=1"), ("--split has no value, wanted which prompts: --split=train|",)),
         ("sample", ("--temperature=nan",), ("--temperature=nan: wanted a number from 0 to 100",)),
         ("sample", ("--temperature=-1",), ("--temperature=-1: wanted a number from 0 to 100",)),
         ("sample", ("--seed=4294967296",), ("--seed=4294967296: wanted a whole number from 0 to 2147483647",)),

@@ -252,11 +252,12 @@ def test_what_is_said_of_the_data(home):
     changes = {"data__name": "pairs", "data__path": str(home / "pairs.jsonl"), "data__response_tokens": "12"}
     notes = setup_of(home, method="offline", **changes).notes
     assert "kept" in notes[0]
-    joined = re.search(r"joining differs from tokenizing the whole in (\d+) of (\d+)", notes[1])
+    joined = re.search(r"joining differs from tokenizing the whole in (\d+) of (\d+)", notes[2])
     assert joined
     assert int(joined[1]) <= int(joined[2])
     assert int(joined[2]) > 0
-    assert len(setup_of(home).notes) == 1
+    held_out = "; ".join(f"{name}: 8 examples held out from train" for name in ("validation", "test"))
+    assert setup_of(home).notes[1:] == (f"train: 24 examples, and not 16 held out; {held_out}",)
 
 
 @pytest.mark.parametrize("member", ["offline", "sft"])
