@@ -6,8 +6,11 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import pytest
+
+from oaif_jax import sample
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DPO = "--config=experiments/tiny.py:tldr,online,dpo"
@@ -281,3 +284,12 @@ def test_full_output(speaker, arguments):
 def test_output_that_works(speaker):
     assert speaker(subprocess.DEVNULL, "--lines=100000") == (0, "")
     assert speaker(subprocess.DEVNULL, "--lines=-1") == (2, "error: --lines=-1: wanted a whole number of at least 0\n")
+
+
+def test_responses_reach_the_terminal_as_text(monkeypatch, capsys):
+    """A model can write what moves the cursor, sets the title or turns the line around."""
+    values = {"workdir": "x", "prompt": "p", "samples": 2, "temperature": 1.0, "seed": 0, "checkpoint": "best"}
+    monkeypatch.setattr(sample.flags, "FLAGS", types.SimpleNamespace(**values))
+    monkeypatch.setattr(sample, "run", lambda *_, **__: ["\x1b[2Jred\a\u202e", "one\ntwo\r"])
+    sample.main()
+    assert capsys.readouterr().out == "\\x1b[2Jred\\x07\\u202e\none\ntwo\\r\n"

@@ -459,6 +459,7 @@ def test_files_that_cannot_be_read(tmp_path, name, content, on_error):
         ("tldr_comparisons", "", "train", "raise", r"no batch\*.json in it"),
         ("pairs", "train.jsonl", "", "skip", r"no examples in it as pairs \(1 malformed \(1 missing key\)\)"),
         ("tfds", "", "train", "raise", "no prepared data set"),
+        *((format, "x" * 300, "train", "raise", r"x can't be read \(File name too long\)") for format in readers.FORMATS),
     ],
 )  # fmt: skip
 def test_arguments(tmp_path, format, path, split, on_error, said):

@@ -254,7 +254,7 @@ def _data(cfg: Config, reads: str) -> Iterator[tuple[str, Found]]:
         if name != "train" and not split:  # held out from train
             continue
         try:
-            read = [part.file for part in readers.FORMATS[section.name](root, split)]
+            read = [part.file for part in readers.parts(section.name, root, split)]
         except UserError as error:
             raise UserError(f"config.data.path={section.path!r}: {error}") from error
         files = _there(root if root.is_dir() else root.parent, read)

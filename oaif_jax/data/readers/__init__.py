@@ -46,7 +46,7 @@ def read(format: str, path: pathlib.Path, split: str = "", on_error: str = "rais
     left: collections.Counter[str] = collections.Counter()
     malformed: collections.Counter[str] = collections.Counter()
     found = []
-    for part in FORMATS[format](path, split):
+    for part in parts(format, path, split):
         for example, undecided in _examples(part, on_error == "skip", malformed):
             if use == "prompts":
                 found.append(Example(example.prompt, source=example.source))
@@ -61,6 +61,14 @@ def read(format: str, path: pathlib.Path, split: str = "", on_error: str = "rais
         of = f" of split {split}" if split else ""
         raise UserError(f"data {path}: no examples{of} in it as {format} ({counts})")
     return Loaded(kept, counts)
+
+
+def parts(format: str, path: pathlib.Path, split: str) -> list[Part]:
+    """The files of a split; UserError where there are none, or where they can't be looked for."""
+    try:
+        return FORMATS[format](path, split)
+    except OSError as error:  # a name that is too long, or a directory that may not be read
+        raise UserError(f"data {path} can't be read ({error.strerror}), wanted a file or a directory") from error
 
 
 def _examples(part: Part, skip: bool, malformed: collections.Counter[str]) -> Iterator[tuple[Example, str]]:

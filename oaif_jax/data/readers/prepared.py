@@ -3,6 +3,7 @@
 import pathlib
 from collections.abc import Iterator
 
+from oaif_jax.base.errors import UserError
 from oaif_jax.data.readers import fields
 from oaif_jax.data.readers.files import Part, Row
 from oaif_jax.data.records import Example, RecordError
@@ -10,6 +11,8 @@ from oaif_jax.data.records import Example, RecordError
 
 def examples(path: pathlib.Path, split: str) -> list[Part]:
     """The examples of a split, with the sources that they were prepared from; `path` is what prepare printed."""
+    if not path.is_dir():
+        raise UserError(f"data {path}: no prepared data set, since there is no such directory")
     return [Part(path, _same, lambda directory: _rows(directory, split))]
 
 
