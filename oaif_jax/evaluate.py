@@ -39,6 +39,8 @@ from oaif_jax.run.log import json_lines
 from oaif_jax.run.setup import EVALUATED, open_setup
 from oaif_jax.stored.open import read_run, step_of
 
+MOST = 1_000_000  # prompts
+
 
 def run(
     workdir: str | pathlib.Path,
@@ -65,6 +67,8 @@ def run(
     count = min(cfg.eval.final_prompts, there) if prompts is None else prompts
     if count > there:
         raise UserError(f"--prompts={count}: {split} has {there} examples with distinct prompts, wanted at most that")
+    if count > MOST:
+        raise UserError(f"--prompts={count}: wanted at most {MOST}, since all samples are kept until the end")
     asked = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, final_prompts=count, final_split=split))
     directory = _directory(pathlib.Path(out or pathlib.Path(workdir) / "evaluations"))
     name = f"{split}_{count}_step_{step:06d}"

@@ -289,13 +289,16 @@ def test_values_of_a_table_that_cannot_be_read(tmp_path, value, reason, said):
     assert loaded.counts == Counts(kept=2, malformed={reason: 1})
 
 
-def test_dates_that_are_none(tmp_path):
-    """A column that nobody asks for, with a value that Python can't hold."""
-    file = tmp_path / "train_gen.parquet"
-    rows = rows_with([b"one", b"two"]).append_column("at", pyarrow.array([2**60, 1], pyarrow.timestamp("us")))
-    parquet.write_table(rows, file)
-    loaded = readers.read("ultrafeedback", file, on_error="skip")
-    assert (loaded.examples[0].source, loaded.counts.malformed) == (f"{file.name}:2", {"no value": 1})
+def test_columns_that_nobody_asks_for(tmp_path):
+    """A date that Python can't hold is malformed where it is asked for, and only there."""
+    date = pyarrow.array([2**60, 1], pyarrow.timestamp("us"))
+    file = table(tmp_path / "a_prefs.parquet", rated(), rated("b"))
+    parquet.write_table(parquet.read_table(file).append_column("at", date), file)
+    assert readers.read("ultrafeedback", file).counts == Counts(kept=2)
+    plain = parquet.read_table(file).drop_columns(["at", "score_chosen"])
+    parquet.write_table(plain.append_column("score_chosen", date), file)
+    with pytest.raises(UserError, match=r"no examples in it .*2 malformed \(1 no value, 1 wrong type\)"):
+        readers.read("ultrafeedback", file, on_error="skip")
 
 
 def test_a_line_without_an_end_takes_no_memory(tmp_path):

@@ -207,8 +207,10 @@ def test_texts_that_cannot_fit_are_not_tokenized(tmp_path, monkeypatch):
     monkeypatch.setattr(fakes.ByteTokenizer, "encode", lambda self, text: lengths.append(len(text)) or real(self, text))
     records = [pair(f"prompt {i}", i) for i in range(40)]
     records[3]["prompt"] = records[4]["chosen"] = "x" * 10_000_000
+    turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}]
+    records[5]["prompt"] = turn * 10_000 + turn[:1]
     data = opened(write(tmp_path / "a.jsonl", records))
-    assert "38 kept, 2 too long" in data.notes[0]
+    assert "37 kept, 3 too long" in data.notes[0]
     assert max(lengths) < 10_000
 
 

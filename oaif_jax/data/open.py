@@ -88,10 +88,10 @@ class Keys:
     def tokens_of(self, example: Example) -> tuple[int, int]:
         """Tokens of the prompt and of the longest response, as far as these can be within the limits."""
         data = self.data
-        texts = "".join(message.content for message in example.prompt), max(example.responses, key=len, default="")
-        limits = data.prompt_tokens, data.response_tokens
-        if any(len(text) > CHARACTERS * limit for text, limit in zip(texts, limits, strict=True)):
-            return limits[0] + 1, limits[1] + 1
+        most = CHARACTERS * data.prompt_tokens, CHARACTERS * data.response_tokens
+        prompt_length = sum(len(message.content) + 1 for message in example.prompt)
+        if prompt_length > most[0] or max(map(len, example.responses), default=0) > most[1]:
+            return data.prompt_tokens + 1, data.response_tokens + 1
         prompt, responses = data.ids_of(example)
         self.prompts[example.prompt] = hashlib.sha256(np.array(prompt, np.int64).tobytes()).digest()
         if example.is_pair and responses[0] == responses[1]:

@@ -1,9 +1,10 @@
 """Files of a split, and their rows."""
 
 import dataclasses
+import functools
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from oaif_jax.base.errors import UserError, near
 from oaif_jax.data.jsonl import LONG_LINE, LONGEST, lines, parsed
@@ -37,15 +38,17 @@ def told(read: Callable[[], object]) -> object:
         return error
 
 
-def parquet_rows(file: pathlib.Path) -> Iterator[Row]:
-    """The rows of a table, each a dict by column."""
+def parquet_rows(file: pathlib.Path, needed: Sequence[str], optional: Sequence[str]) -> Iterator[Row]:
+    """The rows of a table, each a dict by column: what others hold doesn't matter. Where a needed one is missing, of all."""
     import pyarrow  # here, since it is slow to start and only these files need it
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(file) as table:
             number = 0
-            for batch in table.iter_batches(batch_size=_rows_at_once(table.metadata)):
+            names = table.schema_arrow.names
+            some = [name for name in names if name in (*needed, *optional)] if {*needed} <= {*names} else None
+            for batch in table.iter_batches(batch_size=_rows_at_once(table.metadata), columns=some):
                 for record in _records(batch):
                     number += 1
                     yield number, record
@@ -84,9 +87,12 @@ def _record(row) -> object:
         raise RecordError("no value", f"a value that can't be read ({error})") from error
 
 
-def rows_of(file: pathlib.Path) -> Callable[[pathlib.Path], Iterator[Row]]:
-    """The function that reads a file's rows, by its ending."""
-    return parquet_rows if file.suffix == ".parquet" else json_rows
+def rows_of(
+    file: pathlib.Path, needed: Sequence[str], optional: Sequence[str] = ()
+) -> Callable[[pathlib.Path], Iterator[Row]]:
+    """The function that reads a file's rows, by its ending; of a table, columns that are needed, and others if they are there."""
+    is_table = file.suffix == ".parquet"
+    return functools.partial(parquet_rows, needed=needed, optional=optional) if is_table else json_rows
 
 
 def split_files(path: pathlib.Path, split: str, endings: tuple[str, ...]) -> list[pathlib.Path]:

@@ -20,7 +20,12 @@ ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
 def examples(path: pathlib.Path, split: str) -> list[Part]:
     """Pairs, references or prompts, as the split's name says; `path` is the data set, its directory data/, or a file."""
     files = split_files(_folder(path), split, ENDINGS)
-    return [Part(file, functools.partial(_example, kind=_kind_of(file)), rows_of(file)) for file in files]
+    return [_part(file, _kind_of(file)) for file in files]
+
+
+def _part(file: pathlib.Path, kind: str) -> Part:
+    rows = rows_of(file, _columns(kind), SCORES if kind == "prefs" else ())
+    return Part(file, functools.partial(_example, kind=kind), rows)
 
 
 def splits(path: pathlib.Path) -> list[str]:
