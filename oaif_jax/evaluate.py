@@ -59,7 +59,6 @@ def run(
     began = time.monotonic()
     cfg, trained, source = read_run(workdir, which)
     resume.check_data(pathlib.Path(workdir), cfg)
-    sharding.use_cpu_devices(cfg.mesh.cpu_devices)
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
     setup, step = open_setup(cfg, mesh, tuple(dict.fromkeys((*EVALUATED, split)))), step_of(source)
     data = open_data.evaluated(setup.data, split, cfg.data.seed)
