@@ -117,7 +117,7 @@ def _dialogues() -> ConfigDict:
     config.data.train = "train"
     config.data.test = "test"
     config.data.held_out = 512
-    config.data.on_error = "skip"  # some transcripts don't take turns; they are counted
+    config.data.on_error = "skip"  # transcripts that can't be read are counted
     config.data.prompt_tokens = 1024  # [?] as the paper's RL baselines: several turns are long
     config.data.response_tokens = 256  # [?] helpful answers average 120 (figure 6): a limit of 128 would cut many
     return config

@@ -33,6 +33,7 @@ from rich.console import Console
 from oaif_jax import config, report
 from oaif_jax.base import cli, files, options
 from oaif_jax.base.errors import Interrupted, UserError
+from oaif_jax.base.text import printable
 from oaif_jax.report import tables
 
 
@@ -286,7 +287,7 @@ def _following(command: list[str]) -> list[str]:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _write_json(path: pathlib.Path, runs: Sequence[Run], summaries: Sequence[dict | None], failures: Sequence[str]):

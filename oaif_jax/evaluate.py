@@ -1,66 +1,119 @@
-"""Evaluates a run's model again, on any split and number of posts.
+"""Evaluates a run's model again, on any split and number of prompts.
 
     python -m oaif_jax.evaluate --workdir=runs/online_dpo --split=test --prompts=512 --checkpoint=best
 
-Writes WORKDIR/evaluations/NAME.json and NAME.jsonl (the samples), unless they can't be written there, and prints the metrics; the
-run itself isn't touched.
+Prints the tables that training ends with, and writes WORKDIR/evaluations/NAME.json and NAME.jsonl (the samples); the run itself
+isn't touched. Of data from files, the prompts are a sample, each of them once: the same ones however often it is asked.
 """
 
 import dataclasses
+import os
 import pathlib
+import shlex
 import sys
+import time
 
 from absl import flags
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from oaif_jax.base import cli, options
+from oaif_jax.base.errors import UserError
 
 if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
     cli.define_workdir()
-    options.define("split", "test", options.choice(("train", "validation", "test")), "which posts")
-    options.define("prompts", 256, options.integer(least=1), "how many posts")
+    options.define("split", "test", options.choice(("train", "validation", "test")), "which prompts")
+    wanted = "how many prompts; without it as many as at the run's end, or all that there are"
+    options.define("prompts", None, options.integer(least=1), wanted)
     cli.define_checkpoint()
+    options.define("out", None, options.DIR, "where to write, where it isn't WORKDIR/evaluations")
     cli.parse()
 
-from oaif_jax.base.files import atomic_write_json, atomic_write_text, finite, reason
-from oaif_jax.evals.of_run import Evaluations
+from oaif_jax.base.files import atomic_write_json, atomic_write_text, finite
+from oaif_jax.data import open as open_data
+from oaif_jax.evals.of_run import Evaluations, described
 from oaif_jax.models import sharding
-from oaif_jax.run.log import flatten, json_lines
-from oaif_jax.run.setup import open_setup
+from oaif_jax.report import Run, Sample, tables
+from oaif_jax.run import resume
+from oaif_jax.run.log import json_lines
+from oaif_jax.run.setup import EVALUATED, open_setup
 from oaif_jax.stored.open import read_run, step_of
 
+MOST = 1_000_000  # prompts
 
-def run(workdir: str | pathlib.Path, *, split: str = "test", prompts: int = 256, which: str = "best") -> dict:
-    """Metrics of checkpoint `which` (best, last or a step) on `prompts` posts of a split, by the run's own config."""
-    stored, trained, source = read_run(workdir, which)
-    evaluation = dataclasses.replace(stored.eval, prompts=prompts, final_prompts=prompts, final_split=split)
-    cfg = dataclasses.replace(stored, eval=evaluation)
-    sharding.use_cpu_devices(cfg.mesh.cpu_devices)
+
+def run(
+    workdir: str | pathlib.Path,
+    *,
+    split: str = "test",
+    prompts: int | None = None,
+    which: str = "best",
+    out: str | pathlib.Path | None = None,
+    console: Console | None = None,
+) -> dict:
+    """Metrics of checkpoint `which` (best, last or a step) on `prompts` examples of a split, by the run's own config, in chunks
+    of its own evaluations' size. Tables are printed to `console`, if there is one.
+
+    UserError for more prompts than there are, and where the data aren't those of the run any more.
+    """
+    began, workdir = time.monotonic(), pathlib.Path(workdir).expanduser()
+    cfg, trained, source = read_run(workdir, which)
+    resume.check_data(workdir, cfg)
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
-    sharding.check_batch(prompts, 1, mesh)
-    setup, step = open_setup(cfg, mesh), step_of(source)
-    metrics, records = Evaluations(setup).finish(sharding.place(trained, mesh, cfg.compute.trained))
-    found = finite({"step": step, "split": split, "prompts": prompts, **metrics})
-    directory = pathlib.Path(workdir).expanduser() / "evaluations"
-    name = f"{split}_{prompts}_step_{step:06d}"
+    setup, step = open_setup(cfg, mesh, tuple(dict.fromkeys((*EVALUATED, split)))), step_of(source)
+    data = open_data.evaluated(setup.data, split, cfg.data.seed)
+    there = len(data.splits[split])
+    count = min(cfg.eval.final_prompts, there) if prompts is None else prompts
+    if count > there:
+        raise UserError(f"--prompts={count}: {split} has {there} examples with distinct prompts, wanted at most that")
+    if count > MOST:
+        raise UserError(f"--prompts={count}: wanted at most {MOST}, since all samples are kept until the end")
+    asked = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, final_prompts=count, final_split=split))
+    directory = _directory(pathlib.Path(out or workdir / "evaluations").expanduser())
+    name = f"{split}_{count}_step_{step:06d}"
+
+    evaluations = Evaluations(dataclasses.replace(setup, data=data))
+    params = sharding.place(trained, mesh, cfg.compute.trained)
+    metrics, records = evaluations.finish(params, split=split, count=count)
+    found = described(dataclasses.replace(setup, cfg=asked), metrics, resume.environment()) | {
+        "evaluated_step": step,
+        "seconds": time.monotonic() - began,
+        "command": shlex.join(sys.orig_argv),
+    }
+    found = finite(found)
+    atomic_write_json(directory / f"{name}.json", {"step": step, **found})
+    atomic_write_text(directory / f"{name}.jsonl", json_lines(records))
+    if console is not None:
+        samples = {name: tuple(Sample(**record) for record in records)}
+        report = Run(workdir, resume.nested(cfg), (), (), samples, found)
+        console.print(tables.final_table(report))
+        console.print(tables.side_by_side(report))
+        console.print(Text(f"{directory / name}.json, {name}.jsonl"), soft_wrap=True)
+    return {"step": step, **found}
+
+
+def _directory(path: pathlib.Path) -> pathlib.Path:
+    """A directory to write in, made if need be."""
     try:
-        directory.mkdir(exist_ok=True)
-        atomic_write_json(directory / f"{name}.json", found)
-        atomic_write_text(directory / f"{name}.jsonl", json_lines(records))
-    except OSError as error:  # of somebody else's run, which may only be read
-        print(f"not kept in {directory}: {reason(error)}", file=sys.stderr)
-    return found
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} can't be made ({error.strerror}), wanted --out=DIR") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"{path} can't be written in, wanted --out=DIR")
+    return path
 
 
 def main() -> None:
-    """Prints the metrics that the command line asks for."""
+    """Prints the tables that the command line asks for."""
     given = flags.FLAGS
-    found = run(given.workdir, split=given.split, prompts=given.prompts, which=given.checkpoint)
-    table = Table("metric", "value", box=None)
-    for name, value in flatten({k: v for k, v in found.items() if k != "split"}):
-        table.add_row(name, f"{value:.4g}")
-    Console().print(table)
+    run(
+        given.workdir,
+        split=given.split,
+        prompts=given.prompts,
+        which=given.checkpoint,
+        out=given.out,
+        console=Console(),
+    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from absl import flags
 
 from oaif_jax.base import cli, options
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.text import printable
 
 if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
     cli.define_workdir()
@@ -73,7 +74,7 @@ def main() -> None:
         seed=given.seed,
         which=given.checkpoint,
     )
-    print("\n".join(responses))
+    print(printable("\n".join(responses)))
 
 
 if __name__ == "__main__":

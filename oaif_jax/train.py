@@ -39,7 +39,7 @@ from oaif_jax.base.files import atomic_write_json, finite, sha256_of_tree
 from oaif_jax.base.output import Lasting
 from oaif_jax.collect import Batches
 from oaif_jax.config import Config
-from oaif_jax.evals.of_run import Evaluations, agreement_with_gold
+from oaif_jax.evals.of_run import Evaluations, agreement_with_gold, described
 from oaif_jax.models import sharding
 from oaif_jax.rollout import named_key
 from oaif_jax.run import resume
@@ -391,21 +391,9 @@ def summarise(
     setup: Setup, metrics: Mapping[str, Any], history: dict, environment: Mapping[str, Any]
 ) -> dict[str, Any]:
     """summary.json, but for what only the end of the run knows."""
-    cfg = setup.cfg
-    summary = {
-        "method": cfg.method,
-        "seed": cfg.seed,
-        "steps": total_steps(cfg),
-        "split": cfg.eval.final_split,
-        "prompts": cfg.eval.final_prompts,
-        **environment,
-        **metrics,
-        **setup.method.headline,
-    }
-    summary |= {"judged_by": setup.judged_by} if setup.judged_by else {}
+    summary = described(setup, metrics, environment)
     if not setup.method.asks:
         return summary
-    summary |= {"instruction": cfg.annotator.instruction, "annotated_by": setup.annotated_by}
     averages = {
         name.removeprefix("annotator."): history[name][0] / history[name][1]
         for name in HISTORY

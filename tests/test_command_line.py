@@ -6,8 +6,11 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import pytest
+
+from oaif_jax import sample
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DPO = "--config=experiments/tiny.py:tldr,online,dpo"
@@ -15,7 +18,7 @@ DPO = "--config=experiments/tiny.py:tldr,online,dpo"
 # Program -> the file that holds its docstring, its required flags, its other flags, and arguments that it would take.
 PROGRAMS = {
     "oaif_jax.train": ("oaif_jax/train.py", "config workdir", "", (DPO, "--workdir=x")),
-    "oaif_jax.evaluate": ("oaif_jax/evaluate.py", "workdir", "split prompts checkpoint", ("--workdir=x",)),
+    "oaif_jax.evaluate": ("oaif_jax/evaluate.py", "workdir", "split prompts checkpoint out", ("--workdir=x",)),
     "oaif_jax.sample": (
         "oaif_jax/sample.py",
         "workdir prompt",
@@ -108,7 +111,7 @@ def test_help_names_types_and_defaults():
     shown = run("oaif_jax.evaluate", "--help").stdout
     for line in (
         "  --split=train|validation|test  (default: test)\n",
-        "  --prompts=INTEGER  (a whole number of at least 1, default: 256)\n",
+        "  --prompts=INTEGER  (a whole number of at least 1, optional)\n",
         "  --checkpoint=best|last|STEP  (default: best)\n",
     ):
         assert line in shown
@@ -188,7 +191,7 @@ def test_required(program):
         ("evaluate", ("--split=tset",), ("--split=tset: wanted one of train, validation, test",)),
         ("evaluate", ("--checkpoint=bst",), ("--checkpoint=bst: wanted best, last or a step",)),
         ("evaluate", ("--workdir=",), ("--workdir=: wanted the directory of the run",)),
-        ("evaluate", ("--split", "--prompts=1"), ("--split has no value, wanted which posts: --split=train|",)),
+        ("evaluate", ("--split", "--prompts=1"), ("--split has no value, wanted which prompts: --split=train|",)),
         ("sample", ("--temperature=nan",), ("--temperature=nan: wanted a number from 0 to 100",)),
         ("sample", ("--temperature=-1",), ("--temperature=-1: wanted a number from 0 to 100",)),
         ("sample", ("--seed=4294967296",), ("--seed=4294967296: wanted a whole number from 0 to 2147483647",)),
@@ -281,3 +284,12 @@ def test_full_output(speaker, arguments):
 def test_output_that_works(speaker):
     assert speaker(subprocess.DEVNULL, "--lines=100000") == (0, "")
     assert speaker(subprocess.DEVNULL, "--lines=-1") == (2, "error: --lines=-1: wanted a whole number of at least 0\n")
+
+
+def test_responses_reach_the_terminal_as_text(monkeypatch, capsys):
+    """A model can write what moves the cursor, sets the title or turns the line around."""
+    values = {"workdir": "x", "prompt": "p", "samples": 2, "temperature": 1.0, "seed": 0, "checkpoint": "best"}
+    monkeypatch.setattr(sample.flags, "FLAGS", types.SimpleNamespace(**values))
+    monkeypatch.setattr(sample, "run", lambda *_, **__: ["\x1b[2Jred\a\u202e", "one\ntwo\r"])
+    sample.main()
+    assert capsys.readouterr().out == "\\x1b[2Jred\\x07\\u202e\none\ntwo\\r\n"

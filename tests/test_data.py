@@ -101,7 +101,12 @@ GOOD = '{"prompt": "p", "chosen": "a", "rejected": "b"}\n'
         ('{"prompt": "p", "chosen": "a", "rejected": null}\n', r"a\.jsonl:1: wanted an object"),
         ('{"prompt": "p", "chosen": ["a"], "rejected": "b"}\n', r"a\.jsonl:1: wanted an object"),
         ("", r"a\.jsonl: no pairs in it"),
+        (GOOD + f'{{"prompt": "p", "n": {"7" * 5000}}}\n', r"a\.jsonl:2: not JSON .*thousands of digits"),
+        (GOOD + "[" * 100_000 + "\n", r"a\.jsonl:2: not JSON .*too deep"),
+        (GOOD.replace('"a"', r'"\ud83d"'), r"a\.jsonl:1: a text has half a character"),
+        (GOOD + GOOD.replace("a", "a" * 2**24), r"a\.jsonl:2: more than 16 MiB"),
     ],
+    ids=lambda value: value[-20:],
 )
 def test_wrong_lines_are_named(tmp_path, text, message):
     (tmp_path / "a.jsonl").write_text(text)

@@ -139,8 +139,8 @@ def test_same_key_same_numbers():
 
 
 def test_chunks_change_nothing():
-    """A post's samples don't depend on which posts are evaluated with it."""
-    (whole, records), (parts, in_parts) = evaluated(OTHER), evaluated(OTHER, chunk=COUNT // 2)
+    """A post's samples don't depend on which posts are evaluated with it; nor on what fills up the last chunk."""
+    (whole, records), (parts, in_parts) = evaluated(OTHER), evaluated(OTHER, chunk=5)
     for one, other in zip(records, in_parts, strict=True):
         assert {k: v for k, v in one.items() if k != "judge"} == {k: v for k, v in other.items() if k != "judge"}
         assert one["judge"] == pytest.approx(other["judge"], rel=1e-4)
@@ -158,10 +158,10 @@ def test_reference_is_drawn_once(monkeypatch):
     assert len(drawn) == 3
 
 
-def test_a_count_that_is_no_multiple_of_the_chunk_is_refused():
-    with pytest.raises(ValueError, match=r"count=8 .* chunk=3"):
-        evaluate(make_params(MODEL), jax.random.key(0), chunk=3)
+def test_chunks_have_one_size():
     assert [list(part) for part in drawing.chunks(4, 2)] == [[0, 1], [2, 3]]
+    assert [list(part) for part in drawing.chunks(5, 3)] == [[0, 1, 2], [3, 4, 0]]
+    assert [list(part) for part in drawing.chunks(1, 4)] == [[0, 0, 0, 0]]
 
 
 def test_without_an_annotator_there_is_no_agreement():
@@ -210,19 +210,20 @@ def test_sft_evaluation():
 
 
 def test_sft_chunks_change_nothing():
-    (whole, records), (parts, in_parts) = sft(COUNT), sft(COUNT // 2)
+    (whole, records), (parts, in_parts) = sft(COUNT), sft(5)
     assert records == in_parts
     assert parts["validation_loss"] == pytest.approx(whole["validation_loss"], rel=1e-5)
     assert parts["mean_length"] == whole["mean_length"]
 
 
-def test_annotator_evaluation():
+@pytest.mark.parametrize("chunk", [COUNT, COUNT + 4])
+def test_annotator_evaluation(chunk):
     found, records = agreement.evaluate(
         make_params(MODEL),
         judged=DATA.judged,
         split="validation",
         count=COUNT,
-        chunk=COUNT,
+        chunk=chunk,
         policy=model(POLICY),
         compute=COMPUTE,
         place=place,

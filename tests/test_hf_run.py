@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from test_train import digest
 
 from oaif_jax import collect, config, evaluate, export, sample, step, train
 from oaif_jax.annotate.base import asks_of
@@ -144,6 +145,54 @@ def test_talking_to_it_and_evaluating_it_again(trained):
     assert again["judge"] == summary["judge"]
 
 
+def test_evaluating_it_on_any_split(trained, tmp_path):
+    """More prompts than validation has, in chunks of its size, as train's tables; the run itself isn't touched."""
+    workdir, summary = trained
+    shown, before = io.StringIO(), digest(workdir)
+    found = evaluate.run(
+        workdir, split="train", prompts=11, out=tmp_path / "new" / "out", console=Console(file=shown, width=200)
+    )
+    assert (found["split"], found["prompts"], found["judged_by"]) == ("train", 11, summary["judged_by"])
+    assert found["judge"]["win"] + found["judge"]["tie"] + found["judge"]["loss"] == pytest.approx(1.0)
+    assert {key for key in summary if key not in ("params_sha256", "annotator")} <= set(found)
+    (samples,) = (tmp_path / "new" / "out").glob("train_11_step_*.jsonl")
+    prompts = {json.loads(line)["prompt"] for line in samples.read_text().splitlines()}
+    assert len(prompts) == 11
+    assert not prompts & {
+        json.loads(line)["prompt"] for line in (workdir / "samples" / "final.jsonl").read_text().splitlines()
+    }
+    for text in (
+        "Against the reference, 11 train prompts",
+        "Win + tie/2",
+        "Prompt 2 of 11",
+        samples.name,
+    ):
+        assert text in shown.getvalue(), text
+    assert evaluate.run(workdir, split="validation", out=tmp_path)["prompts"] == 8
+    assert digest(workdir) == before
+    with pytest.raises(
+        UserError, match="--prompts=25: train has 24 examples with distinct prompts, wanted at most that"
+    ):
+        evaluate.run(workdir, split="train", prompts=25, out=tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file can't be made \(File exists\), wanted --out=DIR"):
+        evaluate.run(workdir, prompts=8, out=tmp_path / "file")
+
+
+def test_evaluating_it_on_other_data(trained, home, tmp_path):
+    """A prompt more, and others are held out: among them would be what it was trained on."""
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    kept = (home / "prompts.jsonl").read_text()
+    (home / "prompts.jsonl").write_text(kept + '{"prompt": "Another?"}\n')
+    try:
+        with pytest.raises(
+            UserError, match=r"config\.data\.path=.*prompts\.jsonl has changed.*hasn't seen what is held out"
+        ):
+            evaluate.run(workdir, prompts=8)
+    finally:
+        (home / "prompts.jsonl").write_text(kept)
+
+
 def test_a_run_goes_on_from_a_run(trained, home, tmp_path):
     """WORKDIR@STEP brings its tokenizer, its chat template and the way to export it."""
     workdir, _ = trained
@@ -252,11 +301,12 @@ def test_what_is_said_of_the_data(home):
     changes = {"data__name": "pairs", "data__path": str(home / "pairs.jsonl"), "data__response_tokens": "12"}
     notes = setup_of(home, method="offline", **changes).notes
     assert "kept" in notes[0]
-    joined = re.search(r"joining differs from tokenizing the whole in (\d+) of (\d+)", notes[1])
+    joined = re.search(r"joining differs from tokenizing the whole in (\d+) of (\d+)", notes[2])
     assert joined
     assert int(joined[1]) <= int(joined[2])
     assert int(joined[2]) > 0
-    assert len(setup_of(home).notes) == 1
+    held_out = "; ".join(f"{name}: 8 examples held out from train" for name in ("validation", "test"))
+    assert setup_of(home).notes[1:] == (f"train: 24 examples, and not 16 held out; {held_out}",)
 
 
 @pytest.mark.parametrize("member", ["offline", "sft"])

@@ -15,6 +15,7 @@ from oaif_jax import config
 from oaif_jax.annotate import prompts
 from oaif_jax.base.errors import UserError
 from oaif_jax.config import Config
+from oaif_jax.data import splits
 from oaif_jax.run import inputs, resume
 from oaif_jax.stored.checkpoint import Checkpoints
 from oaif_jax.tiny import data as tiny
@@ -263,6 +264,34 @@ def test_several_changes_are_all_named(there, tmp_path):
     said = refusal(tmp_path / "run", cfg)
     assert "tokenizer.json has changed, model.safetensors has changed" in said
     assert said_of("annotator.instruction", cfg) in said
+
+
+@pytest.mark.parametrize("has_inputs", [True, False], ids=["of another rule", "without a list of inputs"])
+def test_examples_that_another_version_parted_otherwise(there, tmp_path, monkeypatch, has_inputs):
+    """A run on files never goes on with other examples, nor is it evaluated on what it may have been trained on; the tiny world
+    holds nothing out."""
+    workdir, cfg = tmp_path / "run", own(there)
+    with monkeypatch.context() as before:
+        before.setattr(splits, "RULE", "")
+        claimed(workdir, cfg)
+        kept = inputs.read(workdir / "inputs.json")["data.path train"]
+        assert kept.sha256 == next(iter(kept.files.values())).sha256, "as versions wrote it that had no rule"
+        assert resume.check(workdir, cfg) == []
+    kept = (workdir / "config.json").read_text()
+    write_checkpoint(workdir, {2: 0.5})
+    (workdir / "config.json").write_text(kept)
+    if not has_inputs:
+        (workdir / "inputs.json").unlink()
+    said = refusal(workdir, cfg)
+    assert said.startswith(f"config.data.path={cfg.data.path!r}")
+    assert "holds out other examples of these files" in said
+    with pytest.raises(UserError, match="holds out other examples"):
+        resume.check_data(workdir, cfg)
+    claimed(tmp_path / "tiny", made())
+    write_checkpoint(tmp_path / "tiny", {2: 0.5})
+    (tmp_path / "tiny" / "inputs.json").unlink()
+    assert resume.check(tmp_path / "tiny", made()) == []
+    resume.check_data(tmp_path / "tiny", made())
 
 
 CHANGES = {

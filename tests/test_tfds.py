@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -103,6 +104,63 @@ def test_what_is_wrong_is_said_and_leaves_nothing(tmp_path):
     (example,) = open_prepared(path, "test")
     assert example == Example((Message("user", "a"),), "b", "c", source="test.jsonl:2")
     assert_streams(path)
+
+
+DAMAGE = {
+    "no JSON": (lambda at: (at / "dataset_info.json").write_text("{"), r"1\.0\.0 can't be read \(Failed to load JSON"),
+    "another JSON": (lambda at: (at / "dataset_info.json").write_text("{}"), r"1\.0\.0 can't be read"),
+    "no features": (lambda at: (at / "features.json").unlink(), r"1\.0\.0 can't be read"),
+    "other features": (lambda at: rename(at / "features.json", "chosen", "better"), r"prepared without chosen, wanted"),
+}
+
+
+def rename(path: pathlib.Path, old: str, new: str) -> None:
+    path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.fixture(scope="module")
+def hh(tmp_path_factory) -> pathlib.Path:
+    """A small prepared data set."""
+    base = tmp_path_factory.mktemp("hh")
+    root = write_hh(base / "in")
+    helpful, _ = builders_for("hh", root, base / "out")
+    return prepare(helpful, root)
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_data_sets_are_one_line(hh, tmp_path, name):
+    """Whatever is to be skipped: what can't be read isn't a record."""
+    damage, said = DAMAGE[name]
+    path = shutil.copytree(hh, tmp_path / "1.0.0")
+    damage(path)
+    for on_error in ("raise", "skip"):
+        with pytest.raises(UserError, match=said) as error:
+            readers.read("tfds", path, "test", on_error)
+        assert "\n" not in str(error.value)
+
+
+def test_damaged_records_are_one_line(hh, tmp_path):
+    """With the number of the row; by the program, since the checks of types in tests look into sequences themselves."""
+    path = shutil.copytree(hh, tmp_path / "1.0.0")
+    records = path / "oaif_hh-test.array_record-00000-of-00001"
+    records.write_bytes(records.read_bytes()[:-20])
+    arguments = ["show", "--format=tfds", f"--path={path}", "--split=test", "--on_error=skip"]
+    done = subprocess.run(
+        [sys.executable, "-m", "oaif_jax.data", *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {path}:1: data can't be read (Invalid Riegeli")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_place_that_cannot_be_written_in(tmp_path):
+    root = write_hh(tmp_path / "in")
+    (tmp_path / "file").write_text("")
+    helpful, _ = builders_for("hh", root, tmp_path / "file")
+    with pytest.raises(
+        UserError, match=r"--out: .*helpful_base can't be made \(Not a directory\), wanted another --out"
+    ):
+        prepare(helpful, root)
 
 
 def assert_streams(path: pathlib.Path) -> None:

@@ -356,6 +356,8 @@ def test_evaluate_and_sample_programs(base):
     assert (found["step"], found["split"]) == (STEPS, "validation")
     assert found["gold"]["score"] == last["gold.score"], "the same posts, samples and parameters as the last evaluation"
     assert found["kl"] == pytest.approx(last["kl"], rel=1e-5)
+    with pytest.raises(UserError, match="--prompts=2000000000: wanted at most 1000000"):
+        evaluate.run(workdir, prompts=2_000_000_000)
     post = world.post(0, "validation", 0).text
     responses = sample.run(workdir, post, samples=3, seed=1)
     assert len(responses) == 3

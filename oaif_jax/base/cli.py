@@ -35,6 +35,7 @@ from ml_collections import config_flags
 
 from oaif_jax.base import options
 from oaif_jax.base.errors import Interrupted, UserError, near
+from oaif_jax.base.text import printable
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # the flags below belong to the program that asks for them
@@ -365,4 +366,5 @@ def _where(error: Exception, path: str) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    """One line, whatever of data or of file names is quoted in it."""
+    return printable(" ".join(str(error).split()))

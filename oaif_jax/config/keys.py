@@ -107,7 +107,7 @@ class Data:
     train: str = ""  # files: name of the split to train on, where path is a directory
     validation: str = ""  # files: name of the split to validate on; "": held out from train
     test: str = ""  # files: name of the split for the end; "": held out from train
-    held_out: Annotated[int, at_least(1)] = 256  # files: examples held out for each of these two
+    held_out: Annotated[int, at_least(1)] = 256  # files: distinct prompts held out for each of these two
     on_error: Annotated[str, one_of("raise", "skip")] = "raise"  # a line that can't be read: raise, skip (and count)
     seed: Annotated[int, at_least(0)] = 0  # of the examples and their order
     train_posts: Annotated[int, at_least(0)] = 20000  # training examples, in a new order each epoch; 0: all there are

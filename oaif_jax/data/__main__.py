@@ -11,10 +11,11 @@ import sys
 
 from absl import flags
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from oaif_jax.base import cli, options
 from oaif_jax.base.errors import UserError, near
+from oaif_jax.base.text import printable
 from oaif_jax.data import readers
 from oaif_jax.data.records import Example
 
@@ -63,13 +64,13 @@ def show() -> None:
     given = flags.FLAGS
     loaded = readers.read(given.format, pathlib.Path(given.path), given.split, given.on_error)
     console = Console(highlight=False)
-    console.print(f"[bold]{loaded.counts}[/bold]")
+    console.print(Text(str(loaded.counts), style="bold"))
     for example in loaded.examples[:SHOWN]:
         _print(console, example)
 
 
 def _print(console: Console, example: Example) -> None:
-    console.rule(escape(example.source))
+    console.rule(Text(printable(example.source)))
     named = [(message.role, message.content) for message in example.prompt]
     if example.is_pair:
         named += [("chosen", example.chosen), ("rejected", example.rejected)]
@@ -77,7 +78,7 @@ def _print(console: Console, example: Example) -> None:
         named.append(("reference", example.reference))
     for name, text in named:
         shown = text if len(text) <= WIDTH else f"{text[:WIDTH]} ... ({len(text):,} characters)"
-        console.print(f"[bold]{escape(name)}[/bold]  {escape(shown)}")
+        console.print(Text.assemble((name, "bold"), "  ", printable(shown)))
 
 
 def prepare() -> None:

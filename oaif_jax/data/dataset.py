@@ -90,10 +90,14 @@ class DataSet:
         assert reads == "prompts", reads
         return Batch(prompts)
 
+    def ids_of(self, example: Example) -> tuple[list[int], list[list[int]]]:
+        """Token ids of the prompt, and of each response with its stop token."""
+        return self.voice.prompt(example), [self.voice.answer(text, stop=True) for text in example.responses]
+
     def tokens_of(self, example: Example) -> tuple[int, int]:
         """Tokens of the prompt, and of the longest response with its stop token."""
-        longest = max((len(self.voice.answer(text, stop=True)) for text in example.responses), default=0)
-        return len(self.voice.prompt(example)), longest
+        prompt, responses = self.ids_of(example)
+        return len(prompt), max(map(len, responses), default=0)
 
 
 def context_of(example: Example) -> str:

@@ -1,65 +1,108 @@
 """The data that a config names: the tiny world, or texts from files, in the policy's voice."""
 
 import dataclasses
+import hashlib
 import pathlib
 
 import numpy as np
 
 from oaif_jax.base.errors import UserError
 from oaif_jax.config import Data, Eval
-from oaif_jax.data import readers, records
+from oaif_jax.data import readers, records, splits
 from oaif_jax.data.dataset import DataSet
-from oaif_jax.data.records import Counts, Example
+from oaif_jax.data.records import Counts, Example, Message
 from oaif_jax.data.voice import Voice
 
 JOINED = 200  # examples whose prompts and responses are tokenized as one text, to say how often that differs
+CHARACTERS = 256  # of a token, at most, on the average of a text: what is longer is too long without being tokenized
 
 
-def texts(section: Data, evaluation: Eval, voice: Voice, reads: str) -> DataSet:
-    """Examples of files for what a method reads (prompts, references or pairs), those that are evaluated on held out."""
+def texts(section: Data, evaluation: Eval, voice: Voice, reads: str, *, portions: int = 1) -> DataSet:
+    """Examples of files for what a method reads (prompts, references or pairs), in splits with no prompt in common; of training
+    examples, as many as divide into `portions` equal ones."""
     if reads not in records.USES:
         raise UserError(f"config.data.name={section.name!r} has no {reads} pairs, wanted 'tiny'")
     if not section.path:
         raise UserError(f"config.data.path='': wanted the file or directory of config.data.name={section.name!r}")
-    data = DataSet({}, voice, section.prompt_tokens, section.response_tokens)
-    wanted = {"train": section.train, "validation": section.validation, "test": section.test}
-    notes, splits = [], {}
-    for name, split in wanted.items():
-        if name == "train" or split:
-            splits[name], counts = _read(section, data, split, reads)
-            notes.append(f"{section.path}{f' {split}' if split else ''}: {counts}")
-    splits |= _hold_out(section, splits)
-    # Pairs may have several responses to a prompt: none that is evaluated on is trained on.
-    kept = {example.prompt for name in ("validation", "test") for example in splits[name]}
-    train = [example for example in splits["train"] if example.prompt not in kept]
-    splits["train"] = train[: section.train_posts or None]
-    for name, count in (("validation", evaluation.prompts), (evaluation.final_split, evaluation.final_prompts)):
-        if len(splits[name]) < count:
-            raise UserError(f"config.data: {name} has {len(splits[name])} examples, wanted {count} for evaluations")
-    if not splits["train"]:
-        raise UserError(f"config.data.held_out={section.held_out}: nothing is left to train on, wanted fewer")
-    if reads != "prompts":
-        notes.append(f"the first {JOINED} examples: {voice.joining(splits['train'][:JOINED])}")
-    return dataclasses.replace(data, splits=splits, notes=tuple(notes))
-
-
-def _read(section: Data, data: DataSet, split: str, reads: str) -> tuple[list[Example], Counts]:
-    loaded = readers.read(section.name, pathlib.Path(section.path), split, section.on_error)
-    loaded = records.use_as(loaded, reads)
-    loaded = records.within(loaded, data.tokens_of, data.prompt_tokens, data.response_tokens)
-    return loaded.examples, loaded.counts
-
-
-def _hold_out(section: Data, splits: dict[str, list[Example]]) -> dict[str, list[Example]]:
-    """Splits that weren't named, taken from train by a shuffle of the data's seed, and what is left of train."""
-    missing = [name for name in ("validation", "test") if name not in splits]
-    train = splits["train"]
-    wanted = section.held_out * len(missing)
-    if len(train) <= wanted:
+    if section.validation and section.validation == section.test:
         raise UserError(
-            f"config.data.held_out={section.held_out}: there are {len(train)} examples, wanted more than {wanted}"
+            f"config.data.validation and test are both {section.test!r}, wanted two splits, or one of them ''"
         )
-    order = np.random.default_rng(section.seed).permutation(len(train))
-    taken = {name: order[i * section.held_out : (i + 1) * section.held_out] for i, name in enumerate(missing)}
-    found = {name: [train[i] for i in sorted(indices)] for name, indices in taken.items()}
-    return found | {"train": [train[i] for i in sorted(order[wanted:])]}
+    data = DataSet({}, voice, section.prompt_tokens, section.response_tokens)
+    named = {"train": section.train, "validation": section.validation, "test": section.test}
+    keys = Keys(data)
+    notes, read = [], {}
+    for name, split in named.items():
+        if name == "train" or split:
+            read[name], counts = _read(section, keys, split, reads)
+            notes.append(f"{section.path}{f' {split}' if split else ''}: {counts}")
+    found, said = splits.part(
+        read,
+        keys.key,
+        held_out=section.held_out,
+        seed=section.seed,
+        train_posts=section.train_posts,
+        portions=portions,
+    )
+    wanted = (
+        ("validation", "prompts", evaluation.prompts),
+        (evaluation.final_split, "final_prompts", evaluation.final_prompts),
+    )
+    for name, key, count in wanted:
+        if len(found[name]) < count:
+            there = f"{name} has {len(found[name])} examples with distinct prompts"
+            raise UserError(f"config.eval.{key}={count}: {there}, wanted at most that, or more data")
+    if not found["train"]:
+        raise UserError(f"config.data.held_out={section.held_out}: nothing is left to train on, wanted fewer")
+    notes.append(said)
+    if reads != "prompts":
+        notes.append(f"the first {JOINED} examples: {voice.joining(found['train'][:JOINED])}")
+    return dataclasses.replace(data, splits=found, notes=tuple(notes))
+
+
+def evaluated(data: DataSet, split: str, seed: int) -> DataSet:
+    """The data set with what evaluations take of a split: one example to each distinct prompt, in an order of which the first n
+    are a seeded sample. Validation and test are so already, and an endless split is as it is."""
+    if data.is_endless or split in splits.EVALUATED:
+        return data
+    return dataclasses.replace(
+        data, splits={**data.splits, split: splits.sample(data.splits[split], Keys(data).key, seed)}
+    )
+
+
+@dataclasses.dataclass
+class Keys:
+    """What is known of examples once they are tokenized: which prompts are the same tokens, and which pairs."""
+
+    data: DataSet
+    prompts: dict[tuple[Message, ...], bytes] = dataclasses.field(default_factory=dict)
+    same: set[Example] = dataclasses.field(default_factory=set)  # pairs whose responses are the same tokens
+
+    def key(self, example: Example) -> bytes:
+        """The same for the same tokens of a prompt."""
+        if example.prompt not in self.prompts:
+            ids = self.data.voice.prompt(example)
+            self.prompts[example.prompt] = hashlib.sha256(np.array(ids, np.int64).tobytes()).digest()
+        return self.prompts[example.prompt]
+
+    def tokens_of(self, example: Example) -> tuple[int, int]:
+        """Tokens of the prompt and of the longest response, as far as these can be within the limits."""
+        data = self.data
+        most = CHARACTERS * data.prompt_tokens, CHARACTERS * data.response_tokens
+        prompt_length = sum(len(message.content) + 1 for message in example.prompt)
+        if prompt_length > most[0] or max(map(len, example.responses), default=0) > most[1]:
+            return data.prompt_tokens + 1, data.response_tokens + 1
+        prompt, responses = data.ids_of(example)
+        self.prompts[example.prompt] = hashlib.sha256(np.array(prompt, np.int64).tobytes()).digest()
+        if example.is_pair and responses[0] == responses[1]:
+            self.same.add(example)
+        return len(prompt), max(map(len, responses), default=0)
+
+
+def _read(section: Data, keys: Keys, split: str, reads: str) -> tuple[list[Example], Counts]:
+    loaded = readers.read(section.name, pathlib.Path(section.path), split, section.on_error, reads)
+    loaded = records.use_as(loaded, reads)
+    loaded = records.within(loaded, keys.tokens_of, keys.data.prompt_tokens, keys.data.response_tokens)
+    if reads == "pairs":
+        loaded = records.without_same(loaded, keys.same.__contains__)
+    return loaded.examples, loaded.counts

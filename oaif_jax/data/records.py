@@ -1,5 +1,6 @@
 """One record for prompts, references and preference pairs, and the counts of what was read and what was left out."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,6 +9,7 @@ from oaif_jax.base.errors import UserError, near
 ROLES = ("system", "user", "assistant")
 USES = ("prompts", "references", "pairs")
 EMPTY = "empty"  # the reason of RecordError that has a count of its own
+TIED, REVERSED = "tied", "reversed"  # the reasons of UndecidedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,20 +52,31 @@ class RecordError(ValueError):
         self.reason = reason
 
 
+class UndecidedError(Exception):
+    """A pair that prefers nothing by its own record, which is as its format says: `reason` is TIED or REVERSED."""
+
+    def __init__(self, reason: str, example: Example):
+        super().__init__(reason)
+        self.reason, self.example = reason, example
+
+
 @dataclasses.dataclass(frozen=True)
 class Counts:
     """How many records were kept, and why the others were not."""
 
     kept: int = 0
     empty: int = 0  # without a prompt, or without a reference where one is wanted
-    identical: int = 0  # pairs of two equal responses, which prefer nothing
+    identical: int = 0  # pairs of two equal responses, as texts or as tokens, which prefer nothing
+    tied: int = 0  # pairs of equal scores, or with as many votes for one response as for the other
+    reversed: int = 0  # pairs whose rejected response has the higher score
     duplicate: int = 0  # equal to an earlier record, the first one being kept
+    outvoted: int = 0  # pairs that more records have the other way round
     too_long: int = 0
     malformed: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by reason
 
     def __str__(self) -> str:
         """In: Counts(kept=7, too_long=2, malformed={"not JSON": 1}). Out: "7 kept, 2 too long, 1 malformed (1 not JSON)" """
-        names = ("kept", "empty", "identical", "duplicate", "too_long")
+        names = [field.name for field in dataclasses.fields(self) if field.name != "malformed"]
         parts = [f"{getattr(self, name):,} {name.replace('_', ' ')}" for name in names if getattr(self, name)]
         if self.malformed:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.malformed.items()))
@@ -85,6 +98,26 @@ def distinct(examples: Sequence[Example]) -> list[Example]:
     for example in examples:
         first.setdefault(dataclasses.replace(example, source=""), example)
     return list(first.values())
+
+
+def by_majority(examples: Sequence[Example]) -> tuple[list[Example], dict[str, int]]:
+    """Each pair once, as most of its records have it, whatever raters and files they come from; and all else that is distinct.
+
+    Of records that agree the first is kept. The others are counted: "duplicate" (they say the same), "outvoted" (the
+    opposite), "tied" (as many say one thing as the other, and none of them is kept).
+    """
+    votes = collections.Counter((example.prompt, example.chosen, example.rejected) for example in examples)
+    left: collections.Counter[str] = collections.Counter()
+    kept = []
+    for example in examples:
+        agree = votes[example.prompt, example.chosen, example.rejected]
+        differ = votes[example.prompt, example.rejected, example.chosen] if example.is_pair else 0
+        if agree <= differ:
+            left[TIED if agree == differ else "outvoted"] += 1
+        else:
+            kept.append(example)
+    different = distinct(kept)
+    return different, {**left, "duplicate": len(kept) - len(different)}
 
 
 def use_as(loaded: Loaded, use: str) -> Loaded:
@@ -120,6 +153,15 @@ def _form(example: Example, use: str) -> Example | None:
         return dataclasses.replace(example, reference="")
     reference = example.reference or example.chosen
     return Example(example.prompt, reference=reference, source=example.source) if reference else None
+
+
+def without_same(loaded: Loaded, same: Callable[[Example], bool]) -> Loaded:
+    """Without the pairs whose responses are the `same` to a policy (texts can become equal tokens), counted as identical."""
+    kept = [example for example in loaded.examples if not same(example)]
+    if not kept:
+        raise UserError(f"data: the responses of all {len(loaded.examples):,} pairs are the same tokens; wanted others")
+    identical = loaded.counts.identical + len(loaded.examples) - len(kept)
+    return Loaded(kept, dataclasses.replace(loaded.counts, kept=len(kept), identical=identical))
 
 
 def within(

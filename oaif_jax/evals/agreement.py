@@ -35,7 +35,7 @@ def evaluate(
             responses, mask = placed.pop("responses"), placed.pop("mask")
             said = llm.ask(params, placed, responses, mask, template=template, cfg=policy.cfg, compute=compute)
             parts.append((np.asarray(said)[:, 0], batch["label"] - 0.5))
-        p_orders, difference = (np.concatenate(part) for part in zip(*parts, strict=True))
+        p_orders, difference = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
         found[name] = verdicts.agreement(p_orders, difference, np.zeros(len(p_orders), bool))
     accuracy = float(np.mean([each.get("gold_agreement", 0.5) for each in found.values()]))
     return {"validation_loss": 1.0 - accuracy, "accuracy": accuracy, "annotator": found}, []

@@ -81,7 +81,7 @@ def evaluate(
         return part, list(_records(data, examples, texts, their_texts, part))
 
     parts = [one_chunk(indices) for indices in drawing.chunks(count, chunk)]
-    joined = {name: np.concatenate([part[name] for part, _ in parts]) for name in parts[0][0]}
+    joined = {name: np.concatenate([part[name] for part, _ in parts])[:count] for name in parts[0][0]}
     metrics: dict = {
         "mean_length": float(joined["length"].mean()),
         "reference_length": float(joined["reference_length"].mean()),
@@ -104,7 +104,7 @@ def evaluate(
             name: verdicts.agreement(joined[f"orders.{name}"], joined.get(f"utility.{name}"), joined["identical"])
             for name in annotators
         }
-    return metrics, [record for _, records in parts for record in records]
+    return metrics, [record for _, records in parts for record in records][:count]
 
 
 def orders(scores: Scores) -> np.ndarray:

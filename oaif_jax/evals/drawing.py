@@ -71,10 +71,9 @@ def draw(
 
 
 def chunks(count: int, chunk: int) -> list[np.ndarray]:
-    """Numbers of `count` examples in parts of one size, so that one program serves them all."""
-    if count % chunk:
-        raise ValueError(f"count={count} is not a multiple of chunk={chunk}")
-    return [np.arange(start, start + chunk, dtype=np.int32) for start in range(0, count, chunk)]
+    """Numbers of `count` examples in parts of one size, so that one program serves them all: the last part is filled up with
+    examples that were there already, which the caller leaves out."""
+    return [np.arange(start, start + chunk, dtype=np.int32) % count for start in range(0, count, chunk)]
 
 
 def in_words(text: str) -> int:

@@ -1,5 +1,6 @@
 """A fine-tuned policy by itself: its loss on references, and its samples beside them."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -32,13 +33,15 @@ def evaluate(
     for indices in drawing.chunks(count, chunk):
         examples = data.examples(split, indices)
         prompts = data.prompts(examples, indices)
-        given = place(data.rollout(prompts, [[example.reference] for example in examples]))
+        own = min(len(indices), count - len(records))  # the others fill the last part up, and don't count
+        given = data.rollout(prompts, [[example.reference] for example in examples])
+        given = place(dataclasses.replace(given, mask=given.mask & (np.arange(len(indices)) < own)[:, None, None]))
         part, size = drawing.log_likelihood(params, given, cfg=policy.cfg, compute=compute)
         loss, tokens = loss - float(part), tokens + float(size)
         made = drawing.respond(params, place(prompts), key, sampler=sampler, cfg=policy.cfg, compute=compute)
-        drawn, mask = np.asarray(made.tokens)[:, 0], np.asarray(made.mask)[:, 0]
+        drawn, mask = np.asarray(made.tokens)[:own, 0], np.asarray(made.mask)[:own, 0]
         lengths.append(mask.sum(-1))
-        for example, response, kept in zip(examples, drawn, mask, strict=True):
+        for example, response, kept in zip(examples[:own], drawn, mask, strict=True):
             text = data.voice.text(response, kept)
             record: dict = {"prompt": context_of(example), "reference": example.reference, "policy": text}
             if data.gold:

@@ -1,6 +1,7 @@
 """When a run is evaluated, and by what: on validation examples while it trains, on the final split at its end."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,10 +38,16 @@ class Evaluations:
             params, "validation", self._setup.cfg.eval.prompts, thorough=thorough, cache=self._cache, temperature=None
         )
 
-    def finish(self, params: PyTree) -> Evaluation:
-        """The same on the final split, and of greedy samples."""
+    def finish(self, params: PyTree, *, split: str = "", count: int = 0) -> Evaluation:
+        """The same on the final split, and of greedy samples; or on another split, and any number of its examples."""
         cfg = self._setup.cfg.eval
-        return self._final(params, cfg.final_split, cfg.final_prompts, thorough=True, cache={}, temperature=None)
+        split, count = split or cfg.final_split, count or cfg.final_prompts
+        return self._final(params, split, count, thorough=True, cache={}, temperature=None)
+
+    def _chunk(self, count: int) -> int:
+        """Examples at a time: as in all evaluations of the run, or the few that there are, over all devices."""
+        parts = self._setup.mesh.shape["data"] * self._setup.mesh.shape["fsdp"]
+        return min(eval_chunk(self._setup.cfg), -(-count // parts) * parts)
 
     def _comparison_at_end(self, params: PyTree, split: str, count: int, **how) -> Evaluation:
         metrics, records = self._comparison(params, split, count, **how)
@@ -59,7 +66,7 @@ class Evaluations:
             data=setup.data,
             split=split,
             count=count,
-            chunk=eval_chunk(setup.cfg),
+            chunk=self._chunk(count),
             policy=setup.policy,
             reference=setup.reference,
             sampler=setup.sampler(drawn_at),
@@ -83,7 +90,7 @@ class Evaluations:
             data=setup.data,
             split=split,
             count=count,
-            chunk=eval_chunk(setup.cfg),
+            chunk=self._chunk(count),
             policy=setup.policy,
             sampler=setup.sampler(setup.cfg.sample.temperature),
             compute=setup.compute,
@@ -98,11 +105,30 @@ class Evaluations:
             judged=setup.data.judged,
             split=split,
             count=count,
-            chunk=eval_chunk(setup.cfg),
+            chunk=self._chunk(count),
             policy=setup.policy,
             compute=setup.compute,
             place=setup.place,
         )
+
+
+def described(setup: Setup, metrics: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What a final evaluation came to, with what was trained and who judged: what reports make their tables of."""
+    cfg = setup.cfg
+    found = {
+        "method": cfg.method,
+        "seed": cfg.seed,
+        "steps": cfg.steps * cfg.rounds.count,
+        "split": cfg.eval.final_split,
+        "prompts": cfg.eval.final_prompts,
+        **environment,
+        **metrics,
+        **setup.method.headline,
+    }
+    found |= {"judged_by": setup.judged_by} if setup.judged_by else {}
+    if setup.method.asks:
+        found |= {"instruction": cfg.annotator.instruction, "annotated_by": setup.annotated_by}
+    return found
 
 
 def agreement_with_gold(setup: Setup, examples: Sequence[Example], outputs: dict) -> dict[str, float]:

@@ -14,6 +14,7 @@ from absl import flags
 from oaif_jax import report
 from oaif_jax.base import cli, options
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.text import printable
 from oaif_jax.report import tables
 
 WANTED = "the workdir of a run, finished or not"
@@ -40,7 +41,7 @@ def draw(workdirs: Sequence[str], markdown: bool) -> int:
         try:
             run = report.write(workdir, finished=False)
         except report.ReportError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             failed = 2
             continue
         for name in (report.CURVE, report.PAGE):

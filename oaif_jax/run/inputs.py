@@ -20,7 +20,7 @@ from oaif_jax.annotate import prompts, python
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.files import read_json
 from oaif_jax.config import Config
-from oaif_jax.data import chat, readers, special_tokens, tokenizer
+from oaif_jax.data import chat, readers, special_tokens, splits, tokenizer
 from oaif_jax.stored.checkpoint import Reader
 from oaif_jax.stored.hf.tensors import INDEX, weight_files
 from oaif_jax.stored.open import POLICY, Source, chat_of, home, run_config, run_of, source_of
@@ -36,6 +36,9 @@ BESIDE = (
 )  # fmt: skip
 LARGE = 5 * 10**8  # bytes that take about a second to hash
 SHOWN = 80  # characters of a line
+ANOTHER_RULE = (
+    "the version that the run began with holds out other examples of these files than this one, and trains on others"
+)
 
 Say = Callable[[str], None]
 
@@ -67,15 +70,19 @@ class Found:
     path: pathlib.Path
     files: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
     sha256: str = ""
+    rule: str = ""  # what this version makes of the files, where another one may make something else of them
 
 
-def of(cfg: Config, known: Mapping[str, Input] | None = None, say: Say | None = None) -> dict[str, Input]:
-    """Every input of a config by its key. `known` are inputs of an earlier start, by whose stamps files aren't read again.
+def of(
+    cfg: Config, known: Mapping[str, Input] | None = None, say: Say | None = None, *, only: str = ""
+) -> dict[str, Input]:
+    """Every input of a config by its key, or those whose keys begin with `only`. `known` are inputs of an earlier start, by whose
+    stamps files aren't read again.
 
     Files that are absent aren't listed. UserError, with the key, where that leaves it unclear which files there should be.
     """
     known = known or {}
-    found = dict(_found(cfg))
+    found = {key: each for key, each in _found(cfg) if key.startswith(only)}
     stamps = {key: {name: _stamp(path) for name, path in each.files.items()} for key, each in found.items()}
     kept = {
         (key, name): file
@@ -99,7 +106,10 @@ def of(cfg: Config, known: Mapping[str, Input] | None = None, say: Say | None = 
 
 def _input(found: Found, files: dict[str, File]) -> Input:
     text = "".join(_text(path) for path in found.files.values()) if found.kind in TEXTS else ""
-    return Input(found.kind, str(found.path), found.sha256 or _together(files), text, files)
+    sha256 = found.sha256 or _together(files)
+    if found.rule:
+        sha256 = hashlib.sha256(f"{found.rule}\n{sha256}\n".encode()).hexdigest()
+    return Input(found.kind, str(found.path), sha256, text, files)
 
 
 def _together(files: Mapping[str, File]) -> str:
@@ -263,10 +273,11 @@ def _data(cfg: Config, reads: str) -> Iterator[tuple[str, Found]]:
         if name != "train" and not split:  # held out from train
             continue
         try:
-            read = [part.file for part in readers.FORMATS[section.name](root, split)]
+            read = [part.file for part in readers.parts(section.name, root, split)]
         except UserError as error:
             raise UserError(f"config.data.path={section.path!r}: {error}") from error
-        yield f"data.path {name}", Found("data", root, _there(root if root.is_dir() else root.parent, read))
+        files = _there(root if root.is_dir() else root.parent, read)
+        yield f"data.path {name}", Found("data", root, files, rule=splits.RULE if name == "train" else "")
 
 
 def _there(inside: pathlib.Path, paths: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
@@ -332,6 +343,8 @@ def _change(before: Input, now: Input) -> str:
     both = [name for name in before.files if name in now.files]
     changed = [f"{name} has changed" for name in both if before.files[name].sha256 != now.files[name].sha256]
     every = [*gone, *new, *changed]
+    if not every:
+        return f"{ANOTHER_RULE} ({before.path})"
     more = f" and {len(every) - 3} more" if len(every) > 3 else ""
     return f"{', '.join(every[:3])}{more} ({before.path})"
 

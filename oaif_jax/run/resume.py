@@ -118,8 +118,17 @@ def _check(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None) -> list[s
             raise UserError(f"--workdir={workdir} holds files but no config.json: wanted an empty directory or a run's")
         return []
     changes = _changes(workdir / "config.json", cfg)
-    _same_inputs(workdir, cfg, say)
+    begun = f"wanted what the run in {workdir} began with; put it back, or take another --workdir"
+    _same_inputs(workdir, cfg, begun, say=say)
     return changes
+
+
+def check_data(workdir: pathlib.Path, cfg: Config) -> None:
+    """UserError where data from files aren't what the run began with: what is held out of others, it may have been trained on."""
+    if cfg.data.name != "tiny":
+        _same_inputs(
+            workdir, cfg, f"wanted the data of the run in {workdir}, of which it hasn't seen what is held out", "data."
+        )
 
 
 def claim(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None = None) -> list[str]:
@@ -148,14 +157,18 @@ def claim(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None = None) -> 
     return [*changes, *notes]
 
 
-def _same_inputs(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None) -> None:
-    """UserError unless what the config names is what the run began with, as far as that is known."""
+def _same_inputs(
+    workdir: pathlib.Path, cfg: Config, wanted: str, only: str = "", say: inputs.Say | None = None
+) -> None:
+    """UserError unless what the config names is what the run began with, as far as that is known; of the keys that begin with
+    `only`. `wanted` ends what it says."""
     if not (workdir / inputs.FILE).exists():
+        if cfg.data.name != "tiny" and next((workdir / "checkpoints").glob("*/meta.json"), None) is not None:
+            raise UserError(f"config.data.path={cfg.data.path!r}: {inputs.ANOTHER_RULE}; {wanted}")
         return
-    known = inputs.read(workdir / inputs.FILE)
-    wanted = f"wanted what the run in {workdir} began with; put it back, or take another --workdir"
+    known = {key: each for key, each in inputs.read(workdir / inputs.FILE).items() if key.startswith(only)}
     try:
-        found = inputs.compare(known, inputs.of(cfg, known, say), cfg)
+        found = inputs.compare(known, inputs.of(cfg, known, say, only=only), cfg)
     except UserError as error:
         raise UserError(f"{error}; {wanted}") from error
     if found:

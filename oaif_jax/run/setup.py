@@ -95,8 +95,8 @@ class Setup:
         return sharding.place_batch(batch, self.mesh)
 
 
-def open_setup(cfg: Config, mesh: Mesh) -> Setup:
-    """Opens all that a config names; UserError for whatever of it can't be used."""
+def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) -> Setup:
+    """Opens all that a config names; UserError for whatever of it can't be used. `evaluated`: splits that are evaluated on."""
     kind = methods.named(cfg.method)
     check(cfg, kind, mesh)
     source = source_of(POLICY, cfg.policy)
@@ -126,10 +126,10 @@ def open_setup(cfg: Config, mesh: Mesh) -> Setup:
             annotator = _on_host(asked, data, mesh)
             on_the_mesh = asked if annotator.reads_policy_ids else None
             notes = notes if on_the_mesh is not None or not kind.asks else (*notes, OVER_THE_HOST)
-            measured = _measured(cfg, asked, model, data, mesh)
+            measured = _measured(cfg, asked, model, data, mesh, evaluated)
     judge, judged_by = None, ""
     if is_compared and cfg.judge.init != "none":
-        judge, judged_by = _judge(cfg, model, annotator, data, compute, mesh)
+        judge, judged_by = _judge(cfg, model, annotator, data, compute, mesh, evaluated)
     return Setup(
         cfg=cfg,
         mesh=mesh,
@@ -218,7 +218,8 @@ def _data(cfg: Config, kind: type[Method], source: Source, voice: Voice) -> Data
             raise UserError(
                 f"{source}: wanted init=hf and path=DIRECTORY, or a run that began with one, for data from files"
             )
-        return open_data.texts(section, cfg.eval, voice, kind.reads)
+        portions = cfg.rounds.count if cfg.rounds.portions else 1
+        return open_data.texts(section, cfg.eval, voice, kind.reads, portions=portions)
     if home(source) is not None:
         raise UserError(
             "config.data.name='tiny': the tiny world has a tokenizer of its own, wanted policy.init=tiny:NAME"
@@ -278,11 +279,13 @@ def _on_host(annotator: LLMAnnotator, data: DataSet, mesh: Mesh) -> HostLLMAnnot
     return on_host(annotator, data.voice, functools.partial(sharding.place_batch, mesh=mesh))
 
 
-def _measured(cfg: Config, own: LLMAnnotator, model: Model, data: DataSet, mesh: Mesh) -> dict[str, Annotator]:
+def _measured(
+    cfg: Config, own: LLMAnnotator, model: Model, data: DataSet, mesh: Mesh, evaluated: tuple[str, ...]
+) -> dict[str, Annotator]:
     """The annotator under its own instruction, and under each other one that the gold judge knows, as far as it is of that
     world: its agreement is measured under them."""
     known = data.gold.instructions if data.gold is not None and home(model.source) is None else ()
-    found = {name: _asks(cfg, model, name, data, own.compute, EVALUATED) for name in known}
+    found = {name: _asks(cfg, model, name, data, own.compute, evaluated) for name in known}
     found |= {name_of(cfg.annotator.instruction): own}
     return {name: _on_host(each, data, mesh) for name, each in found.items()}
 
@@ -293,7 +296,13 @@ def name_of(instruction: str) -> str:
 
 
 def _judge(
-    cfg: Config, model: Model | None, annotator: Annotator | None, data: DataSet, compute: ComputeConfig, mesh: Mesh
+    cfg: Config,
+    model: Model | None,
+    annotator: Annotator | None,
+    data: DataSet,
+    compute: ComputeConfig,
+    mesh: Mesh,
+    evaluated: tuple[str, ...],
 ) -> tuple[Annotator, str]:
     """Who compares policy and reference in evaluations, and its name for reports."""
     if cfg.judge.init == "annotator" and model is None:
@@ -302,7 +311,7 @@ def _judge(
     if cfg.judge.init != "annotator":
         model = _open_frozen(cfg, "judge", cfg.judge, mesh, "none")
     assert model is not None
-    judge = _asks(cfg, model, cfg.judge.instruction, data, compute, EVALUATED)
+    judge = _asks(cfg, model, cfg.judge.instruction, data, compute, evaluated)
     judged_by = f"{_said(model.source)}, {name_of(cfg.judge.instruction)}"
     return _on_host(judge, data, mesh), judged_by
 
@@ -319,7 +328,6 @@ def stored_model(workdir: str | pathlib.Path, which: str) -> tuple[Config, int, 
     """A run's config, and its whole model by checkpoint `which` (best, last or a step), with the step. It lies on the run's mesh
     where there are such devices; else on those that there are, each with a copy."""
     cfg, _, source = read_run(workdir, which)
-    sharding.use_cpu_devices(cfg.mesh.cpu_devices)
     parts = cfg.mesh.fsdp * cfg.mesh.tensor
     count = parts * cfg.mesh.data if cfg.mesh.data > 0 else len(jax.devices()) // parts * parts
     is_there = count == len(jax.devices())

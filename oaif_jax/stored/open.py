@@ -270,7 +270,7 @@ def run_config(source: Source) -> Config:
 
 def read_run(workdir: str | pathlib.Path, which: str) -> tuple[Config, PyTree, Source]:
     """A run's config, what it has trained (numpy; under LoRA the additions) by checkpoint `which` (best, last or a step), and
-    the source that names that checkpoint. UserError where there is none, or it is damaged."""
+    the source that names that checkpoint. UserError where there is none, or it is damaged. Makes the run's CPU devices."""
     workdir = pathlib.Path(workdir).expanduser()
     path = workdir / "config.json"
     try:
@@ -282,8 +282,10 @@ def read_run(workdir: str | pathlib.Path, which: str) -> tuple[Config, PyTree, S
         ) from error
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"--workdir={workdir}: this run has no checkpoint yet")
+    cfg, _ = config.read(path)
+    sharding.use_cpu_devices(cfg.mesh.cpu_devices)  # as the run had them: JAX starts when a checkpoint is read
     params, meta = checkpoint.load_params(workdir / "checkpoints", which)
-    return config.read(path)[0], params, Source(POLICY, f"{workdir}@{meta['step']}", "")
+    return cfg, params, Source(POLICY, f"{workdir}@{meta['step']}", "")
 
 
 def step_of(source: Source) -> int:

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from oaif_jax.base.errors import UserError, near
 from oaif_jax.data.readers import hh, plain, prepared, tldr, ultrafeedback
 from oaif_jax.data.readers.files import Part
-from oaif_jax.data.records import EMPTY, Counts, Example, Loaded, RecordError, distinct
+from oaif_jax.data.records import EMPTY, Counts, Example, Loaded, RecordError, UndecidedError, by_majority
+
+SKIP = "config.data.on_error=skip (--on_error=skip) leaves such records out, and counts them"
 
 FORMATS: dict[str, Callable[[pathlib.Path, str], list[Part]]] = {
     "prompts": plain.prompts,
@@ -28,46 +30,61 @@ FORMATS: dict[str, Callable[[pathlib.Path, str], list[Part]]] = {
 }
 
 
-def read(format: str, path: pathlib.Path, split: str = "", on_error: str = "raise") -> Loaded:
+def read(format: str, path: pathlib.Path, split: str = "", on_error: str = "raise", use: str = "") -> Loaded:
     """The examples of a split, in the order of the files.
 
     `path` is a file, or a directory of the format's original layout, in which `split` chooses. Of equal records the first
-    one is kept; pairs of equal responses are dropped. A record that is malformed, or has no prompt, raises UserError with
-    file and line, or is left out under on_error="skip"; all of them are counted. A file that can't be read (no such file,
-    gzip that breaks off) raises in any case.
+    one is kept, and of a pair that several raters judged what most of them say; pairs that prefer nothing are dropped (but
+    for use="prompts", which asks for the prompts alone). A record that is malformed, or has no prompt, raises UserError
+    with file and line, or is left out under on_error="skip"; all of them are counted. A file that can't be read (no such
+    file, gzip that breaks off) raises in any case.
     """
     if format not in FORMATS:
         raise UserError(f"format={format!r} doesn't exist{near(format, FORMATS)}")
     if on_error not in ("raise", "skip"):
         raise UserError(f"on_error={on_error!r}, wanted raise or skip")
-    left_out: collections.Counter[str] = collections.Counter()
-    found = [
-        example for part in FORMATS[format](path, split) for example in _examples(part, on_error == "skip", left_out)
-    ]
-    different = [example for example in found if example.is_pair or not example.chosen]
-    kept = distinct(different)
-    counts = Counts(
-        kept=len(kept),
-        empty=left_out.pop(EMPTY, 0),
-        identical=len(found) - len(different),
-        duplicate=len(different) - len(kept),
-        malformed=dict(left_out),
-    )
+    left: collections.Counter[str] = collections.Counter()
+    malformed: collections.Counter[str] = collections.Counter()
+    found = []
+    for part in parts(format, path, split):
+        for example, undecided in _examples(part, on_error == "skip", malformed):
+            if use == "prompts":
+                found.append(Example(example.prompt, source=example.source))
+            elif undecided:
+                left[undecided] += 1
+            else:
+                found.append(example)
+    kept, others = by_majority(found)
+    left.update(others)
+    counts = Counts(kept=len(kept), empty=malformed.pop(EMPTY, 0), malformed=dict(malformed), **left)
     if not kept:
         of = f" of split {split}" if split else ""
         raise UserError(f"data {path}: no examples{of} in it as {format} ({counts})")
     return Loaded(kept, counts)
 
 
-def _examples(part: Part, skip: bool, left_out: collections.Counter[str]) -> Iterator[Example]:
-    """The examples of a file; what is left out is added to `left_out` by reason."""
+def parts(format: str, path: pathlib.Path, split: str) -> list[Part]:
+    """The files of a split; UserError where there are none, or where they can't be looked for."""
+    try:
+        return FORMATS[format](path, split)
+    except OSError as error:  # a name that is too long, or a directory that may not be read
+        raise UserError(f"data {path} can't be read ({error.strerror}), wanted a file or a directory") from error
+
+
+def _examples(part: Part, skip: bool, malformed: collections.Counter[str]) -> Iterator[tuple[Example, str]]:
+    """The examples of a file, each with why it prefers nothing (a field of Counts, or ""); what is left out as malformed is
+    added to `malformed` by reason."""
     for number, row in part.rows(part.file):
         try:
-            example = part.parse(row)
+            example, undecided = part.parse(row), ""
+        except UndecidedError as error:
+            example, undecided = error.example, error.reason
         except RecordError as error:
             if not skip:
-                raise UserError(f"{part.file}:{number}: {error}") from error
-            left_out[error.reason] += 1
-        else:
-            if example is not None:
-                yield dataclasses.replace(example, source=example.source or f"{part.file.name}:{number}")
+                raise UserError(f"{part.file}:{number}: {error}; {SKIP}") from error
+            malformed[error.reason] += 1
+            continue
+        if example is not None:
+            is_identical = bool(example.chosen) and example.chosen == example.rejected
+            source = example.source or f"{part.file.name}:{number}"
+            yield dataclasses.replace(example, source=source), "identical" if is_identical else undecided

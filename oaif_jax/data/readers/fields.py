@@ -1,11 +1,19 @@
 """Values of a record, each checked: what isn't as it should be raises RecordError."""
 
+import itertools
+import math
+import numbers
+import reprlib
 from collections.abc import Mapping, Sequence
 
 from oaif_jax.base.errors import near
 from oaif_jax.data.records import EMPTY, ROLES, Example, Message, RecordError
 
 Record = Mapping[str, object]
+
+_SHORT = reprlib.Repr()  # of what can be long, or nested without end
+_SHORT.maxstring = _SHORT.maxother = 60
+KEYS = 40  # of a record, that are named where one is missing
 
 
 def mapping(value: object, name: str = "the line") -> Record:
@@ -20,7 +28,8 @@ def mapping(value: object, name: str = "the line") -> Record:
 def get(record: Record, key: str) -> object:
     """The value of a key that must be there."""
     if key not in record:
-        raise RecordError("missing key", f"there's no key {key!r}{near(key, record)}")
+        there = [short(name)[1:-1] for name in itertools.islice(record, KEYS)]
+        raise RecordError("missing key", f"there's no key {key!r}{near(key, there)}")
     return record[key]
 
 
@@ -42,9 +51,22 @@ def texts(record: Record, *keys: str) -> tuple[str, ...]:
     return tuple(text(get(record, key), key) for key in keys)
 
 
+def number(value: object, name: str) -> float:
+    """A number that can be compared."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Number):
+        raise RecordError("wrong type", f"{name} is {_kind(value)}, wanted a number")
+    try:
+        found = float(value)  # type: ignore[arg-type]  # a complex number is a TypeError
+    except (OverflowError, TypeError, ValueError):
+        found = math.nan
+    if math.isnan(found):
+        raise RecordError("wrong type", f"{name} is {short(value)}, wanted a number")
+    return found
+
+
 def sequence(value: object, name: str) -> Sequence[object]:
     """A JSON list."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         raise RecordError("wrong type", f"{name} is {_kind(value)}, wanted a list")
     return value
 
@@ -64,7 +86,7 @@ def conversation(found: Sequence[Message], name: str, last: str) -> tuple[Messag
     for number, message in enumerate(turns, 1 + len(found) - len(turns)):
         if message.role not in ROLES:
             known = f"wanted one of {', '.join(ROLES)}"
-            raise RecordError("role", f"message {number} of {name} has role {message.role!r}, {known}")
+            raise RecordError("role", f"message {number} of {name} has role {short(message.role)}, {known}")
     for i, message in enumerate(turns):
         wanted = ("user", "assistant")[i % 2]
         if message.role != wanted:
@@ -82,7 +104,7 @@ def prompt(value: object, name: str = "prompt") -> tuple[Message, ...]:
     """A text, which is one message by the user, or a conversation that ends with the user's turn."""
     if isinstance(value, str):
         return conversation([Message("user", text(value, name))], name, "user")
-    if not isinstance(value, Sequence):
+    if isinstance(value, bytes) or not isinstance(value, Sequence):
         raise RecordError("wrong type", f"{name} is {_kind(value)}, wanted a text or a list of messages")
     return messages(value, name, "user")
 
@@ -101,7 +123,13 @@ def pair_of(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> Examp
     return pair(chosen[:-1], chosen[-1].content, rejected[-1].content)
 
 
+def short(value: object) -> str:
+    """A value as Python writes it, the beginning and the end of what is long."""
+    return _SHORT.repr(value)
+
+
 def _kind(value: object) -> str:
     """In: ["a"]. Out: "a list"."""
     names = {type(None): "null", bool: "true or false", str: "a text", dict: "an object", list: "a list"}
-    return names.get(type(value), "a number")
+    other = "a number" if isinstance(value, numbers.Number) else f"a value of type {type(value).__name__}"
+    return names.get(type(value), other)

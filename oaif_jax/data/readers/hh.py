@@ -4,6 +4,7 @@ helpful-base/ and harmless-base/ hold train.jsonl.gz and test.jsonl.gz: {"chosen
 with transcripts of the form "\n\nHuman: ...\n\nAssistant: ...".
 """
 
+import itertools
 import pathlib
 import re
 
@@ -28,13 +29,18 @@ def pairs(path: pathlib.Path, split: str) -> list[Part]:
 def transcript(told: str, name: str) -> tuple[Message, ...]:
     r"""In: "\n\nHuman: Hi\n\nAssistant: Hello". Out: (Message("user", "Hi"), Message("assistant", "Hello")).
 
-    Spaces around what is said are dropped. Raises RecordError unless Human begins, Assistant ends, and they take turns.
+    Spaces around what is said are dropped. Where one of them has two turns running, as in some rows of the real files, these are
+    one turn, an empty line between them. Raises RecordError unless Human begins and Assistant ends.
     """
     before, *turns = _TURN.split("\n\n" + told.lstrip())
     if before.strip():
         raise RecordError("turns", f"{name} begins with {before.strip()[:30]!r}, wanted 'Human:'")
     said = zip(turns[::2], turns[1::2], strict=True)
-    return fields.conversation([Message(_ROLES[who], what.strip()) for who, what in said], name, "assistant")
+    joined = [
+        (who, "\n\n".join(filter(None, (what.strip() for _, what in running))))
+        for who, running in itertools.groupby(said, key=lambda turn: turn[0])
+    ]
+    return fields.conversation([Message(_ROLES[who], what) for who, what in joined], name, "assistant")
 
 
 def _pair(row: object) -> Example:

@@ -49,7 +49,7 @@ def _comparison(row: object, split: str) -> Example | None:
     record = fields.mapping(row)
     (belongs,) = fields.texts(record, "split")
     if belongs not in SPLITS:
-        raise RecordError("split", f"split is {belongs!r}, wanted one of {', '.join(SPLITS)}")
+        raise RecordError("split", f"split is {fields.short(belongs)}, wanted one of {', '.join(SPLITS)}")
     if not belongs.startswith(split):  # valid1 and valid2 are valid, and all are ""
         return None
     info = fields.mapping(fields.get(record, "info"), "info")
@@ -59,6 +59,6 @@ def _comparison(row: object, split: str) -> Example | None:
     if len(both) != 2:
         raise RecordError("summaries", f"there are {len(both)} summaries, wanted 2")
     if isinstance(choice, bool) or choice not in (0, 1):
-        raise RecordError("choice", f"choice is {choice!r}, wanted 0 or 1")
+        raise RecordError("choice", f"choice is {fields.short(choice)}, wanted 0 or 1")
     first, second = (fields.texts(fields.mapping(each, "a summary"), "text")[0].strip() for each in both)
     return fields.pair(prompt, second, first) if choice else fields.pair(prompt, first, second)

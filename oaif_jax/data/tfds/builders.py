@@ -153,7 +153,11 @@ def prepare(builder: FilesBuilder, path: pathlib.Path) -> pathlib.Path:
     """
     target = pathlib.Path(builder.data_path)
     if target.exists():
-        raise UserError(f"data_dir: {target} is there already, wanted another data_dir, or that directory removed")
+        raise UserError(f"--out: {target} is there already, wanted another --out, or that directory removed")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {target.parent} can't be made ({error.strerror}), wanted another --out") from error
     # TFDS talks of downloading whatever it does, and makes a directory for it.
     with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare(

@@ -1,8 +1,9 @@
 """Examples of a prepared data set, each read when it is asked for."""
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import overload
 
 import tensorflow_datasets as tfds
@@ -56,14 +57,37 @@ class Prepared(Sequence[Example]):
 def open_prepared(path: pathlib.Path, split: str) -> Prepared:
     """A split of a prepared data set; `path` is one version of it, such as OUT/oaif_hh/helpful_base/1.0.0.
 
-    Raises UserError if it isn't, and for a split that it doesn't have.
+    Raises UserError if it isn't, if it can't be read, and for a split that it doesn't have.
     """
     if not (path / "dataset_info.json").is_file():
         wanted = "wanted what `python -m oaif_jax.data prepare` printed, such as oaif_hh/helpful_base/1.0.0"
         raise UserError(f"data {path}: no prepared data set (no dataset_info.json), {wanted}")
-    builder = tfds.builder_from_directory(path)
-    splits = builder.info.splits or {}
+    with readable(path):
+        builder = tfds.builder_from_directory(path)
+        splits, found = builder.info.splits or {}, builder.info.features
+    names = found.keys() if isinstance(found, tfds.features.FeaturesDict) else ()
+    missing = [name for name in features() if name not in names]
+    if missing:
+        raise UserError(
+            f"data {path}: prepared without {', '.join(missing)}, wanted what `prepare` makes of a format's files"
+        )
     if split not in splits:
         raise UserError(f"split={split!r}: not in {path}{near(split, splits)}")
-    # TFDS decorates it in a way that hides its parameters from pyright.
-    return Prepared(builder.as_data_source(split))  # pyright: ignore[reportCallIssue]
+    with readable(path):
+        # TFDS decorates it in a way that hides its parameters from pyright.
+        return Prepared(builder.as_data_source(split))  # pyright: ignore[reportCallIssue]
+
+
+@contextlib.contextmanager
+def readable(path: pathlib.Path, row: int | None = None) -> Iterator[None]:
+    """Turns whatever TFDS and its libraries raise over damaged files into UserError, with the row if it is known."""
+    try:
+        yield
+    except (UserError, UnicodeDecodeError):
+        raise
+    except Exception as error:  # they parse four kinds of files, and each has errors of its own
+        where = f"data {path}" if row is None else f"{path}:{row}: data"
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"{where} can't be read ({said}), wanted what `prepare` wrote; remove it and prepare it again"
+        ) from error
