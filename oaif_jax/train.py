@@ -35,10 +35,12 @@ import numpy as np
 from jaxtyping import PyTree
 
 from oaif_jax import collect, config, export, report, step
+from oaif_jax.annotate import python
 from oaif_jax.base.files import atomic_write_json, sha256_of_tree
 from oaif_jax.collect import Batches
 from oaif_jax.config import Config
 from oaif_jax.evals.of_run import Evaluations, agreement_with_gold
+from oaif_jax.methods.base import known
 from oaif_jax.models import sharding
 from oaif_jax.rollout import named_key
 from oaif_jax.run import resume
@@ -179,6 +181,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, began: float) 
                 kept = f"the checkpoint of step {last} is good" if last is not None else "there is no checkpoint yet"
                 found = ", ".join(f"{name}={metrics[name]}" for name in broken)
                 raise NonFiniteError(f"step {taken.number}: {found}, wanted finite; {kept} ({workdir})")
+            metrics = known(metrics)
             # A step begins when it is dispatched, or when the one before it ends.
             now = time.monotonic()
             seconds, read_at = now - max(taken.began, read_at), now
@@ -337,12 +340,17 @@ def summarise(
     summary |= {"judged_by": setup.judged_by} if setup.judged_by else {}
     if not setup.method.asks:
         return summary
-    summary |= {"instruction": cfg.annotator.instruction, "annotated_by": setup.annotated_by}
+    summary |= {"annotated_by": setup.annotated_by}
+    summary |= {} if setup.annotated_by.startswith(python.PREFIX) else {"instruction": cfg.annotator.instruction}
     averages = {
         name.removeprefix("annotator."): history[name][0] / history[name][1]
         for name in HISTORY
         if name in history and history[name][1] > 0
     }
+    # The first's weights are shares of a batch's pairs, the second's are pairs.
+    pairs = cfg.data.batch * math.comb(len(setup.method.by), 2)
+    for name, kind, each in (("pairs", "order_agreement", pairs), ("decided", "gold_agreement", 1)):
+        averages |= {name: round(each * history[f"annotator.{kind}"][1])} if kind in averages else {}
     return summary | {"annotator": averages | {when: history[when] for when in ("start", "end") if when in history}}
 
 

@@ -56,8 +56,10 @@ def evaluate(
         part = {
             "length": ours.mask[:, 0].sum(-1),
             "reference_length": theirs.mask[:, 0].sum(-1),
+            "finished": ours.finished[:, 0],
+            "reference_finished": theirs.finished[:, 0],
             "words": np.array([drawing.in_words(text) for text in texts]),
-            "kl": np.asarray(ratios)[:, 0],
+            "log_ratio": np.asarray(ratios)[:, 0],
             "same": np.array([a == b for a, b in zip(texts, their_texts, strict=True)]),
             "identical": np.array([a == b for a, b in ours.texts]),
         }
@@ -85,8 +87,10 @@ def evaluate(
     metrics: dict = {
         "mean_length": float(joined["length"].mean()),
         "reference_length": float(joined["reference_length"].mean()),
+        "finished": float(joined["finished"].mean()),
+        "reference_finished": float(joined["reference_finished"].mean()),
         "words": float(joined["words"].mean()),
-        "kl": float(joined["kl"].mean()),
+        "log_ratio": float(joined["log_ratio"].mean()),
     }
     if judge is not None:
         metrics["judge"] = verdicts.summarise(verdicts.by_orders(joined["judge"], joined["same"]))

@@ -28,7 +28,7 @@ def evaluate(
     """Loss on references (nats a token), and what the policy's samples are worth where gold is known: gold_share is the
     mean gold score as a share of the largest."""
     loss = tokens = most = 0.0
-    records, lengths = [], []
+    records, lengths, finished = [], [], []
     for indices in drawing.chunks(count, chunk):
         examples = data.examples(split, indices)
         prompts = data.prompts(examples, indices)
@@ -38,6 +38,7 @@ def evaluate(
         made = drawing.respond(params, place(prompts), key, sampler=sampler, cfg=policy.cfg, compute=compute)
         drawn, mask = np.asarray(made.tokens)[:, 0], np.asarray(made.mask)[:, 0]
         lengths.append(mask.sum(-1))
+        finished.append(np.asarray(made.finished)[:, 0])
         for example, response, kept in zip(examples, drawn, mask, strict=True):
             text = data.voice.text(response, kept)
             record: dict = {"prompt": context_of(example), "reference": example.reference, "policy": text}
@@ -46,7 +47,11 @@ def evaluate(
                 record["gold_policy"] = data.gold.score(example, text)
                 most += data.gold.most(example)
             records.append(record)
-    metrics = {"validation_loss": loss / tokens, "mean_length": float(np.concatenate(lengths).mean())}
+    metrics = {
+        "validation_loss": loss / tokens,
+        "mean_length": float(np.concatenate(lengths).mean()),
+        "finished": float(np.concatenate(finished).mean()),
+    }
     if data.gold:
         total = sum(record["gold_policy"] for record in records)
         metrics |= {

@@ -11,9 +11,17 @@ from oaif_jax.data.records import Example
 from oaif_jax.evals import agreement, comparison, likelihood, verdicts
 from oaif_jax.evals.comparison import Cache, Evaluation
 from oaif_jax.rollout import named_key
-from oaif_jax.run.setup import Setup, eval_chunk, name_of
+from oaif_jax.run.setup import Setup, eval_chunk
 
-GREEDY = ("gold", "judge", "mean_length", "words", "gold_mean", "gold_share")  # what is said of greedy samples
+GREEDY = (
+    "gold",
+    "judge",
+    "mean_length",
+    "finished",
+    "words",
+    "gold_mean",
+    "gold_share",
+)  # what is said of greedy samples
 
 
 class Evaluations:
@@ -71,8 +79,7 @@ class Evaluations:
         )
 
     def _annotators(self, thorough: bool) -> Mapping[str, Annotator]:
-        own = name_of(self._setup.cfg.annotator.instruction)
-        measured = self._setup.measured
+        own, measured = self._setup.measured_as, self._setup.measured
         return measured if thorough or own not in measured else {own: measured[own]}
 
     def _likelihood(self, params: PyTree, split: str, count: int, **_) -> Evaluation:
@@ -110,8 +117,7 @@ def agreement_with_gold(setup: Setup, examples: Sequence[Example], outputs: dict
     gold = setup.data.gold
     if gold is None or outputs["tokens"].shape[1] < 2:
         return {}
-    named = name_of(setup.cfg.annotator.instruction)
-    named = named if named in gold.instructions else gold.instructions[0]
+    named = setup.measured_as if setup.measured_as in gold.instructions else gold.instructions[0]
     asks = asks_of(examples, outputs["tokens"], outputs["mask"], setup.data.voice)
     worth = np.array(
         [

@@ -39,6 +39,7 @@ from oaif_jax.stored.open import (
     with_lora,
 )
 from oaif_jax.tiny import data as tiny
+from oaif_jax.tiny import templates
 
 EVALUATED = ("validation", "test")
 PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}  # kernel -> what runs it
@@ -63,6 +64,7 @@ class Setup:
     annotated_by: str  # who annotates, for reports
     judged_by: str  # who judges, and by which instruction
     notes: tuple[str, ...]  # what a user should know before the run begins
+    measured_as: str = ""  # the annotator's own name among `measured`, and in metrics
 
     @property
     def models(self) -> Models:
@@ -105,18 +107,19 @@ def open_setup(cfg: Config, mesh: Mesh) -> Setup:
     reference = _reference(cfg, policy, mesh) if kind.has_reference else None
 
     notes = data.notes
-    model, annotator, on_the_mesh, measured = None, None, None, {}
+    model, annotator, on_the_mesh, measured, measured_as = None, None, None, {}, ""
     if kind.has_reference and (kind.asks or cfg.judge.init == "annotator"):
         if cfg.annotator.init.startswith(python.PREFIX):
             annotator = python.open_annotator(cfg.annotator.init)
-            measured = {annotator.name: annotator}
+            measured, measured_as = {annotator.name: annotator}, annotator.name
         else:
             model = _open_frozen(cfg, "annotator", cfg.annotator, mesh, cfg.annotator.quant)
             asked = _asks(cfg, model, cfg.annotator.instruction, data, compute, ("train", *EVALUATED))
             annotator = _on_host(asked, data, mesh)
             on_the_mesh = asked if annotator.reads_policy_ids else None
             notes = notes if on_the_mesh is not None or not kind.asks else (*notes, OVER_THE_HOST)
-            measured = _measured(cfg, asked, model, data, mesh)
+            measured_as = name_of(asked, model)
+            measured = _measured(cfg, asked, measured_as, model, data, mesh)
     judge, judged_by = None, ""
     if kind.has_reference and cfg.judge.init != "none":
         judge, judged_by = _judge(cfg, model, annotator, data, compute, mesh)
@@ -135,6 +138,7 @@ def open_setup(cfg: Config, mesh: Mesh) -> Setup:
         annotated_by="" if annotator is None else _said(source_of("annotator", cfg.annotator)),
         judged_by=judged_by,
         notes=notes,
+        measured_as=measured_as,
     )
 
 
@@ -266,18 +270,28 @@ def _on_host(annotator: LLMAnnotator, data: DataSet, mesh: Mesh) -> HostLLMAnnot
     return on_host(annotator, data.voice, functools.partial(sharding.place_batch, mesh=mesh))
 
 
-def _measured(cfg: Config, own: LLMAnnotator, model: Model, data: DataSet, mesh: Mesh) -> dict[str, Annotator]:
+def _measured(
+    cfg: Config, own: LLMAnnotator, name: str, model: Model, data: DataSet, mesh: Mesh
+) -> dict[str, Annotator]:
     """The annotator under its own instruction, and under each other one that the gold judge knows, as far as it is of that
     world: its agreement is measured under them."""
     known = data.gold.instructions if data.gold is not None and home(model.source) is None else ()
-    found = {name: _asks(cfg, model, name, data, own.compute, EVALUATED) for name in known}
-    found |= {name_of(cfg.annotator.instruction): own}
-    return {name: _on_host(each, data, mesh) for name, each in found.items()}
+    found = {other: _asks(cfg, model, other, data, own.compute, EVALUATED) for other in known if other != name}
+    return {other: _on_host(each, data, mesh) for other, each in (found | {name: own}).items()}
 
 
-def name_of(instruction: str) -> str:
-    """In: "mine/brief.txt" -> Out: "brief"."""
-    return pathlib.Path(instruction).stem
+def name_of(asked: LLMAnnotator, model: Model) -> str:
+    """What its instruction is called: by the name that its text is known by, wherever it was read; else "brief" of
+    "mine/brief.txt". A file that is called as a known one but says something else keeps its whole path."""
+    own, text = asked.questions.instruction.name, dataclasses.replace(asked.questions.instruction, name="")
+    world, read = templates.INSTRUCTIONS, tiny.instruction
+    if home(model.source) is not None:
+        world, read = prompts.KNOWN, prompts.read_instruction
+    if own in world:
+        return own
+    same = [name for name in world if dataclasses.replace(read(name), name="") == text]
+    stem = pathlib.Path(own).stem
+    return same[0] if same else own if stem in world else stem
 
 
 def _judge(
@@ -291,7 +305,7 @@ def _judge(
         model = _open_frozen(cfg, "judge", cfg.judge, mesh, "none")
     assert model is not None
     judge = _asks(cfg, model, cfg.judge.instruction, data, compute, EVALUATED)
-    judged_by = f"{_said(model.source)}, {name_of(cfg.judge.instruction)}"
+    judged_by = f"{_said(model.source)}, {name_of(judge, model)}"
     return _on_host(judge, data, mesh), judged_by
 
 
