@@ -37,6 +37,7 @@ from jaxtyping import PyTree
 from oaif_jax import collect, config, export, report, step
 from oaif_jax.annotate import python
 from oaif_jax.base.files import atomic_write_json, sha256_of_tree
+from oaif_jax.base.phases import Watch, phase
 from oaif_jax.collect import Batches
 from oaif_jax.config import Config
 from oaif_jax.evals.of_run import Evaluations, agreement_with_gold
@@ -75,8 +76,14 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
 
     Raises UserError for what can't be run, before anything is computed or written.
     """
-    began = time.monotonic()
     console = console or Console()
+    with Watch(console):
+        return _run(values, workdir, console)
+
+
+def _run(values: Any, workdir: str | pathlib.Path, console: Console) -> dict[str, Any]:
+    """The same, while what takes long is named."""
+    began = time.monotonic()
     cfg = config.parse(values)
     workdir = pathlib.Path(workdir)
     sharding.use_cpu_devices(cfg.mesh.cpu_devices)
@@ -134,7 +141,8 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, began: float) 
         items = {"params": wanted.params, "optimizer": wanted.optimizer}
         if "reference" in checkpoints.items(begin):  # of a later round: an earlier one's policy
             items["reference"] = abstract_reference(wanted, cfg)
-        meta, restored = checkpoints.meta(begin), checkpoints.restore(begin, items)
+        with phase("reading the checkpoint"):
+            meta, restored = checkpoints.meta(begin), checkpoints.restore(begin, items)
         number = jax.device_put(np.asarray(begin, np.int32), sharding.replicated(mesh))
         training = TrainState(number, restored["params"], restored["optimizer"])
         frozen |= {"reference": restored["reference"]} if "reference" in restored else {}
@@ -217,13 +225,17 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, began: float) 
             """The step for these very arguments; jax 0.10 makes four-bit ones in another layout than it then wants, and
             looks at that only here: with those the step compiles when it is first taken."""
             has_codes = any(leaf.dtype == jnp.uint4 for leaf in jax.tree.leaves(frozen))
-            return train_step if has_codes or begin == steps else train_step.lower(*abstract).compile()
+            with phase("compiling the step"):
+                return train_step if has_codes or begin == steps else train_step.lower(*abstract).compile()
 
         # Two programs at a time: LLVM uses one core for each, and the first evaluation compiles its own meanwhile.
         compiling = compiler.submit(compiled)
         if begin is None:
             evaluate(0)
         take = compiling.result()
+        if begin != steps:
+            expected, by = expected_seconds(cfg, evaluations.seconds, begin or 0, seconds_before)
+            progress.expect(expected, by, f" of {cfg.data.batch} and {evaluations_left(cfg, begin or 0)} evaluations")
         if begin is not None and "pending" in checkpoints.items(begin):
             batches.restore(begin, checkpoints.restore(begin, {"pending": abstract[2]})["pending"])
         taken: Taken | None = None
@@ -263,7 +275,8 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, began: float) 
                 items |= {"pending": pending} if pending else {}
                 items |= {"reference": frozen["reference"]} if which else {}
                 checkpoints.save(number, items, meta, metric=best)
-        checkpoints.wait()
+        with phase("saving the checkpoint"):
+            checkpoints.wait()
 
         # ----------------------------------------------------------------------------------- final evaluation, summary
         interrupts.check()
@@ -300,6 +313,24 @@ def optimizer_config(cfg: Config) -> optim.OptimizerConfig:
     values = dataclasses.asdict(cfg.optimizer)
     del values["accumulate"]
     return optim.OptimizerConfig(**values, steps=cfg.steps, has_rounds=cfg.rounds.count > 1)
+
+
+def evaluations_left(cfg: Config, begin: int) -> int:
+    """Evaluations after step `begin`, the final one included."""
+    steps, every = total_steps(cfg), cfg.eval.every
+    return steps // every - begin // every + (steps % every > 0) + 1
+
+
+def expected_seconds(cfg: Config, evaluated: float, begin: int, before: float) -> tuple[float | None, str]:
+    """How long a run will take, roughly, and by what that is known, when no step of this process is timed yet: by the time of the
+    steps before, or by that of evaluation 0, which has drawn and scored responses as a step does. Seconds; None: unknown."""
+    steps = total_steps(cfg)
+    if begin:
+        return before * (steps - begin) / begin, "by the steps before"
+    # The last evaluation draws twice, sampled and greedy.
+    validations = (evaluations_left(cfg, 0) - 1) * cfg.eval.prompts
+    prompts = steps * cfg.data.batch + validations + 2 * cfg.eval.final_prompts
+    return evaluated / cfg.eval.prompts * prompts, "by evaluation 0 (no step is timed yet)"
 
 
 def abstract_reference(wanted: TrainState, cfg: Config) -> PyTree:

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from oaif_jax.annotate.base import Annotator, Asks
+from oaif_jax.base.phases import phase
 from oaif_jax.data.dataset import DataSet, context_of
 from oaif_jax.evals import drawing, verdicts
 from oaif_jax.evals.drawing import Drawn
@@ -82,7 +83,11 @@ def evaluate(
                 part[f"utility.{name}"] = np.array(useful) @ np.array([1.0, -1.0])
         return part, list(_records(data, examples, texts, their_texts, part))
 
-    parts = [one_chunk(indices) for indices in drawing.chunks(count, chunk)]
+    parts = []
+    with phase("evaluating" if sampler.temperature else "evaluating, greedy", count) as under_way:
+        for indices in drawing.chunks(count, chunk):
+            parts.append(one_chunk(indices))
+            under_way.at(chunk * len(parts))
     joined = {name: np.concatenate([part[name] for part, _ in parts]) for name in parts[0][0]}
     metrics: dict = {
         "mean_length": float(joined["length"].mean()),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from oaif_jax.base.phases import phase
 from oaif_jax.data.dataset import DataSet, context_of
 from oaif_jax.evals import drawing
 from oaif_jax.models.config import ComputeConfig
@@ -29,24 +30,26 @@ def evaluate(
     mean gold score as a share of the largest."""
     loss = tokens = most = 0.0
     records, lengths, finished = [], [], []
-    for indices in drawing.chunks(count, chunk):
-        examples = data.examples(split, indices)
-        prompts = data.prompts(examples, indices)
-        given = place(data.rollout(prompts, [[example.reference] for example in examples]))
-        part, size = drawing.log_likelihood(params, given, cfg=policy.cfg, compute=compute)
-        loss, tokens = loss - float(part), tokens + float(size)
-        made = drawing.respond(params, place(prompts), key, sampler=sampler, cfg=policy.cfg, compute=compute)
-        drawn, mask = np.asarray(made.tokens)[:, 0], np.asarray(made.mask)[:, 0]
-        lengths.append(mask.sum(-1))
-        finished.append(np.asarray(made.finished)[:, 0])
-        for example, response, kept in zip(examples, drawn, mask, strict=True):
-            text = data.voice.text(response, kept)
-            record: dict = {"prompt": context_of(example), "reference": example.reference, "policy": text}
-            if data.gold:
-                record["gold_reference"] = data.gold.score(example, example.reference)
-                record["gold_policy"] = data.gold.score(example, text)
-                most += data.gold.most(example)
-            records.append(record)
+    with phase("evaluating", count) as under_way:
+        for indices in drawing.chunks(count, chunk):
+            under_way.at(len(records))
+            examples = data.examples(split, indices)
+            prompts = data.prompts(examples, indices)
+            given = place(data.rollout(prompts, [[example.reference] for example in examples]))
+            part, size = drawing.log_likelihood(params, given, cfg=policy.cfg, compute=compute)
+            loss, tokens = loss - float(part), tokens + float(size)
+            made = drawing.respond(params, place(prompts), key, sampler=sampler, cfg=policy.cfg, compute=compute)
+            drawn, mask = np.asarray(made.tokens)[:, 0], np.asarray(made.mask)[:, 0]
+            lengths.append(mask.sum(-1))
+            finished.append(np.asarray(made.finished)[:, 0])
+            for example, response, kept in zip(examples, drawn, mask, strict=True):
+                text = data.voice.text(response, kept)
+                record: dict = {"prompt": context_of(example), "reference": example.reference, "policy": text}
+                if data.gold:
+                    record["gold_reference"] = data.gold.score(example, example.reference)
+                    record["gold_policy"] = data.gold.score(example, text)
+                    most += data.gold.most(example)
+                records.append(record)
     metrics = {
         "validation_loss": loss / tokens,
         "mean_length": float(np.concatenate(lengths).mean()),

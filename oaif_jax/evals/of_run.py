@@ -1,5 +1,6 @@
 """When a run is evaluated, and by what: on validation examples while it trains, on the final split at its end."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -11,6 +12,7 @@ from oaif_jax.data.records import Example
 from oaif_jax.evals import agreement, comparison, likelihood, verdicts
 from oaif_jax.evals.comparison import Cache, Evaluation
 from oaif_jax.rollout import named_key
+from oaif_jax.run import compiling
 from oaif_jax.run.setup import Setup, eval_chunk
 
 GREEDY = (
@@ -31,6 +33,7 @@ class Evaluations:
         self._setup = setup
         self._key = named_key(jax.random.key(setup.cfg.seed), "evaluation")
         self._cache: Cache = {}
+        self.seconds = 0.0  # that the last one on validation examples took, without what compiling took
         self._evaluate: Callable[..., Evaluation] = {
             "comparison": self._comparison,
             "likelihood": self._likelihood,
@@ -41,9 +44,10 @@ class Evaluations:
     def validate(self, params: PyTree, *, thorough: bool) -> Evaluation:
         """Trained parameters on validation examples; a thorough one, at start and end, asks the annotator under every instruction
         that is measured, others under its own."""
-        return self._evaluate(
-            params, "validation", self._setup.cfg.eval.prompts, thorough=thorough, cache=self._cache, temperature=None
-        )
+        count, began = self._setup.cfg.eval.prompts, time.monotonic() - compiling.seconds()
+        found = self._evaluate(params, "validation", count, thorough=thorough, cache=self._cache, temperature=None)
+        self.seconds = max(time.monotonic() - compiling.seconds() - began, 0.0)
+        return found
 
     def finish(self, params: PyTree) -> Evaluation:
         """The same on the final split, and of greedy samples."""

@@ -10,6 +10,7 @@ import pathlib
 from rich.console import Console
 from rich.text import Text
 
+from oaif_jax.base.phases import phase
 from oaif_jax.report import html, plots, setting, tables
 from oaif_jax.report.read import ReportError, Run, Sample, load
 
@@ -18,6 +19,7 @@ __all__ = ["CURVE", "PAGE", "ReportError", "Run", "Sample", "load", "show", "wri
 CURVE, PAGE = "curve.png", "report.html"
 
 
+@phase("drawing the report")
 def write(workdir: str | pathlib.Path, *, finished: bool = True) -> Run:
     """Reads the run in `workdir` and writes its curve.png and report.html, each at once or not at all.
 

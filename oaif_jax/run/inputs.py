@@ -19,6 +19,7 @@ from oaif_jax import config, methods
 from oaif_jax.annotate import prompts, python
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.files import read_json
+from oaif_jax.base.phases import phase
 from oaif_jax.config import Config
 from oaif_jax.data import chat, readers, special_tokens, tokenizer
 from oaif_jax.stored.checkpoint import Reader
@@ -69,6 +70,7 @@ class Found:
     sha256: str = ""
 
 
+@phase("hashing what the run is made of")
 def of(cfg: Config, known: Mapping[str, Input] | None = None, say: Say | None = None) -> dict[str, Input]:
     """Every input of a config by its key. `known` are inputs of an earlier start, by whose stamps files aren't read again.
 

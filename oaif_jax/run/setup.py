@@ -15,6 +15,7 @@ from oaif_jax.annotate.base import Annotator, MeshAnnotator
 from oaif_jax.annotate.llm import HostLLMAnnotator, LLMAnnotator, on_host
 from oaif_jax.annotate.questions import Questions, fitted
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.phases import phase
 from oaif_jax.config import Config
 from oaif_jax.data import open as open_data
 from oaif_jax.data.dataset import DataSet
@@ -43,6 +44,7 @@ from oaif_jax.tiny import templates
 
 EVALUATED = ("validation", "test")
 PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}  # kernel -> what runs it
+LEAST_LORA_RATE = 5e-5
 OVER_THE_HOST = "the annotator has another tokenizer than the policy: responses go to it as texts, over the host"
 
 
@@ -106,7 +108,7 @@ def open_setup(cfg: Config, mesh: Mesh) -> Setup:
     policy = _policy(cfg, source, voice, mesh)
     reference = _reference(cfg, policy, mesh) if kind.has_reference else None
 
-    notes = data.notes
+    notes = (*data.notes, *lora_notes(cfg))
     model, annotator, on_the_mesh, measured, measured_as = None, None, None, {}, ""
     if kind.has_reference and (kind.asks or cfg.judge.init == "annotator"):
         if cfg.annotator.init.startswith(python.PREFIX):
@@ -169,6 +171,19 @@ def check(cfg: Config, kind: type[Method], mesh: Mesh) -> None:
         raise UserError(f"config.eval.best={cfg.eval.best!r}, {wanted}")
 
 
+def lora_notes(cfg: Config) -> tuple[str, ...]:
+    """A warning where additions have a learning rate that is usual for all parameters. They begin at zero, and Adam moves a
+    parameter by at most about lr in a step: at 5e-6 they do nothing in a hundred steps."""
+    rank, by_round = cfg.policy.lora.rank, [float(each) for each in cfg.rounds.lr.split(",") if each]
+    name, rate = ("rounds.lr", max(by_round)) if by_round else ("optimizer.lr", cfg.optimizer.lr)
+    if rank == 0 or rate >= LEAST_LORA_RATE:
+        return ()
+    return (
+        f"config.{name}={rate:g} is low for config.policy.lora.rank={rank}: additions want about ten times the rate of full "
+        f"training, 1e-4 to 5e-4; below {LEAST_LORA_RATE:g} they hardly move in some hundred steps",
+    )
+
+
 def compute_of(cfg: Config, mesh: Mesh | None = None) -> ComputeConfig:
     """How models are computed; without a mesh, with no accelerator's kernel. UserError for a kernel of other devices."""
     names = [field.name for field in dataclasses.fields(ComputeConfig) if field.name not in ("kernel", "mesh")]
@@ -204,6 +219,7 @@ def eval_chunk(cfg: Config) -> int:
 # ------------------------------------------------------------------------------------------------ data and models
 
 
+@phase("reading the data")
 def _data(cfg: Config, kind: type[Method], source: Source, voice: Voice) -> DataSet:
     section = cfg.data
     if section.name != "tiny":
@@ -227,6 +243,7 @@ def _data(cfg: Config, kind: type[Method], source: Source, voice: Voice) -> Data
     )
 
 
+@phase("loading the policy")
 def _policy(cfg: Config, source: Source, voice: Voice, mesh: Mesh) -> Model:
     """The model that is trained, or a frozen base and what is trained beside it."""
     is_lora = cfg.policy.lora.rank > 0
@@ -235,6 +252,7 @@ def _policy(cfg: Config, source: Source, voice: Voice, mesh: Mesh) -> Model:
     return with_lora(on_mesh(model, mesh, dtype), cfg.policy, mesh, cfg.seed) if is_lora else model
 
 
+@phase("loading the reference")
 def _reference(cfg: Config, policy: Model, mesh: Mesh) -> Model:
     """The model that the policy is compared with: under LoRA the base serves both."""
     if cfg.reference.init != "policy":
@@ -254,7 +272,8 @@ def _reference(cfg: Config, policy: Model, mesh: Mesh) -> Model:
 
 def _open_frozen(cfg: Config, key: str, section: config.Annotator | config.Judge, mesh: Mesh, quant: str) -> Model:
     source = source_of(key, section)
-    return open_frozen(source, voice_of(source, section.chat), mesh, cfg.compute.frozen, quant)
+    with phase(f"loading the {key}"):
+        return open_frozen(source, voice_of(source, section.chat), mesh, cfg.compute.frozen, quant)
 
 
 def _asks(
@@ -317,6 +336,7 @@ def _said(source: Source) -> str:
 # ------------------------------------------------------------------------------------------------ what a run has made
 
 
+@phase("loading the model")
 def stored_model(workdir: str | pathlib.Path, which: str) -> tuple[Config, int, Model]:
     """A run's config, and its whole model by checkpoint `which` (best, last or a step), with the step; additions merged."""
     cfg, _, source = read_run(workdir, which)
