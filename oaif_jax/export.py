@@ -12,6 +12,7 @@ from absl import flags
 
 from oaif_jax.base import cli, options
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.phases import phase
 
 if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
     cli.define_workdir()
@@ -39,6 +40,7 @@ def check(model: Model) -> hf.HFModel:
     return model.directory
 
 
+@phase("exporting")
 def save(model: Model, params: PyTree, directory: pathlib.Path, dtype: str) -> str:
     """Writes trained parameters, with a base's where there is one; `dtype` is float32 or bfloat16. Returns what to say of it."""
     source, voice = check(model), model.voice

@@ -61,7 +61,10 @@ def train_step(
     weight = jnp.maximum(total.weight, 1.0)
     gradients = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, total.gradients)
     state, metrics = apply_gradients(state, gradients, total.weight, tx)
-    metrics |= {name: both[0] / jnp.maximum(both[1], 1.0) for name, both in total.metrics.items()}
+    metrics |= {
+        name: found[0] / jnp.maximum(found[1], 1.0) if len(found) == 2 else found[0]
+        for name, found in total.metrics.items()
+    }
     return state, metrics | {"loss": total.loss / weight, "weight": total.weight}, total.outputs
 
 

@@ -35,11 +35,14 @@ import numpy as np
 from jaxtyping import PyTree
 
 from oaif_jax import collect, config, export, report, step
+from oaif_jax.annotate import python
 from oaif_jax.base.files import atomic_write_json, finite, sha256_of_tree
 from oaif_jax.base.output import Lasting
+from oaif_jax.base.phases import Watch, phase
 from oaif_jax.collect import Batches
 from oaif_jax.config import Config
 from oaif_jax.evals.of_run import Evaluations, agreement_with_gold, described
+from oaif_jax.methods.base import known
 from oaif_jax.models import sharding
 from oaif_jax.rollout import named_key
 from oaif_jax.run import resume
@@ -76,8 +79,14 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
     Raises UserError for what can't be run, before anything is computed or written; Interrupted, a KeyboardInterrupt, after
     Ctrl-C, SIGTERM or SIGHUP, with a checkpoint of all steps taken.
     """
-    began = time.monotonic()
     console = console or Console(file=Lasting.stdout())
+    with Watch(console):
+        return _run(values, workdir, console)
+
+
+def _run(values: Any, workdir: str | pathlib.Path, console: Console) -> dict[str, Any]:
+    """The same, while what takes long is named."""
+    began = time.monotonic()
     cfg = config.parse(values)
     workdir = pathlib.Path(workdir).expanduser()
     sharding.use_cpu_devices(cfg.mesh.cpu_devices)
@@ -137,7 +146,8 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
         items = {"params": wanted.params, "optimizer": wanted.optimizer}
         if "reference" in checkpoints.items(begin):  # of a later round: an earlier one's policy
             items["reference"] = abstract_reference(wanted, cfg)
-        meta, restored = checkpoints.meta(begin), checkpoints.restore(begin, items)
+        with phase("reading the checkpoint"):
+            meta, restored = checkpoints.meta(begin), checkpoints.restore(begin, items)
         number = jax.device_put(np.asarray(begin, np.int32), sharding.replicated(mesh))
         training = TrainState(number, restored["params"], restored["optimizer"])
         frozen |= {"reference": restored["reference"]} if "reference" in restored else {}
@@ -192,6 +202,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             if broken:
                 found = ", ".join(f"{name}={metrics[name]}" for name in broken)
                 raise NonFiniteError(f"step {taken.number}: {found}, wanted finite; {good()}")
+            metrics = known(metrics)
             # A step begins when it is dispatched, or when the one before it ends.
             now = time.monotonic()
             seconds, read_at = now - max(taken.began, read_at), now
@@ -260,7 +271,8 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             """The step for these very arguments; jax 0.10 makes four-bit ones in another layout than it then wants, and
             looks at that only here: with those the step compiles when it is first taken."""
             has_codes = any(leaf.dtype == jnp.uint4 for leaf in jax.tree.leaves(frozen))
-            return train_step if has_codes or begin == steps else train_step.lower(*abstract).compile()
+            with phase("compiling the step"):
+                return train_step if has_codes or begin == steps else train_step.lower(*abstract).compile()
 
         try:
             # Two programs at a time: LLVM uses one core for each, and the first evaluation compiles its own meanwhile.
@@ -268,6 +280,10 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             if begin is None:
                 evaluate(0)
             take = interrupts.wait(compiling)
+            if begin != steps:
+                expected, by = expected_seconds(cfg, evaluations.seconds, begin or 0, seconds_before)
+                left = evaluations_left(cfg, begin or 0)
+                progress.expect(expected, by, f" of {cfg.data.batch} and {left} evaluations")
             if begin is not None and "pending" in checkpoints.items(begin):
                 batches.restore(begin, checkpoints.restore(begin, {"pending": abstract[2]})["pending"])
             if begin and (begin % cfg.eval.every == 0 or begin == steps) and begin not in log.evaluated:
@@ -299,7 +315,8 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
                     before, unread = unread, None
                     read(before)
                     save(number, evaluate(number) if evaluates else None)
-            checkpoints.wait()
+            with phase("saving the checkpoint"):
+                checkpoints.wait()
 
             # ------------------------------------------------------------------------------- final evaluation, summary
             doing = "the final evaluation"
@@ -367,6 +384,24 @@ def optimizer_config(cfg: Config) -> optim.OptimizerConfig:
     return optim.OptimizerConfig(**values, steps=cfg.steps, has_rounds=cfg.rounds.count > 1)
 
 
+def evaluations_left(cfg: Config, begin: int) -> int:
+    """Evaluations after step `begin`, the final one included."""
+    steps, every = total_steps(cfg), cfg.eval.every
+    return steps // every - begin // every + (steps % every > 0) + 1
+
+
+def expected_seconds(cfg: Config, evaluated: float, begin: int, before: float) -> tuple[float | None, str]:
+    """How long a run will take, roughly, and by what that is known, when no step of this process is timed yet: by the time of the
+    steps before, or by that of evaluation 0, which has drawn and scored responses as a step does. Seconds; None: unknown."""
+    steps = total_steps(cfg)
+    if begin:
+        return before * (steps - begin) / begin, "by the steps before"
+    # The last evaluation draws twice, sampled and greedy.
+    validations = (evaluations_left(cfg, 0) - 1) * cfg.eval.prompts
+    prompts = steps * cfg.data.batch + validations + 2 * cfg.eval.final_prompts
+    return evaluated / cfg.eval.prompts * prompts, "by evaluation 0 (no step is timed yet)"
+
+
 def abstract_reference(wanted: TrainState, cfg: Config) -> PyTree:
     """Shapes, types and shardings of the reference of a later round."""
     return jax.tree.map(
@@ -391,14 +426,20 @@ def summarise(
     setup: Setup, metrics: Mapping[str, Any], history: dict, environment: Mapping[str, Any]
 ) -> dict[str, Any]:
     """summary.json, but for what only the end of the run knows."""
-    summary = described(setup, metrics, environment)
+    cfg, summary = setup.cfg, described(setup, metrics, environment)
     if not setup.method.asks:
         return summary
+    summary |= {"annotated_by": setup.annotated_by}
+    summary |= {} if setup.annotated_by.startswith(python.PREFIX) else {"instruction": cfg.annotator.instruction}
     averages = {
         name.removeprefix("annotator."): history[name][0] / history[name][1]
         for name in HISTORY
         if name in history and history[name][1] > 0
     }
+    # The first's weights are shares of a batch's pairs, the second's are pairs.
+    pairs = cfg.data.batch * math.comb(len(setup.method.by), 2)
+    for name, kind, each in (("pairs", "order_agreement", pairs), ("decided", "gold_agreement", 1)):
+        averages |= {name: round(each * history[f"annotator.{kind}"][1])} if kind in averages else {}
     return summary | {"annotator": averages | {when: history[when] for when in ("start", "end") if when in history}}
 
 

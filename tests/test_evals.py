@@ -81,7 +81,7 @@ def test_greedy_reference_ties_with_itself():
     for judge in ("gold", "judge"):
         assert metrics[judge]["tie"] == 1.0
         assert metrics[judge]["score"] == 0.5
-    assert metrics["kl"] == pytest.approx(0.0, abs=1e-4)
+    assert metrics["log_ratio"] == pytest.approx(0.0, abs=1e-4)
     assert metrics["mean_length"] == metrics["reference_length"]
     assert metrics["gold_mean"] == metrics["reference_gold_mean"]
     assert metrics["annotator"]["helpful"]["pairs"] == 0
@@ -91,7 +91,7 @@ def test_sampled_reference_draws_for_itself():
     """At a temperature the two sides are samples of one model, but not the same samples."""
     metrics, records = evaluated(POLICY)
     assert all(record["policy"] != record["reference"] for record in records)
-    assert metrics["kl"] == pytest.approx(0.0, abs=1e-4)
+    assert metrics["log_ratio"] == pytest.approx(0.0, abs=1e-4)
 
 
 def test_shares_and_intervals():
@@ -105,7 +105,7 @@ def test_shares_and_intervals():
             agreement = metrics["annotator"][name]
             assert 0.0 <= agreement["order_agreement"] <= 1.0
             assert agreement["decided"] <= agreement["pairs"] <= COUNT
-    assert abs(evaluated(OTHER)[0]["kl"]) > 0.1
+    assert abs(evaluated(OTHER)[0]["log_ratio"]) > 0.1
 
 
 def test_records_say_what_the_metrics_say():
@@ -145,7 +145,7 @@ def test_chunks_change_nothing():
         assert {k: v for k, v in one.items() if k != "judge"} == {k: v for k, v in other.items() if k != "judge"}
         assert one["judge"] == pytest.approx(other["judge"], rel=1e-4)
     assert whole["gold"] == parts["gold"]
-    assert whole["kl"] == pytest.approx(parts["kl"], rel=1e-4)
+    assert whole["log_ratio"] == pytest.approx(parts["log_ratio"], rel=1e-4)
 
 
 def test_reference_is_drawn_once(monkeypatch):

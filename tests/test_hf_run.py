@@ -325,7 +325,7 @@ def test_rounds_of_a_directory_with_lora(home, tmp_path):
     """The reference moves: at the second round's start the policy is its own."""
     run(home, tmp_path / "run", policy__lora__rank="2", rounds__count="2", eval__every="2", checkpoint__every="2")
     found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    kl = [line["kl"] for line in found if line["kind"] == "train"]
+    kl = [line["log_ratio"] for line in found if line["kind"] == "train"]
     assert [abs(value) < 1e-5 for value in kl] == [True, False, True, False]
 
 

@@ -84,7 +84,14 @@ def test_rounds_from_start_to_end(tmp_path):
     assert summary["steps"] == 6
     assert [line["round"] for line in taken] == [0, 0, 0, 1, 1, 1]
     assert [line["lr"] for line in taken] == pytest.approx([1e-3] * 3 + [2e-4] * 3)
-    assert [line["kl"] == pytest.approx(0, abs=1e-6) for line in taken] == [True, False, False, True, False, False]
+    assert [line["log_ratio"] == pytest.approx(0, abs=1e-6) for line in taken] == [
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
     assert taken[0]["loss"] == taken[3]["loss"] == pytest.approx(np.log(2), abs=1e-6)
     params, _ = load_params(tmp_path / "whole" / "checkpoints", "6")
     assert params["embedding"].dtype == np.float32
@@ -106,7 +113,7 @@ def test_a_run_that_was_stopped_in_any_round_goes_on_exactly(tmp_path, monkeypat
         with pytest.raises(RuntimeError, match="stopped"):
             run(tmp_path / "stopped")
     assert run(tmp_path / "stopped")["params_sha256"] == whole["params_sha256"]
-    keys = ("step", "loss", "kl", "lr", "round", "grad_norm")
+    keys = ("step", "loss", "log_ratio", "lr", "round", "grad_norm")
     assert [[line[key] for key in keys] for line in lines(tmp_path / "stopped")] == [
         [line[key] for key in keys] for line in lines(tmp_path / "whole")
     ]
@@ -116,7 +123,14 @@ def test_with_lora_the_reference_is_a_copy_of_the_additions(tmp_path):
     changes = {"policy": CONFIG["policy"] | {"lora": {"rank": 2}}}
     run(tmp_path / "lora", changes)
     taken = lines(tmp_path / "lora")
-    assert [line["kl"] == pytest.approx(0, abs=1e-6) for line in taken] == [True, False, False, True, False, False]
+    assert [line["log_ratio"] == pytest.approx(0, abs=1e-6) for line in taken] == [
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_three_completions_by_their_writers():

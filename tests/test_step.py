@@ -505,7 +505,7 @@ def test_policy_equal_to_the_reference_has_the_losses_value_at_zero(loss):
     )
     want = {"dpo": np.log(2), "ipo": 25.0, "ipo_mean": 25.0, "slic": 1.0}[loss]  # (1 / 0.2)^2
     assert float(found.loss) / ROWS == pytest.approx(want, rel=1e-5)
-    assert float(found.metrics["kl"][0]) == pytest.approx(0.0, abs=1e-4)
+    assert float(found.metrics["log_ratio"][0]) == pytest.approx(0.0, abs=1e-4)
 
 
 def test_completions_by_policy_reference_and_data_side_by_side():

@@ -62,7 +62,7 @@ FILES = {
 }
 TRAIN_KEYS = {
     "loss", "margin", "accuracy", "annotator.order_agreement", "annotator.confidence", "abstained", "identical", "length",
-    "length_difference", "kl", "finished", "grad_norm", "update_rms", "changed", "lr", "tokens_per_second", "seconds",
+    "length_difference", "log_ratio", "finished", "grad_norm", "update_rms", "changed", "lr", "tokens_per_second", "seconds",
 }  # fmt: skip
 VERDICT = {"win", "tie", "loss", "score", "low", "high"}
 INSTRUCTIONS = ("helpful", "short", "very_short")
@@ -266,7 +266,7 @@ def test_summary(finished):
         "judge",
         "mean_length",
         "reference_length",
-        "kl",
+        "log_ratio",
         "gold_mean",
         "reference_gold_mean",
         "greedy",
@@ -285,10 +285,10 @@ def test_verdicts(base, make):
     assert 0 < summary["greedy"]["mean_length"] <= 16
     for line in lines(make(base), "eval"):
         assert line.keys() >= {f"{judge}.{name}" for judge in ("gold", "judge") for name in VERDICT}
-        assert line.keys() >= {"mean_length", "reference_length", "kl", "gold_mean", "reference_gold_mean"}
+        assert line.keys() >= {"mean_length", "reference_length", "log_ratio", "gold_mean", "reference_gold_mean"}
     first = lines(make(base), "eval")[0]
-    assert first["kl"] == pytest.approx(0.0, abs=1e-4), "at the start the policy is its reference"
-    assert lines(make(base), "eval")[-1]["kl"] != first["kl"]
+    assert first["log_ratio"] == pytest.approx(0.0, abs=1e-4), "at the start the policy is its reference"
+    assert lines(make(base), "eval")[-1]["log_ratio"] != first["log_ratio"]
 
 
 def test_online_metrics(base):
@@ -355,7 +355,7 @@ def test_evaluate_and_sample_programs(base):
     last = lines(workdir, "eval")[-1]
     assert (found["step"], found["split"]) == (STEPS, "validation")
     assert found["gold"]["score"] == last["gold.score"], "the same posts, samples and parameters as the last evaluation"
-    assert found["kl"] == pytest.approx(last["kl"], rel=1e-5)
+    assert found["log_ratio"] == pytest.approx(last["log_ratio"], rel=1e-5)
     with pytest.raises(UserError, match="--prompts=2000000000: wanted at most 1000000"):
         evaluate.run(workdir, prompts=2_000_000_000)
     post = world.post(0, "validation", 0).text

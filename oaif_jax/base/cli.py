@@ -32,8 +32,9 @@ from typing import Any, NoReturn
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
+from rich.console import Console
 
-from oaif_jax.base import options
+from oaif_jax.base import options, phases
 from oaif_jax.base.errors import Interrupted, UserError, near
 from oaif_jax.base.text import printable
 
@@ -89,6 +90,16 @@ def parse(command: str = "") -> None:
         no_words(parse_flags(sys.argv[1:], words=command))
         if FLAGS["verbosity"].using_default_value:
             FLAGS.verbosity = logging.WARNING  # absl would set INFO, and Orbax would write into the progress bar
+    _starting.enter_context(_watch(is_live=False))
+    _starting.enter_context(phases.phase("starting"))
+
+
+_starting = contextlib.ExitStack()  # from `parse` to `call`: what is imported between them takes seconds
+
+
+def _watch(*, is_live: bool = True) -> contextlib.AbstractContextManager:
+    """Says on stderr what takes long: what a program is asked for goes to stdout."""
+    return contextlib.nullcontext() if sys.stderr is None else phases.Watch(Console(stderr=True), is_live=is_live)
 
 
 def no_words(words: Sequence[str]) -> None:
@@ -109,8 +120,9 @@ def call(main: Callable[[], object]) -> None:
         main()  # its result is not handed on: absl would take it for an exit code
 
     _is_program = True
+    _starting.close()
     try:
-        with user_errors():
+        with user_errors(), _watch():
             app.run(without_result, flags_parser=lambda argv: argv[:1])
     finally:
         _is_program = False

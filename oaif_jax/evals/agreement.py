@@ -7,6 +7,7 @@ from jaxtyping import PyTree
 
 from oaif_jax.annotate import llm
 from oaif_jax.annotate.orders import Template
+from oaif_jax.base.phases import phase
 from oaif_jax.data.dataset import Judged
 from oaif_jax.evals import drawing, verdicts
 from oaif_jax.models.config import ComputeConfig
@@ -29,12 +30,14 @@ def evaluate(
     template = Template(**judged.around)  # type: ignore[arg-type]
     for name in judged.instructions:
         parts = []
-        for number, indices in enumerate(drawing.chunks(count, chunk)):
-            batch = judged.held_out(split, number, len(indices), name)
-            placed = place({part: batch[part] for part in ("questions", "question_valid", "responses", "mask")})
-            responses, mask = placed.pop("responses"), placed.pop("mask")
-            said = llm.ask(params, placed, responses, mask, template=template, cfg=policy.cfg, compute=compute)
-            parts.append((np.asarray(said)[:, 0], batch["label"] - 0.5))
+        with phase(f"evaluating, {name}", count) as under_way:
+            for number, indices in enumerate(drawing.chunks(count, chunk)):
+                batch = judged.held_out(split, number, len(indices), name)
+                placed = place({part: batch[part] for part in ("questions", "question_valid", "responses", "mask")})
+                responses, mask = placed.pop("responses"), placed.pop("mask")
+                said = llm.ask(params, placed, responses, mask, template=template, cfg=policy.cfg, compute=compute)
+                parts.append((np.asarray(said)[:, 0], batch["label"] - 0.5))
+                under_way.at(min(chunk * len(parts), count))
         p_orders, difference = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
         found[name] = verdicts.agreement(p_orders, difference, np.zeros(len(p_orders), bool))
     accuracy = float(np.mean([each.get("gold_agreement", 0.5) for each in found.values()]))

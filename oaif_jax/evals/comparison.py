@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from oaif_jax.annotate.base import Annotator, Asks
+from oaif_jax.base.phases import phase
 from oaif_jax.data.dataset import DataSet, context_of
 from oaif_jax.evals import drawing, verdicts
 from oaif_jax.evals.drawing import Drawn
@@ -56,8 +57,10 @@ def evaluate(
         part = {
             "length": ours.mask[:, 0].sum(-1),
             "reference_length": theirs.mask[:, 0].sum(-1),
+            "finished": ours.finished[:, 0],
+            "reference_finished": theirs.finished[:, 0],
             "words": np.array([drawing.in_words(text) for text in texts]),
-            "kl": np.asarray(ratios)[:, 0],
+            "log_ratio": np.asarray(ratios)[:, 0],
             "same": np.array([a == b for a, b in zip(texts, their_texts, strict=True)]),
             "identical": np.array([a == b for a, b in ours.texts]),
         }
@@ -80,13 +83,19 @@ def evaluate(
                 part[f"utility.{name}"] = np.array(useful) @ np.array([1.0, -1.0])
         return part, list(_records(data, examples, texts, their_texts, part))
 
-    parts = [one_chunk(indices) for indices in drawing.chunks(count, chunk)]
+    parts = []
+    with phase("evaluating" if sampler.temperature else "evaluating, greedy", count) as under_way:
+        for indices in drawing.chunks(count, chunk):
+            parts.append(one_chunk(indices))
+            under_way.at(min(chunk * len(parts), count))
     joined = {name: np.concatenate([part[name] for part, _ in parts])[:count] for name in parts[0][0]}
     metrics: dict = {
         "mean_length": float(joined["length"].mean()),
         "reference_length": float(joined["reference_length"].mean()),
+        "finished": float(joined["finished"].mean()),
+        "reference_finished": float(joined["reference_finished"].mean()),
         "words": float(joined["words"].mean()),
-        "kl": float(joined["kl"].mean()),
+        "log_ratio": float(joined["log_ratio"].mean()),
     }
     if judge is not None:
         metrics["judge"] = verdicts.summarise(verdicts.by_orders(joined["judge"], joined["same"]))

@@ -45,10 +45,11 @@ def log_likelihood(params, given: Rollout, *, cfg: ModelConfig, compute: Compute
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """Responses on the host: tokens and mask [B, 2, R], and their texts."""
+    """Responses on the host: tokens and mask [B, 2, R], which of them end, and their texts."""
 
     tokens: np.ndarray
     mask: np.ndarray
+    finished: np.ndarray  # [B, 2]: whether it ends, and wasn't cut at the limit
     texts: Sequence[Sequence[str]]
     on_mesh: Rollout
 
@@ -67,7 +68,7 @@ def draw(
     made = respond(params, prompts, key, sampler=sampler, cfg=cfg, compute=compute)
     tokens, mask = np.asarray(made.tokens), np.asarray(made.mask)
     texts = [[voice.text(*each) for each in zip(*two, strict=True)] for two in zip(tokens, mask, strict=True)]
-    return Drawn(tokens, mask, texts, made)
+    return Drawn(tokens, mask, np.asarray(made.finished), texts, made)
 
 
 def chunks(count: int, chunk: int) -> list[np.ndarray]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from oaif_jax.base.phases import phase
 from oaif_jax.data.dataset import DataSet, context_of
 from oaif_jax.evals import drawing
 from oaif_jax.models.config import ComputeConfig
@@ -29,27 +30,34 @@ def evaluate(
     """Loss on references (nats a token), and what the policy's samples are worth where gold is known: gold_share is the
     mean gold score as a share of the largest."""
     loss = tokens = most = 0.0
-    records, lengths = [], []
-    for indices in drawing.chunks(count, chunk):
-        examples = data.examples(split, indices)
-        prompts = data.prompts(examples, indices)
-        own = min(len(indices), count - len(records))  # the others fill the last part up, and don't count
-        given = data.rollout(prompts, [[example.reference] for example in examples])
-        given = place(dataclasses.replace(given, mask=given.mask & (np.arange(len(indices)) < own)[:, None, None]))
-        part, size = drawing.log_likelihood(params, given, cfg=policy.cfg, compute=compute)
-        loss, tokens = loss - float(part), tokens + float(size)
-        made = drawing.respond(params, place(prompts), key, sampler=sampler, cfg=policy.cfg, compute=compute)
-        drawn, mask = np.asarray(made.tokens)[:own, 0], np.asarray(made.mask)[:own, 0]
-        lengths.append(mask.sum(-1))
-        for example, response, kept in zip(examples[:own], drawn, mask, strict=True):
-            text = data.voice.text(response, kept)
-            record: dict = {"prompt": context_of(example), "reference": example.reference, "policy": text}
-            if data.gold:
-                record["gold_reference"] = data.gold.score(example, example.reference)
-                record["gold_policy"] = data.gold.score(example, text)
-                most += data.gold.most(example)
-            records.append(record)
-    metrics = {"validation_loss": loss / tokens, "mean_length": float(np.concatenate(lengths).mean())}
+    records, lengths, finished = [], [], []
+    with phase("evaluating", count) as under_way:
+        for indices in drawing.chunks(count, chunk):
+            under_way.at(len(records))
+            examples = data.examples(split, indices)
+            prompts = data.prompts(examples, indices)
+            own = min(len(indices), count - len(records))  # the others fill the last part up, and don't count
+            given = data.rollout(prompts, [[example.reference] for example in examples])
+            given = place(dataclasses.replace(given, mask=given.mask & (np.arange(len(indices)) < own)[:, None, None]))
+            part, size = drawing.log_likelihood(params, given, cfg=policy.cfg, compute=compute)
+            loss, tokens = loss - float(part), tokens + float(size)
+            made = drawing.respond(params, place(prompts), key, sampler=sampler, cfg=policy.cfg, compute=compute)
+            drawn, mask = np.asarray(made.tokens)[:own, 0], np.asarray(made.mask)[:own, 0]
+            lengths.append(mask.sum(-1))
+            finished.append(np.asarray(made.finished)[:own, 0])
+            for example, response, kept in zip(examples[:own], drawn, mask, strict=True):
+                text = data.voice.text(response, kept)
+                record: dict = {"prompt": context_of(example), "reference": example.reference, "policy": text}
+                if data.gold:
+                    record["gold_reference"] = data.gold.score(example, example.reference)
+                    record["gold_policy"] = data.gold.score(example, text)
+                    most += data.gold.most(example)
+                records.append(record)
+    metrics = {
+        "validation_loss": loss / tokens,
+        "mean_length": float(np.concatenate(lengths).mean()),
+        "finished": float(np.concatenate(finished).mean()),
+    }
     if data.gold:
         total = sum(record["gold_policy"] for record in records)
         metrics |= {

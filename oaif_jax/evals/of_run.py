@@ -1,5 +1,6 @@
 """When a run is evaluated, and by what: on validation examples while it trains, on the final split at its end."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,18 @@ from oaif_jax.data.records import Example
 from oaif_jax.evals import agreement, comparison, likelihood, verdicts
 from oaif_jax.evals.comparison import Cache, Evaluation
 from oaif_jax.rollout import named_key
-from oaif_jax.run.setup import Setup, eval_chunk, name_of
+from oaif_jax.run import compiling
+from oaif_jax.run.setup import Setup, eval_chunk
 
-GREEDY = ("gold", "judge", "mean_length", "words", "gold_mean", "gold_share")  # what is said of greedy samples
+GREEDY = (
+    "gold",
+    "judge",
+    "mean_length",
+    "finished",
+    "words",
+    "gold_mean",
+    "gold_share",
+)  # what is said of greedy samples
 
 
 class Evaluations:
@@ -24,6 +34,7 @@ class Evaluations:
         self._setup = setup
         self._key = named_key(jax.random.key(setup.cfg.seed), "evaluation")
         self._cache: Cache = {}
+        self.seconds = 0.0  # that the last one on validation examples took, without what compiling took
         self._evaluate: Callable[..., Evaluation] = {
             "comparison": self._comparison,
             "likelihood": self._likelihood,
@@ -34,9 +45,10 @@ class Evaluations:
     def validate(self, params: PyTree, *, thorough: bool) -> Evaluation:
         """Trained parameters on validation examples; a thorough one, at start and end, asks the annotator under every instruction
         that is measured, others under its own."""
-        return self._evaluate(
-            params, "validation", self._setup.cfg.eval.prompts, thorough=thorough, cache=self._cache, temperature=None
-        )
+        count, began = self._setup.cfg.eval.prompts, time.monotonic() - compiling.seconds()
+        found = self._evaluate(params, "validation", count, thorough=thorough, cache=self._cache, temperature=None)
+        self.seconds = max(time.monotonic() - compiling.seconds() - began, 0.0)
+        return found
 
     def finish(self, params: PyTree, *, split: str = "", count: int = 0) -> Evaluation:
         """The same on the final split, and of greedy samples; or on another split, and any number of its examples."""
@@ -78,8 +90,7 @@ class Evaluations:
         )
 
     def _annotators(self, thorough: bool) -> Mapping[str, Annotator]:
-        own = name_of(self._setup.cfg.annotator.instruction)
-        measured = self._setup.measured
+        own, measured = self._setup.measured_as, self._setup.measured
         return measured if thorough or own not in measured else {own: measured[own]}
 
     def _likelihood(self, params: PyTree, split: str, count: int, **_) -> Evaluation:
@@ -136,8 +147,7 @@ def agreement_with_gold(setup: Setup, examples: Sequence[Example], outputs: dict
     gold = setup.data.gold
     if gold is None or outputs["tokens"].shape[1] < 2:
         return {}
-    named = name_of(setup.cfg.annotator.instruction)
-    named = named if named in gold.instructions else gold.instructions[0]
+    named = setup.measured_as if setup.measured_as in gold.instructions else gold.instructions[0]
     asks = asks_of(examples, outputs["tokens"], outputs["mask"], setup.data.voice)
     worth = np.array(
         [

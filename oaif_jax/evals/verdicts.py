@@ -18,7 +18,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def summarise(verdicts: Sequence[float] | np.ndarray) -> dict:
-    """Shares of wins (1), ties (1/2) and losses (0), the score (win + tie/2) and its 95 % interval."""
+    """Shares of wins (1), ties (1/2) and losses (0), the score (win + tie/2) and its 95 % interval, and of how many pairs."""
     verdicts = np.asarray(verdicts, float)
     score = float(verdicts.mean())
     return {
@@ -27,6 +27,7 @@ def summarise(verdicts: Sequence[float] | np.ndarray) -> dict:
         "loss": float(np.mean(verdicts == 0.0)),
         "score": score,
         "interval": list(wilson(score, len(verdicts))),
+        "pairs": len(verdicts),
     }
 
 

@@ -4,6 +4,7 @@ step.py takes one step of any method; a method is what is special about it, on o
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +18,19 @@ from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.models.prefill import Prefill, prefill
 from oaif_jax.types import Batch, Logps, Rollout, Scores
 
-Sums = dict[str, Array]  # a metric's [sum, count], added up over micro-batches and divided at the end
+# A metric's [sum, count], added up over micro-batches and divided at the end; or its [sum], where it is a number of things.
+Sums = dict[str, Array]
+
+# What a metric is a mean over, where that isn't the whole batch: over none there is no mean, and 0 would be read as one.
+COUNTED_BY = {
+    "margin": "weight",
+    "accuracy": "weight",
+    "length_difference": "weight",
+    "log_ratio_chosen": "weight",
+    "log_ratio_rejected": "weight",
+    "annotator.order_agreement": "annotator.pairs",
+    "annotator.confidence": "annotator.pairs",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +113,16 @@ def over_rows(per_row: Float[Array, " P"], weight: Float[Array, " P"], metrics: 
     """The loss of rows, each times its weight. Where, not times: a loss that isn't finite in a row without weight must not make
     the sum nan."""
     return Loss(jnp.sum(jnp.where(weight > 0, per_row * weight, 0.0)), jnp.sum(weight), metrics)
+
+
+def known(metrics: Mapping[str, float]) -> dict[str, float]:
+    """A step's metrics without means over nothing."""
+    return {name: value for name, value in metrics.items() if metrics.get(COUNTED_BY.get(name, ""), 1.0)}
+
+
+def total_of(values: Float[Array, "..."] | Bool[Array, "..."]) -> Float[Array, "1"]:
+    """[sum], to be added up over micro-batches: how many there are."""
+    return jnp.sum(values.astype(jnp.float32))[None]
 
 
 def mean_of(values: Float[Array, "..."] | Bool[Array, "..."], weight: Array | None = None) -> Float[Array, "2"]:

@@ -10,7 +10,7 @@ from oaif_jax import losses
 from oaif_jax.base.errors import UserError
 from oaif_jax.config import Config
 from oaif_jax.losses import LogRatios, PairLoss
-from oaif_jax.methods.base import Sums, mean_of
+from oaif_jax.methods.base import Sums, mean_of, total_of
 from oaif_jax.types import Logps, Rollout, Scores
 
 
@@ -77,6 +77,7 @@ def annotator_metrics(rollout: Rollout, scores: Scores, pairs: Pairs) -> Sums:
     one, other, p_first = scores.orders[..., 0], scores.orders[..., 1], jnp.mean(scores.orders, axis=-1)
     different = jnp.broadcast_to(~identical[:, None], p_first.shape)
     return sums | {
+        "annotator.pairs": total_of(different),
         "annotator.order_agreement": mean_of((one > 0.5) == (other > 0.5), different),
         "annotator.confidence": mean_of(jnp.maximum(p_first, 1 - p_first), different),
     }
@@ -98,6 +99,8 @@ def pair_loss(logps: Logps, pairs: Pairs, loss: PairLoss) -> tuple[Float[Array, 
         "accuracy": mean_of(ratios.margin > 0, pairs.weight),
         "length": mean_of(jnp.mean(lengths, axis=-1)),
         "length_difference": mean_of(ratios.chosen_length - ratios.rejected_length, pairs.weight),
-        "kl": mean_of(jnp.mean(log_ratios, axis=-1)),
+        "log_ratio": mean_of(jnp.mean(log_ratios, axis=-1)),
+        "log_ratio_chosen": mean_of(ratios.chosen, pairs.weight),
+        "log_ratio_rejected": mean_of(ratios.rejected, pairs.weight),
     }
     return loss(ratios), metrics

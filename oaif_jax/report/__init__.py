@@ -1,7 +1,7 @@
 """From a run's files to what people read: tables, the curve, and a page with it all. Imports no jax.
 
 run = report.write(workdir)   # curve.png and report.html
-report.show(run)              # the final table and three posts side by side, on the terminal
+report.show(run)              # the final table and three samples side by side, on the terminal
 """
 
 import contextlib
@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from oaif_jax.base.files import reason
-from oaif_jax.report import html, plots, tables
+from oaif_jax.base.phases import phase
+from oaif_jax.report import html, plots, setting, tables
 from oaif_jax.report.read import ReportError, Run, Sample, load, summary
 
 __all__ = ["CURVE", "PAGE", "ReportError", "Run", "Sample", "drawn", "load", "show", "summary", "write"]
@@ -20,6 +21,7 @@ __all__ = ["CURVE", "PAGE", "ReportError", "Run", "Sample", "drawn", "load", "sh
 CURVE, PAGE = "curve.png", "report.html"
 
 
+@phase("drawing the report")
 def write(workdir: str | pathlib.Path, *, finished: bool = True) -> Run:
     """Reads the run in `workdir` and writes its curve.png and report.html, each at once or not at all.
 
@@ -53,9 +55,12 @@ def _draw(run: Run) -> Run:
 
 
 def show(run: Run, console: Console | None = None) -> None:
-    """Prints the final table, three posts side by side, and where the curve and the page are."""
+    """Prints the final table, three samples side by side, where the curve and the page are, and how a finished run is trained
+    further."""
     console = console or Console()
     console.print(tables.final_table(run))
     console.print(tables.side_by_side(run))
     for name, path in (("curve ", run.workdir / CURVE), ("report", run.workdir / PAGE)):
         console.print(Text(f"{name}  {path}"), soft_wrap=True)
+    if run.finished:
+        console.print(Text(f"longer  {setting.longer(run)}"), soft_wrap=True)

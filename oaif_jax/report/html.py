@@ -5,12 +5,13 @@ to the browser too: its policy admits no address at all, and of scripts only the
 """
 
 import base64
+import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from oaif_jax.report import plots, tables
+from oaif_jax.report import plots, setting, tables
 from oaif_jax.report.read import FINAL, Run, Sample
 
 SHOWN_FIRST = 50  # samples that are visible without the script
@@ -22,8 +23,8 @@ def report(run: Run) -> str:
     parts = [
         _header(run),
         _tiles(run),
-        _section("Results", '<div class="results">', *(_table(table) for table in tables.final_tables(run)), "</div>"),
-        _section("Course", f'<figure role="img" aria-label="Curves of the run">{plots.curve_svg(run)}</figure>'),
+        _section("Results", '<div class="results">', *(_table(table) for table in _results(run)), "</div>"),
+        _section("Course", _curves(run), f"<p class=note>{escape(setting.normal_loss(run))}</p>"),
         _sample_browser(run),
         _section("Details", _evaluations(run), _config(run), _versions(run)),
     ]
@@ -49,6 +50,24 @@ def report(run: Run) -> str:
 """
 
 
+def _results(run: Run) -> list[tables.Table]:
+    """The final tables; what a normal loss is stands beside its curve."""
+    normal = setting.normal_loss(run)
+    return [
+        dataclasses.replace(table, note="" if table.note == normal else table.note)
+        for table in tables.final_tables(run)
+    ]
+
+
+def _curves(run: Run) -> str:
+    """The curves twice: two panels to a row, and below each other where a phone shows them."""
+    return "".join(
+        f'<figure class="{kind}" role="img" aria-label="Curves of the run">'
+        f"{plots.curve_svg(run, narrow=kind == 'narrow')}</figure>"
+        for kind in ("broad", "narrow")
+    )
+
+
 def _name(run: Run) -> str:
     return run.workdir.resolve().name
 
@@ -63,7 +82,8 @@ def _header(run: Run) -> str:
     state = " · ".join([tables.method(run), *facts])
     command = found.get("command")
     again = f'<p class="again">The command:</p><pre>{escape(str(command))}</pre>' if command else ""
-    return f"<header><h1>{escape(_name(run))}</h1><p>{escape(state)}</p>{again}</header>"
+    further = f'<p class="again">To train further: {escape(setting.longer(run))}.</p>' if run.finished else ""
+    return f"<header><h1>{escape(_name(run))}</h1><p>{escape(state)}</p>{again}{further}</header>"
 
 
 # ------------------------------------------------------------------------------------------------ tiles
@@ -76,23 +96,28 @@ def _tiles(run: Run) -> str:
     for judge, name in tables.JUDGES.items():
         if judge in found:
             interval = tables.percents(*found[judge]["interval"])
-            tiles.append((f"Win rate, {name} judge", tables.percent(found[judge]["score"]), interval))
+            pairs = found[judge].get("pairs", found.get("prompts"))
+            of = f", of {tables.plain(pairs)} pairs" if pairs is not None else ""
+            tiles.append((f"Win rate, {name} judge", tables.percent(found[judge]["score"]), interval + of))
     for key, theirs, name, unit in (
         ("gold_mean", "reference_gold_mean", "Gold score", ""),
         ("mean_length", "reference_length", "Length", f" {tables.LENGTH_UNIT}"),
-        ("kl", "", "KL to the reference", " nats"),
+        ("log_ratio", "", tables.LOG_RATIO.capitalize(), " nats"),
     ):
         if found.get(key) is not None:
             against = (
                 f"{run.sides[0]} {tables.decimal(found[theirs])}" if found.get(theirs) is not None else "of a response"
             )
+            if key == "mean_length" and "finished" in found:
+                against += f"; {tables.percent(1 - found['finished'])} cut at the limit"
             tiles.append((name, tables.decimal(found[key]) + unit, against))
-    for key, name, note in (
-        ("gold_agreement", "Annotator agrees with gold", "of pairs, ties left out"),
-        ("order_agreement", "Annotator's orders agree", "of pairs"),
+    for key, name, count, note in (
+        ("gold_agreement", "Annotator agrees with gold", "decided", "pairs, ties left out"),
+        ("order_agreement", "Annotator's orders agree", "pairs", "pairs"),
     ):
         if annotator.get(key) is not None:
-            tiles.append((name, tables.percent(annotator[key]), note))
+            of = f"of {annotator[count]:,.0f} {note}" if count in annotator else f"of {note}"
+            tiles.append((name, tables.percent(annotator[key]), of))
     tiles += [(name, tables.plain(value), "") for name, value in tables.leftovers(found).items()]
     shown = "".join(
         f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}</dd><small>{escape(note)}</small></div>'
@@ -109,7 +134,10 @@ def _table(table: tables.Table) -> str:
     head = "".join(f"<th scope=col{side}>{escape(name)}</th>" for side, name in zip(sides, table.columns, strict=True))
     rows = "".join(
         f"<tr><th scope=row>{escape(row[0])}</th>"
-        + "".join(f"<td{side}>{escape(cell)}</td>" for side, cell in zip(sides[1:], row[1:], strict=True))
+        + "".join(
+            f'<td{side} data-name="{escape(name)}">{escape(cell)}</td>'
+            for name, side, cell in zip(table.columns[1:], sides[1:], row[1:], strict=True)
+        )
         + "</tr>"
         for row in table.rows
     )
@@ -160,7 +188,7 @@ def _versions(run: Run) -> str:
 
 
 CONTROLS = """<form class="controls" id="controls" hidden>
-<input type="search" id="filter" placeholder="Filter posts and summaries" aria-label="Filter">
+<input type="search" id="filter" placeholder="Filter {what}" aria-label="Filter">
 <select id="order" aria-label="Order">
 <option value="number">in their order</option>
 <option value="gain">largest gains first</option>
@@ -174,38 +202,43 @@ def _sample_browser(run: Run) -> str:
     if not samples:
         return ""
     judged = any(sample.judge is not None for sample in samples)
-    columns = ("Post", theirs, ours, "Gold", *(["Judge"] if judged else []))
+    scored = any(sample.gold_difference is not None for sample in samples)
+    example, responses = run.words
+    columns = (example.capitalize(), theirs, ours, *(["Gold"] if scored else []), *(["Judge"] if judged else []))
     head = "".join(f"<th scope=col>{name}</th>" for name in columns)
-    rows = "".join(_sample_row(i, sample, judged) for i, sample in enumerate(samples))
+    rows = "".join(_sample_row(i, sample, columns) for i, sample in enumerate(samples))
+    gold = f" Gold: {ours}'s score less {theirs}'s." if scored else ""
     judge = f" Judge: how sure the language-model judge is that {ours}'s response is better." if judged else ""
     name = list(run.samples)[-1]
     evaluation = "the final evaluation" if name == FINAL else f"the evaluation {name}"
-    note = f"{len(samples)} posts of {evaluation}. Gold: {ours}'s score less {theirs}'s.{judge}"
+    note = f"{len(samples)} {example}s of {evaluation}.{gold}{judge}"
     return _section(
         "Samples",
         f"<p class=note>{escape(note)}</p>",
-        CONTROLS,
+        CONTROLS.format(what=f"{example}s and {responses}"),
         f'<div class="wide"><table class="samples" id="samples"><thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>",
         '<button id="more" hidden>Show more</button>',
     )
 
 
-def _sample_row(number: int, sample: Sample, judged: bool) -> str:
+def _sample_row(number: int, sample: Sample, columns: Sequence[str]) -> str:
+    prompt, theirs, ours = (f' data-name="{name}"' for name in columns[:3])
     difference = sample.gold_difference
     hidden = " hidden" if number >= SHOWN_FIRST else ""
     order = "" if difference is None else f' data-gain="{difference:.6g}"'
     judge = "" if sample.judge is None else f"{100 * sample.judge:.0f} %"
     return (
-        f"<tr{hidden}{order}><td class=post><small>{number + 1}</small>{escape(sample.prompt.strip())}</td>"
-        f"{_response(sample.reference, sample.gold_reference)}{_response(sample.policy, sample.gold_policy)}"
-        f"<td>{_difference(difference)}</td>" + (f"<td>{judge}</td></tr>" if judged else "</tr>")
+        f"<tr{hidden}{order}><td class=post{prompt}><small>{number + 1}</small>{escape(sample.prompt.strip())}</td>"
+        f"{_response(theirs, sample.reference, sample.gold_reference)}{_response(ours, sample.policy, sample.gold_policy)}"
+        + (f'<td data-name="Gold">{_difference(difference)}</td>' if "Gold" in columns else "")
+        + (f'<td data-name="Judge">{judge}</td></tr>' if "Judge" in columns else "</tr>")
     )
 
 
-def _response(text: str | None, gold: float | None) -> str:
+def _response(named: str, text: str | None, gold: float | None) -> str:
     shown = "" if text is None else escape(text.strip()) or "<i>empty</i>"
-    return f"<td class=response>{shown}" + ("" if gold is None else f"<small>gold {gold:.2f}</small>") + "</td>"
+    return f"<td class=response{named}>{shown}" + ("" if gold is None else f"<small>gold {gold:.2f}</small>") + "</td>"
 
 
 def _difference(value: float | None) -> str:
@@ -256,6 +289,7 @@ tbody th { font-weight: 400; }
 .facts tbody th { color: var(--muted); white-space: nowrap; padding-right: 20px; }
 .note { color: var(--muted); font-size: 13px; margin: 6px 0 0; }
 figure { margin: 16px 0 0; }
+figure.narrow { display: none; }
 figure svg { width: 100%; height: auto; display: block; }
 figure text { font-family: inherit !important; }
 .controls { display: flex; flex-wrap: wrap; gap: 10px; align-items: center; margin: 12px 0; }
@@ -282,6 +316,33 @@ summary { cursor: pointer; font-weight: 500; }
 .tree table { margin-left: 18px; font: 13px/1.45 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; }
 .tree th, .tree td { padding-top: 2px; padding-bottom: 2px; border: 0; overflow-wrap: anywhere; }
 .tree th { color: var(--muted); white-space: nowrap; }
+@media (max-width: 640px) {
+  main { padding: 20px 14px 56px; }
+  h2 { margin-top: 32px; }
+  .tiles { grid-template-columns: 1fr 1fr; gap: 8px; margin-top: 20px; }
+  .tile { padding: 10px 12px; }
+  .tile dd { font-size: 22px; }
+  figure.broad { display: none; }
+  figure.narrow { display: block; }
+  .results { display: block; }
+  .results .numbers, .results .numbers tbody, .samples, .samples tbody { display: block; }
+  .results .numbers thead, .samples thead { display: none; }
+  .results .numbers tr, .samples tr { display: block; padding: 8px 0; border-bottom: 1px solid var(--rule); }
+  .samples tr[hidden] { display: none; }
+  .results .numbers tbody th { display: block; padding: 0; border: 0; font-weight: 500; }
+  .results .numbers td { display: flex; justify-content: space-between; gap: 12px; padding: 1px 0; border: 0;
+    white-space: normal; text-align: right; }
+  .results .numbers td::before { content: attr(data-name); color: var(--muted); text-align: left; }
+  .results .numbers caption { display: block; }
+  .facts th, .facts td { padding-left: 12px; }
+  .facts tbody th { white-space: normal; padding-left: 0; padding-right: 0; }
+  .samples .post, .samples .response, .samples td:nth-child(n+4) { display: block; width: auto; min-width: 0;
+    padding: 2px 0; border: 0; text-align: left; white-space: pre-line; }
+  .samples .response::before, .samples td:nth-child(n+4)::before { content: attr(data-name) ": "; color: var(--muted); }
+  .tree, .tree details details, .tree table { margin-left: 0; }
+  .tree th { white-space: normal; overflow-wrap: anywhere; }
+  .tree th, .tree td { padding-left: 10px; }
+}
 @media print { .controls, #more { display: none !important; } main { max-width: none; } }
 """
 

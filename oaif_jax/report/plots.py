@@ -23,6 +23,7 @@ CSS_NAMES = {
 }  # fmt: skip
 
 WIDTH, PANEL_HEIGHT, DPI = 10.0, 3.0, 100  # inches, inches, pixels an inch: 1000 pixels wide
+NARROW_WIDTH = 5.0  # of the figure that phones show: its letters are as large as those of the page
 LABEL_GAP = 0.085  # least distance of two line names, as a share of a panel's height
 
 
@@ -32,16 +33,17 @@ def curve(run: Run, path: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def curve_svg(run: Run) -> str:
-    """The same figure as an <svg> element without a background, with CSS variables (CSS_NAMES) for its colours."""
+def curve_svg(run: Run, *, narrow: bool = False) -> str:
+    """The same figure as an <svg> element without a background, with CSS variables (CSS_NAMES) for its colours; a narrow one is
+    for phones. Ids of the two differ, so that a page can hold both."""
     import io
 
     import matplotlib
 
     drawn = io.StringIO()
     # Text as text, and ids that are the same each time.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "oaif"}):
-        figure(run).savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"oaif{narrow}"}):
+        figure(run, narrow=narrow).savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
     svg = drawn.getvalue()
     svg = svg[svg.index("<svg") :]
     for colour, name in CSS_NAMES.items():
@@ -49,20 +51,21 @@ def curve_svg(run: Run) -> str:
     return svg
 
 
-def figure(run: Run):
-    """A matplotlib Figure of the run: two panels to a row, the first one across where their number is odd."""
+def figure(run: Run, *, narrow: bool = False):
+    """A matplotlib Figure of the run: two panels to a row, the first one across where their number is odd; or one to a row."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     panels = [draw for shown, draw in PANELS if shown(run)] or [_draw_nothing]
-    rows = (len(panels) + 1) // 2
+    across = 1 if narrow else 2
+    rows = -(-len(panels) // across)
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.04, hspace=0.05)
-    made = Figure(figsize=(WIDTH, rows * PANEL_HEIGHT), layout=layout)
-    grid = made.add_gridspec(rows, 2)
-    odd = len(panels) % 2
+    made = Figure(figsize=(NARROW_WIDTH if narrow else WIDTH, rows * PANEL_HEIGHT), layout=layout)
+    grid = made.add_gridspec(rows, across)
+    odd = len(panels) % across
     last = max((line["step"] for line in (*run.train, *run.evals)), default=1) or 1
     for i, draw in enumerate(panels):
-        place = grid[0, :] if odd and i == 0 else grid[(i + odd) // 2, (i + odd) % 2]
+        place = grid[0, :] if odd and i == 0 else grid[divmod(i + odd, across)]
         ax = made.add_subplot(place)
         draw(ax, run)
         _dress(ax)
@@ -130,16 +133,16 @@ def _draw_policy_and_reference(ax, run: Run, ours: str, theirs: str) -> None:
     _name_ends(ax, ends)
 
 
-def _draw_kl(ax, run: Run) -> None:
-    steps, values = series(run.evals, "kl")
-    train_steps, train_values = series(run.train, "kl")
+def _draw_log_ratio(ax, run: Run) -> None:
+    steps, values = series(run.evals, "log_ratio")
+    train_steps, train_values = series(run.train, "log_ratio")
     if train_steps:
         ax.plot(train_steps, train_values, color=BLUE, linewidth=0.7, alpha=0.35)
     if steps:
         ax.plot(steps, values, color=BLUE, linewidth=2, marker="o", markersize=4)
     _fit(ax, values, train_values, [0.0])
     note = "thin: training prompts, thick: held-out ones" if steps and train_steps else "of a response"
-    _title(ax, "KL to the reference, in nats", note)
+    _title(ax, "Log-ratio to the reference, in nats", note)
 
 
 def _draw_annotator(ax, run: Run) -> None:
@@ -203,7 +206,7 @@ PANELS: Sequence[tuple[Callable[[Run], bool], Callable[[Any, Run], None]]] = (
     (lambda run: _has("train", "loss")(run) or bool(series(_held_out(run), HELD_OUT_LOSS)[0]), _draw_loss),
     (_has("evals", "gold_mean"), _draw_gold),
     (_has("evals", "mean_length"), _draw_length),
-    (lambda run: _has("train", "kl")(run) or _has("evals", "kl")(run), _draw_kl),
+    (lambda run: _has("train", "log_ratio")(run) or _has("evals", "log_ratio")(run), _draw_log_ratio),
     (_has("train", *(key for key, _, _ in ANNOTATOR_LINES)), _draw_annotator),
     (lambda run: bool(_accuracy_keys(run)) and not _has("train", "annotator.order_agreement")(run), _draw_accuracy),
 )

@@ -17,6 +17,7 @@ from oaif_jax.base.errors import UserError
 from oaif_jax.base.files import reason
 
 KINDS = ("train", "eval")
+RENAMED = {"kl": "log_ratio"}  # keys of earlier versions' files
 FINAL = "final"
 SAMPLES = re.compile(rf"({FINAL}|step_\d+)\.jsonl")  # other files beside them aren't the run's
 
@@ -73,18 +74,38 @@ class Run:
         """What a sample's reference and policy are called; without a reference model, the data's own texts are beside it."""
         if not self.is_comparison:
             return ("Reference", self.method.upper() or "Model")
-        return ("SFT" if self.is_tiny else "Reference", "Policy")
+        return ("SFT" if self.began_as_sft else "Reference", "Policy")
 
     @property
     def is_tiny(self) -> bool:
-        """Whether the run is one of the tiny world, where policies begin as the SFT model."""
-        data = self.config.get("data")
-        return not isinstance(data, Mapping) or data.get("name", "tiny") == "tiny"
+        """Whether the run is one of the tiny world, where there are posts, summaries and a gold judge."""
+        return self.key("data.name", "tiny") == "tiny"
+
+    @property
+    def began_as_sft(self) -> bool:
+        """Whether the reference is the tiny world's SFT model."""
+        reference = self.key("reference.init", "policy")
+        init = self.key("policy.init", "tiny:sft") if reference == "policy" else reference
+        return self.is_tiny and str(init).removeprefix("tiny:") == "sft"
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """What an example and its responses are called."""
+        return ("post", "summaries") if self.is_tiny else ("prompt", "responses")
+
+    def key(self, name: str, default: Any = None) -> Any:
+        """A value of the config by its dotted name; the default where an earlier version didn't have the key."""
+        found: Any = self.config
+        for part in name.split("."):
+            if not isinstance(found, Mapping) or part not in found:
+                return default
+            found = found[part]
+        return found
 
     @property
     def opponent(self) -> str:
         """What policies are compared with: the model that they began as."""
-        return "SFT" if self.is_tiny else "the reference"
+        return "SFT" if self.began_as_sft else "the reference"
 
     @property
     def last_samples(self) -> tuple[Sample, ...]:
@@ -124,7 +145,7 @@ def load(workdir: str | pathlib.Path, *, finished: bool = True) -> Run:
         train=tuple(line for line in metrics if line["kind"] == "train"),
         evals=tuple(line for line in metrics if line["kind"] == "eval"),
         samples=_samples(workdir / "samples", is_live=found is None),
-        summary=found or {},
+        summary=renamed(found) if found else {},
     )
 
 
@@ -246,6 +267,11 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
+def renamed(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics with an earlier version's names as this one's."""
+    return {RENAMED.get(name, name): value for name, value in found.items()}
+
+
 def _bytes(path: pathlib.Path) -> bytes:
     try:
         return path.read_bytes()
@@ -309,7 +335,7 @@ def _metrics(path: pathlib.Path, *, is_live: bool) -> list[dict[str, Any]]:
         for key, value in line.items():
             if key != "kind" and not _is_number(value):
                 raise ReportError(f"{where}: {key} is {value!r}; wanted a finite number")
-        lines.append(line)
+        lines.append(renamed(line))
     return lines
 
 
@@ -348,7 +374,9 @@ def _as_summary(first: Mapping[str, float], last: Mapping[str, float]) -> dict[s
     for moment, line in (("start", first), ("end", last)):
         for key, value in line.items():
             match key.split("."):
-                case ["annotator", instruction, measure]:
+                case ["annotator", *instruction, measure] if (
+                    instruction
+                ):  # which may have dots, as python:mine.longer has
                     annotator = summary.setdefault("annotator", {})
-                    annotator.setdefault(moment, {}).setdefault(instruction, {})[measure] = value
+                    annotator.setdefault(moment, {}).setdefault(".".join(instruction), {})[measure] = value
     return summary

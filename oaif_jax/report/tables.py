@@ -13,17 +13,20 @@ from rich.measure import Measurement
 from rich.padding import Padding
 from rich.text import Text
 
-from oaif_jax.report.read import ReportError, Run, Sample, leaves
+from oaif_jax.report import setting
+from oaif_jax.report.read import ReportError, Run, Sample, leaves, renamed
+from oaif_jax.report.text import NONE, decimal, duration, one_line, percent, percents, plain, readable
 
 JUDGES = {"gold": "gold", "judge": "language model"}
 LENGTH_UNIT = "tokens"
-NONE = "-"
+LOG_RATIO = "log-ratio to the reference"  # log pi(y) - log pi_ref(y) of the policy's own responses
 
 # Summary keys that have a place of their own in the tables; all others are results that are listed as they are.
 PLACED = (
-    "gold", "judge", "greedy", "annotator", "versions", "mean_length", "reference_length", "words", "kl", "gold_mean",
+    "gold", "judge", "greedy", "annotator", "versions", "mean_length", "reference_length", "words", "log_ratio", "gold_mean",
     "reference_gold_mean", "gold_share", "reference_gold_share", "method", "loss", "beta", "instruction", "seed",
     "steps", "seconds", "params_sha256", "device", "cores", "evaluated_step", "split", "prompts", "command", "exported",
+    "finished", "reference_finished", "annotated_by", "judged_by",
 )  # fmt: skip
 
 
@@ -43,54 +46,6 @@ class Table:
     def left(self, column: int) -> bool:
         """Whether a column is text: it's the first, a fact, or one of its cells starts with a letter."""
         return column == 0 or self.facts or any(row[column][:1].isalpha() for row in self.rows)
-
-
-# ------------------------------------------------------------------------------------------------ numbers as text
-
-
-def percent(share: float) -> str:
-    """0.883 -> "88.3 %"."""
-    return f"{100 * share:.1f} %"
-
-
-def percents(low: float, high: float) -> str:
-    """An interval of shares: (0.844, 0.922) -> "84.4 - 92.2 %"."""
-    return f"{100 * low:.1f} - {100 * high:.1f} %"
-
-
-def decimal(value: float) -> str:
-    """Two places, as scores and lengths are shown: 2.948 -> "2.95"."""
-    return f"{value:.2f}"
-
-
-def duration(seconds: float) -> str:
-    """161 -> "2 min 41 s"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def plain(value: Any) -> str:
-    """Any value of a config or summary in one short text; numbers to four digits."""
-    if value is None:
-        return NONE
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(plain(each) for each in value) or NONE
-    return one_line(str(value))
-
-
-def readable(key: str) -> str:
-    """A dotted name in words: "helpful.gold_agreement" -> "helpful, gold agreement"."""
-    return key.replace(".", ", ").replace("_", " ")
-
-
-def one_line(text: str) -> str:
-    """White space as single spaces, and nothing that moves a terminal's cursor."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(text.split()))
 
 
 # ------------------------------------------------------------------------------------------------ one run
@@ -121,9 +76,7 @@ def sampled(run: Run) -> str:
 def posts(run: Run) -> str:
     """What was evaluated: "256 test posts"."""
     found = run.standing
-    return " ".join(str(found[key]) for key in ("prompts", "split") if key in found) + (
-        " posts" if run.is_tiny else " prompts"
-    )
+    return " ".join([*(str(found[key]) for key in ("prompts", "split") if key in found), f"{run.words[0]}s"])
 
 
 def _win_table(run: Run) -> Table:
@@ -137,10 +90,13 @@ def _win_table(run: Run) -> Table:
     ):
         for judge, name in JUDGES.items():
             if judge in found:
-                rows.append((name, decoding, *_verdict(found[judge], judge)))
+                pairs = found[judge].get("pairs", run.standing.get("prompts"))
+                rows.append((name, decoding, *_verdict(found[judge], judge), plain(pairs)))
     of = posts(run) if run.finished else f"step {run.standing.get('evaluated_step')}"
     title = f"Against {run.opponent}, {of}"
-    return Table(title, ("Judge", "Decoding", "Win", "Tie", "Loss", "Win + tie/2", "95 % interval"), tuple(rows))
+    columns = ("Judge", "Decoding", "Win", "Tie", "Loss", "Win + tie/2", "95 % interval", "Pairs")
+    who = setting.judge(run) if any("judge" in each for each in (run.standing, run.standing.get("greedy", {}))) else ""
+    return Table(title, columns, tuple(rows), f"The language model that judges: {who}." if who else "")
 
 
 def _verdict(found: Any, name: str) -> tuple[str, ...]:
@@ -158,8 +114,9 @@ def _measure_table(run: Run) -> Table:
         ("gold_mean", "reference_gold_mean", "mean gold score", decimal),
         ("gold_share", "reference_gold_share", "share of the largest gold score", percent),
         ("mean_length", "reference_length", f"mean length ({LENGTH_UNIT})", decimal),
+        ("finished", "reference_finished", f"cut at the limit{_limit(run)}", lambda share: percent(1 - share)),
         ("words", "reference_words", "mean length (words)", decimal),
-        ("kl", "", "KL to the reference (nats)", decimal),
+        ("log_ratio", "", f"{LOG_RATIO} (nats)", decimal),
     ):
         if key in found:
             by_greedy = (_cell(greedy.get(key), show),) if greedy else ()
@@ -167,6 +124,19 @@ def _measure_table(run: Run) -> Table:
     theirs, ours = run.sides
     columns = (f"{ours}, {sampled(run)}", f"{ours}, greedy") if greedy else (ours,)
     return Table("Responses", ("Measure", *columns, theirs), tuple(rows))
+
+
+def _limit(run: Run) -> str:
+    limit = run.key("data.response_tokens")
+    return f" of {limit} {LENGTH_UNIT}" if limit else ""
+
+
+def _share(at: Mapping[str, Any], kind: str) -> str:
+    """A share and how many pairs it is of: "98.4 % of 412"."""
+    if kind not in at:
+        return NONE
+    count = at.get({"gold_agreement": "decided", "order_agreement": "pairs"}[kind])
+    return percent(at[kind]) + ("" if count is None else f" of {count:,.0f}")
 
 
 def _cell(value: float | None, show: Callable[[float], str] = decimal) -> str:
@@ -184,7 +154,7 @@ def _annotator_table(run: Run) -> Table:
     measured = [(name, at) for name, at in entries if "gold_agreement" in at or "order_agreement" in at]
     kinds = {"gold_agreement": "Agrees with gold", "order_agreement": "Its two orders agree"}
     kinds = {kind: title for kind, title in kinds.items() if any(kind in at for _, at in measured)}
-    rows = tuple((readable(name), *(_cell(at.get(kind), percent) for kind in kinds)) for name, at in measured)
+    rows = tuple((readable(name), *(_share(at, kind) for kind in kinds)) for name, at in measured)
     whose = "the policy's own" if run.is_comparison else "held-out"
     title = f"Annotator, on {whose} pairs"
     note = "Agreement with gold leaves ties out." if "gold_agreement" in kinds else ""
@@ -199,9 +169,9 @@ def _run_table(run: Run) -> Table:
     if "validation_loss" in found.get("exported", {}):
         rows.append(("validation loss of the export", plain(found["exported"]["validation_loss"])))
     rows += [("method", method(run))] if run.method else []
+    rows += [("beta", plain(found["beta"]))] if "beta" in found else []
+    rows += setting.rows(run)
     for key, name, show in (
-        ("beta", "beta", plain),
-        ("instruction", "instruction", plain),
         ("seed", "seed", plain),
         ("steps", "steps", plain),
         ("evaluated_step", "evaluated at step", plain),
@@ -212,7 +182,7 @@ def _run_table(run: Run) -> Table:
     ):
         if key in found:
             rows.append((name, show(found[key])))
-    return Table("Run", ("What", "Value"), tuple(rows))
+    return Table("Run", ("What", "Value"), tuple(rows), setting.normal_loss(run))
 
 
 def method(run: Run) -> str:
@@ -245,7 +215,7 @@ def chosen(run: Run, count: int) -> list[tuple[int, Sample]]:
 
 
 def side_by_side(run: Run, count: int = 3) -> Group:
-    """Posts with the SFT's and the policy's summaries, for the terminal; empty where a run has no samples."""
+    """Prompts with the reference's and the policy's responses, for the terminal; empty where a run has no samples."""
     parts = []
     for i, sample in chosen(run, count):
         shown = rich.table.Table(box=rich.box.HORIZONTALS, expand=True, padding=(0, 1), show_edge=False)
@@ -256,7 +226,7 @@ def side_by_side(run: Run, count: int = 3) -> Group:
                 texts.append(Text(one_line(text) or "(empty)"))
         shown.add_row(*texts)
         parts += [
-            Text(f"{'Post' if run.is_tiny else 'Prompt'} {i + 1} of {len(run.last_samples)}", style="bold"),
+            Text(f"{run.words[0].capitalize()} {i + 1} of {len(run.last_samples)}", style="bold"),
             Padding(Text(one_line(sample.prompt)), (0, 0, 1, 0)),
             Padding(shown, (0, 0, 1, 0)),
         ]
@@ -264,7 +234,7 @@ def side_by_side(run: Run, count: int = 3) -> Group:
 
 
 def side_by_side_table(run: Run, count: int = 3) -> Table:
-    """The same posts as one table."""
+    """The same as one table."""
     rows = tuple(
         (
             one_line(sample.prompt),
@@ -272,12 +242,13 @@ def side_by_side_table(run: Run, count: int = 3) -> Table:
         )
         for _, sample in chosen(run, count)
     )
-    columns = ("Post", *run.sides) if rows and len(rows[0]) == 3 else ("Post", run.sides[1])
+    name = run.words[0].capitalize()
+    columns = (name, *run.sides) if rows and len(rows[0]) == 3 else (name, run.sides[1])
     return Table("Side by side", columns, rows, "Evenly spaced through the samples, not the best ones.")
 
 
 def side_by_side_markdown(run: Run, count: int = 3) -> str:
-    """The same posts for a README; empty where a run has no samples."""
+    """The same for a README; empty where a run has no samples."""
     return to_markdown(side_by_side_table(run, count)) if run.last_samples else ""
 
 
@@ -298,7 +269,8 @@ COMPARED = {
     "Gold, greedy": ("greedy.gold.score", percent),
     "Judge": ("judge.score", percent),
     f"Length ({LENGTH_UNIT})": ("mean_length", decimal),
-    "KL (nats)": ("kl", decimal),
+    "Cut": ("cut", percent),
+    "Log-ratio (nats)": ("log_ratio", decimal),
 }
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
@@ -331,7 +303,7 @@ def comparison(rows: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Table
 
     Shows the usual measures that any of the summaries has, then all other numbers, such as "validation_loss".
     """
-    values = [(label, [dict(leaves(summary)) for summary in summaries]) for label, summaries in rows]
+    values = [(label, [_compared(summary) for summary in summaries]) for label, summaries in rows]
     extra = {key for _, seeds in values for seed in seeds for key in seed if _is_result(key, seed[key])}
     measures = {**COMPARED, **{readable(key): (key, plain) for key in sorted(extra)}}
     present = {
@@ -343,8 +315,18 @@ def comparison(rows: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Table
         (label, str(len(seeds)), *(_mean_cell(label, seeds, key, show) for key, show in present.values()))
         for label, seeds in values
     )
-    note = "Mean over seeds and 95 % interval (Student's t). Gold and judge: win + tie/2 against SFT."
+    note = "Mean over seeds and 95 % interval (Student's t)."
+    judged = [name for name in ("Gold", "Judge") if name in present]
+    if judged:
+        opponent = "SFT" if "Gold" in judged else "the reference"
+        note += f" {' and '.join(judged).capitalize()}: win + tie/2 against {opponent}."
     return Table("Comparison", ("Run", "Seeds", *present), cells, note)
+
+
+def _compared(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary's leaves, with the share of responses that were cut at the limit."""
+    found = dict(leaves(renamed(summary)))
+    return found | ({"cut": 1 - found["finished"]} if "finished" in found else {})
 
 
 def _is_result(key: str, value: Any) -> bool:

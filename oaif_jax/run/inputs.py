@@ -19,6 +19,7 @@ from oaif_jax import config, methods
 from oaif_jax.annotate import prompts, python
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.files import read_json
+from oaif_jax.base.phases import phase
 from oaif_jax.config import Config
 from oaif_jax.data import chat, readers, special_tokens, splits, tokenizer
 from oaif_jax.stored.checkpoint import Reader
@@ -73,6 +74,7 @@ class Found:
     rule: str = ""  # what this version makes of the files, where another one may make something else of them
 
 
+@phase("hashing what the run is made of")
 def of(
     cfg: Config, known: Mapping[str, Input] | None = None, say: Say | None = None, *, only: str = ""
 ) -> dict[str, Input]:

@@ -1,4 +1,4 @@
-"""What training looks like while it runs: a bar on a terminal, a plain line now and then in a log."""
+"""What training looks like while it runs: a bar on a terminal, a plain line now and then in a log, and what it is busy with."""
 
 import collections
 import math
@@ -12,6 +12,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from oaif_jax.base import phases
+from oaif_jax.base.phases import Watch, clock_time
+
 NONE = "-"
 LEAST_BAR = 16  # columns; where less is left beside the numbers, these get a line of their own
 RECENT = 10  # steps over which the annotator's agreement, which is measured on few pairs, is averaged
@@ -22,7 +25,8 @@ class Progress:
 
     `update` takes metrics as they are logged, of training and of evaluations, and keeps the last value of each; what
     has not been measured shows as "-". On a terminal a bar is kept at the bottom; elsewhere one line is printed at
-    most every `interval` seconds and one at the end, without control characters.
+    most every `interval` seconds and one at the end, without control characters, and one in between that says what the run is
+    busy with where that takes long (see base.phases).
     """
 
     def __init__(
@@ -41,17 +45,20 @@ class Progress:
         self.interval = interval
         self.console = console or Console()
         self._clock = clock
-        self._started = clock()
+        self._started = self._updated = clock()
         self._first: tuple[int, float] | None = None  # step and time of the first update: compilation is behind it
         self._last: tuple[int, float] | None = None
         self._values: dict[str, float] = {}
         self._agreement: dict[str, collections.deque[float]] = {}
         self._printed_at = -math.inf
         self._unprinted = False
+        self._guess: float | None = None  # seconds of all steps, before any is timed
         self._live: Live | None = None
+        self._watch = Watch(self.console, self._busy, is_live=False)
 
     def __enter__(self) -> "Progress":
         self._started = self._clock()
+        self._watch.__enter__()
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             self._live = Live(self, console=self.console, refresh_per_second=4)
             self._live.start(refresh=True)
@@ -62,6 +69,7 @@ class Progress:
             self._live.stop()
         elif self._unprinted:
             self._print_line()
+        self._watch.__exit__(*error)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes over the metrics of `step`; numbers that aren't finite count as not measured."""
@@ -71,7 +79,7 @@ class Progress:
         ):  # not an evaluation, before the first or after a step
             self._first = self._first or (step, now)
             self._last = (step, now)
-        self.step, self._unprinted = step, True
+        self.step, self._unprinted, self._updated = step, True, now
         self._values |= {key: float(value) for key, value in metrics.items() if key in SHOWN}
         for key in AGREEMENTS:
             if math.isfinite(value := float(metrics.get(key, math.nan))):
@@ -83,6 +91,15 @@ class Progress:
     def message(self, text: str) -> None:
         """Prints a line of its own, above the bar if there is one."""
         self.console.print(Text(text), soft_wrap=True)
+        self._watch.said()
+
+    def expect(self, seconds: float | None, by: str, also: str = "") -> None:
+        """Says before the first step how many there are, and how long they will take by what is known; then `seconds_left` is
+        about that until steps are timed. None: nothing is known."""
+        self._guess = seconds
+        steps = self.total_steps - self.step
+        about = f"about {_rough(seconds)} {by}" if seconds is not None else "how long, the first steps tell"
+        self.message(f"{steps} {'step' if steps == 1 else 'steps'}{also}: {about}")
 
     # -------------------------------------------------------------------------------------------- what is shown
 
@@ -93,6 +110,15 @@ class Progress:
         (first, began), (last, at) = self._first, self._last
         left = (self.total_steps - last) * (at - began) / (last - first)
         return max(left - (self._clock() - at), 0.0)
+
+    def _busy(self) -> str:
+        """What takes long just now, in a line of a log; a terminal's bar says it by itself."""
+        if self._live:
+            return ""
+        doing = phases.text()
+        if not doing and self.step < self.total_steps:
+            doing = f"step {self.step + 1}, {clock_time(self._clock() - self._updated)}"
+        return f"{self.description} {self.step}/{self.total_steps}: {doing}" if doing else ""
 
     def _numbers(self) -> list[tuple[str, str, str]]:
         """Each number with its name and its short name."""
@@ -108,15 +134,18 @@ class Progress:
 
     def _print_line(self) -> None:
         self._unprinted = False
+        self._watch.said()
         numbers = [f"{name} {value}" for name, _, value in self._numbers()]
         parts = [f"{self.description} {self.step}/{self.total_steps}", *numbers, self._time()]
         self.console.print(Text(", ".join(parts)), soft_wrap=True)
 
     def _time(self) -> str:
         if self.step >= self.total_steps:
-            return f"took {_clock_time(self._clock() - self._started)}"
+            return f"took {clock_time(self._clock() - self._started)}"
         left = self.seconds_left()
-        return f"{'-:--' if left is None else _clock_time(left)} left"
+        if left is None and self._guess is not None:
+            return f"about {clock_time(max(self._guess - (self._clock() - self._updated), 0))} left"
+        return f"{'-:--' if left is None else clock_time(left)} left"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | Text]:
         width = options.max_width
@@ -138,12 +167,13 @@ class Progress:
         yield numbers
 
     def _numbers_text(self, *, short: bool) -> Text:
+        doing = phases.text()
         if self._first is None:
-            return Text("compiling", style="dim")
+            return Text(doing or "compiling", style="dim")
         text = Text()
         for i, (name, short_name, value) in enumerate(self._numbers()):
             text.append("  " if i else "").append(f"{short_name if short else name} ", style="dim").append(value)
-        return text
+        return text.append(f"  {doing}", style="dim") if doing else text
 
 
 # Agreement with gold where gold is known, else of the annotator's two orders: (name, short name).
@@ -178,8 +208,9 @@ def _thousands(count: float) -> str:
     return f"{count / 1000:.1f}k" if count < 1e6 else f"{count / 1e6:.1f}M"
 
 
-def _clock_time(seconds: float) -> str:
-    """42 -> "0:42"; 3723 -> "1:02:03"."""
-    minutes, seconds = divmod(math.ceil(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+def _rough(seconds: float) -> str:
+    """An estimate's one or two figures: 100 -> "1.7 minutes"; 5400 -> "1.5 hours"."""
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.2g} {unit}"
+    return "a minute" if seconds > 30 else "half a minute"

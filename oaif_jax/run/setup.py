@@ -16,6 +16,7 @@ from oaif_jax.annotate.base import Annotator, MeshAnnotator
 from oaif_jax.annotate.llm import HostLLMAnnotator, LLMAnnotator, on_host
 from oaif_jax.annotate.questions import Questions, fitted
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.phases import phase
 from oaif_jax.config import Config
 from oaif_jax.data import open as open_data
 from oaif_jax.data.dataset import DataSet
@@ -40,9 +41,11 @@ from oaif_jax.stored.open import (
     with_lora,
 )
 from oaif_jax.tiny import data as tiny
+from oaif_jax.tiny import templates
 
 EVALUATED = ("validation", "test")
 PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}  # kernel -> what runs it
+LEAST_LORA_RATE = 5e-5
 OVER_THE_HOST = "the annotator has another tokenizer than the policy: responses go to it as texts, over the host"
 
 
@@ -64,6 +67,7 @@ class Setup:
     annotated_by: str  # who annotates, for reports
     judged_by: str  # who judges, and by which instruction
     notes: tuple[str, ...]  # what a user should know before the run begins
+    measured_as: str = ""  # the annotator's own name among `measured`, and in metrics
 
     @property
     def models(self) -> Models:
@@ -114,19 +118,20 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
     is_compared = kind.evaluation == "comparison"
     reference = _reference(cfg, policy, mesh) if kind.has_reference or is_compared else None
 
-    notes = (*data.notes, *policy.notes)
-    model, annotator, on_the_mesh, measured = None, None, None, {}
+    notes = (*data.notes, *policy.notes, *lora_notes(cfg))
+    model, annotator, on_the_mesh, measured, measured_as = None, None, None, {}, ""
     if kind.asks or (is_compared and cfg.judge.init == "annotator"):
         if cfg.annotator.init.startswith(python.PREFIX):
             annotator = python.open_annotator(cfg.annotator.init)
-            measured = {annotator.name: annotator}
+            measured, measured_as = {annotator.name: annotator}, annotator.name
         else:
             model = _open_frozen(cfg, "annotator", cfg.annotator, mesh, cfg.annotator.quant)
             asked = _asks(cfg, model, cfg.annotator.instruction, data, compute, ("train", *EVALUATED))
             annotator = _on_host(asked, data, mesh)
             on_the_mesh = asked if annotator.reads_policy_ids else None
             notes = notes if on_the_mesh is not None or not kind.asks else (*notes, OVER_THE_HOST)
-            measured = _measured(cfg, asked, model, data, mesh, evaluated)
+            measured_as = name_of(asked, model)
+            measured = _measured(cfg, asked, measured_as, model, data, mesh, evaluated)
     judge, judged_by = None, ""
     if is_compared and cfg.judge.init != "none":
         judge, judged_by = _judge(cfg, model, annotator, data, compute, mesh, evaluated)
@@ -145,6 +150,7 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
         annotated_by="" if annotator is None else _said(source_of("annotator", cfg.annotator)),
         judged_by=judged_by,
         notes=notes,
+        measured_as=measured_as,
     )
 
 
@@ -174,6 +180,19 @@ def check(cfg: Config, kind: type[Method], mesh: Mesh) -> None:
     if cfg.eval.best not in measured:
         wanted = f"wanted {' or '.join([*measured, 'config.eval.final=last'])} for method {cfg.method}"
         raise UserError(f"config.eval.best={cfg.eval.best!r}, {wanted}")
+
+
+def lora_notes(cfg: Config) -> tuple[str, ...]:
+    """A warning where additions have a learning rate that is usual for all parameters. They begin at zero, and Adam moves a
+    parameter by at most about lr in a step: at 5e-6 they do nothing in a hundred steps."""
+    rank, by_round = cfg.policy.lora.rank, [float(each) for each in cfg.rounds.lr.split(",") if each]
+    name, rate = ("rounds.lr", max(by_round)) if by_round else ("optimizer.lr", cfg.optimizer.lr)
+    if rank == 0 or rate >= LEAST_LORA_RATE:
+        return ()
+    return (
+        f"config.{name}={rate:g} is low for config.policy.lora.rank={rank}: additions want about ten times the rate of full "
+        f"training, 1e-4 to 5e-4; below {LEAST_LORA_RATE:g} they hardly move in some hundred steps",
+    )
 
 
 def compute_of(cfg: Config, mesh: Mesh | None = None) -> ComputeConfig:
@@ -211,6 +230,7 @@ def eval_chunk(cfg: Config) -> int:
 # ------------------------------------------------------------------------------------------------ data and models
 
 
+@phase("reading the data")
 def _data(cfg: Config, kind: type[Method], source: Source, voice: Voice) -> DataSet:
     section = cfg.data
     if section.name != "tiny":
@@ -235,6 +255,7 @@ def _data(cfg: Config, kind: type[Method], source: Source, voice: Voice) -> Data
     )
 
 
+@phase("loading the policy")
 def _policy(cfg: Config, source: Source, voice: Voice, mesh: Mesh) -> Model:
     """The model that is trained, or a frozen base and what is trained beside it."""
     is_lora = cfg.policy.lora.rank > 0
@@ -243,6 +264,7 @@ def _policy(cfg: Config, source: Source, voice: Voice, mesh: Mesh) -> Model:
     return with_lora(model, cfg.policy, mesh, dtype, cfg.seed) if is_lora else as_one(model)
 
 
+@phase("loading the reference")
 def _reference(cfg: Config, policy: Model, mesh: Mesh) -> Model:
     """The model that the policy is compared with: under LoRA the base serves both, with a copy of the additions where they were
     there before."""
@@ -263,7 +285,8 @@ def _reference(cfg: Config, policy: Model, mesh: Mesh) -> Model:
 
 def _open_frozen(cfg: Config, key: str, section: config.Annotator | config.Judge, mesh: Mesh, quant: str) -> Model:
     source = source_of(key, section)
-    return open_frozen(source, voice_of(source, section.chat), mesh, cfg.compute.frozen, quant)
+    with phase(f"loading the {key}"):
+        return open_frozen(source, voice_of(source, section.chat), mesh, cfg.compute.frozen, quant)
 
 
 def _asks(
@@ -280,19 +303,27 @@ def _on_host(annotator: LLMAnnotator, data: DataSet, mesh: Mesh) -> HostLLMAnnot
 
 
 def _measured(
-    cfg: Config, own: LLMAnnotator, model: Model, data: DataSet, mesh: Mesh, evaluated: tuple[str, ...]
+    cfg: Config, own: LLMAnnotator, name: str, model: Model, data: DataSet, mesh: Mesh, evaluated: tuple[str, ...]
 ) -> dict[str, Annotator]:
     """The annotator under its own instruction, and under each other one that the gold judge knows, as far as it is of that
     world: its agreement is measured under them."""
     known = data.gold.instructions if data.gold is not None and home(model.source) is None else ()
-    found = {name: _asks(cfg, model, name, data, own.compute, evaluated) for name in known}
-    found |= {name_of(cfg.annotator.instruction): own}
-    return {name: _on_host(each, data, mesh) for name, each in found.items()}
+    found = {other: _asks(cfg, model, other, data, own.compute, evaluated) for other in known if other != name}
+    return {other: _on_host(each, data, mesh) for other, each in (found | {name: own}).items()}
 
 
-def name_of(instruction: str) -> str:
-    """In: "mine/brief.txt" -> Out: "brief"."""
-    return pathlib.Path(instruction).stem
+def name_of(asked: LLMAnnotator, model: Model) -> str:
+    """What its instruction is called: by the name that its text is known by, wherever it was read; else "brief" of
+    "mine/brief.txt". A file that is called as a known one but says something else keeps its whole path."""
+    own, text = asked.questions.instruction.name, dataclasses.replace(asked.questions.instruction, name="")
+    world, read = templates.INSTRUCTIONS, tiny.instruction
+    if home(model.source) is not None:
+        world, read = prompts.KNOWN, prompts.read_instruction
+    if own in world:
+        return own
+    same = [name for name in world if dataclasses.replace(read(name), name="") == text]
+    stem = pathlib.Path(own).stem
+    return same[0] if same else own if stem in world else stem
 
 
 def _judge(
@@ -312,7 +343,7 @@ def _judge(
         model = _open_frozen(cfg, "judge", cfg.judge, mesh, "none")
     assert model is not None
     judge = _asks(cfg, model, cfg.judge.instruction, data, compute, evaluated)
-    judged_by = f"{_said(model.source)}, {name_of(cfg.judge.instruction)}"
+    judged_by = f"{_said(model.source)}, {name_of(judge, model)}"
     return _on_host(judge, data, mesh), judged_by
 
 
@@ -324,6 +355,7 @@ def _said(source: Source) -> str:
 # ------------------------------------------------------------------------------------------------ what a run has made
 
 
+@phase("loading the model")
 def stored_model(workdir: str | pathlib.Path, which: str) -> tuple[Config, int, Model]:
     """A run's config, and its whole model by checkpoint `which` (best, last or a step), with the step. It lies on the run's mesh
     where there are such devices; else on those that there are, each with a copy."""
