@@ -43,6 +43,11 @@ def texts(section: Data, evaluation: Eval, voice: Voice, reads: str) -> DataSet:
     return dataclasses.replace(data, splits=splits, notes=tuple(notes))
 
 
+def has_conversations(section: Data) -> bool:
+    """Whether a user's text is said in a conversation with the policies of this data, or is continued as it stands."""
+    return section.name in ("hh", "ultrafeedback") or (section.name == "tfds" and "oaif_tldr" not in section.path)
+
+
 def _read(section: Data, data: DataSet, split: str, reads: str) -> tuple[list[Example], Counts]:
     loaded = readers.read(section.name, pathlib.Path(section.path), split, section.on_error)
     loaded = records.use_as(loaded, reads)

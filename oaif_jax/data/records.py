@@ -23,7 +23,8 @@ class Example:
     """A prompt, which ends with a user's message, and what the data have to answer it.
 
     A pair has `chosen` and `rejected`, which differ, and one of them may be empty; supervised data have a `reference`; for
-    online training the prompt is enough. `source` is "file:line", or "file:row" of a table.
+    online training the prompt is enough. `source` is "file:line", or "file:row" of a table. `is_conversation` is what a lone
+    message may leave open: whether it is said to somebody, or is a text to be continued as it stands.
     """
 
     prompt: tuple[Message, ...]
@@ -31,6 +32,12 @@ class Example:
     rejected: str = ""
     reference: str = ""
     source: str = ""
+    is_conversation: bool = dataclasses.field(default=False, compare=False)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The prompt as chat templates take it."""
+        return [dataclasses.asdict(message) for message in self.prompt]
 
     @property
     def is_pair(self) -> bool:
@@ -113,13 +120,13 @@ def use_as(loaded: Loaded, use: str) -> Loaded:
 def _form(example: Example, use: str) -> Example | None:
     """The example with what a use needs and no more; None if its reference is empty."""
     if use == "prompts":
-        return Example(example.prompt, source=example.source)
+        return dataclasses.replace(example, chosen="", rejected="", reference="")
     if use == "pairs":
         if not example.is_pair:
             raise UserError(f"{example.source}: has no chosen and rejected response, wanted pairs")
         return dataclasses.replace(example, reference="")
     reference = example.reference or example.chosen
-    return Example(example.prompt, reference=reference, source=example.source) if reference else None
+    return dataclasses.replace(example, chosen="", rejected="", reference=reference) if reference else None
 
 
 def within(

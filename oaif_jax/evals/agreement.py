@@ -33,7 +33,7 @@ def evaluate(
             batch = judged.held_out(split, number, len(indices), name)
             placed = place({part: batch[part] for part in ("questions", "question_valid", "responses", "mask")})
             responses, mask = placed.pop("responses"), placed.pop("mask")
-            said = llm.ask(params, placed, responses, mask, template=template, cfg=policy.cfg, compute=compute)
+            said, _ = llm.ask(params, placed, responses, mask, template=template, cfg=policy.cfg, compute=compute)
             parts.append((np.asarray(said)[:, 0], batch["label"] - 0.5))
         p_orders, difference = (np.concatenate(part) for part in zip(*parts, strict=True))
         found[name] = verdicts.agreement(p_orders, difference, np.zeros(len(p_orders), bool))

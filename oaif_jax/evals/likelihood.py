@@ -32,7 +32,7 @@ def evaluate(
     for indices in drawing.chunks(count, chunk):
         examples = data.examples(split, indices)
         prompts = data.prompts(examples, indices)
-        given = place(data.rollout(prompts, [[example.reference] for example in examples]))
+        given = place(data.rollout(prompts, [[example.reference] for example in examples], examples))
         part, size = drawing.log_likelihood(params, given, cfg=policy.cfg, compute=compute)
         loss, tokens = loss - float(part), tokens + float(size)
         made = drawing.respond(params, place(prompts), key, sampler=sampler, cfg=policy.cfg, compute=compute)

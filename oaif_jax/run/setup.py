@@ -97,11 +97,16 @@ def open_setup(cfg: Config, mesh: Mesh) -> Setup:
     kind = methods.named(cfg.method)
     check(cfg, kind, mesh)
     source = source_of(POLICY, cfg.policy)
-    voice = voice_of(source, cfg.policy.chat)
-    data = _data(cfg, kind, source, voice)
+    voice = voice_of(source, cfg.policy.chat, cfg.policy.chat_args)
+    section, data = cfg.data, _data(cfg, kind, source, voice)
     method = kind.of(cfg, data)
     compute = compute_of(cfg, mesh)
     policy = _policy(cfg, source, voice, mesh)
+    check_context(
+        policy,
+        section.prompt_tokens + section.response_tokens,
+        f"config.data.prompt_tokens={section.prompt_tokens} and config.data.response_tokens={section.response_tokens}",
+    )
     reference = _reference(cfg, policy, mesh) if kind.has_reference else None
 
     notes = data.notes
@@ -189,7 +194,17 @@ def sampler_of(cfg: Config, voice: Voice, temperature: float) -> Sampler:
         max_tokens=cfg.data.response_tokens,
         stop_ids=voice.stop_ids,
         pad_id=voice.tokenizer.pad_id,
+        never=voice.never_sampled,
     )
+
+
+def check_context(model: Model, tokens: int, said: str) -> None:
+    """UserError where a model of a directory is to read more tokens than it was made for; `said` names the keys and values."""
+    most = 0 if model.directory is None else model.directory.context
+    if most and tokens > most:
+        raise UserError(
+            f"{said}: {tokens} tokens together, and {model.source} was made for {most}; wanted at most that"
+        )
 
 
 def eval_chunk(cfg: Config) -> int:
@@ -235,7 +250,7 @@ def _reference(cfg: Config, policy: Model, mesh: Mesh) -> Model:
     """The model that the policy is compared with: under LoRA the base serves both."""
     if cfg.reference.init != "policy":
         source = source_of("reference", cfg.reference)
-        voice = voice_of(source, cfg.policy.chat)
+        voice = voice_of(source, "none")  # it is asked for nothing but tokens
         ours, theirs = policy.voice.tokenizer.path, voice.tokenizer.path
         if not policy.voice.same_ids(voice):
             raise UserError(f"{source} has another tokenizer ({theirs}) than the policy ({ours}), wanted the same")
@@ -250,7 +265,7 @@ def _reference(cfg: Config, policy: Model, mesh: Mesh) -> Model:
 
 def _open_frozen(cfg: Config, key: str, section: config.Annotator | config.Judge, mesh: Mesh, quant: str) -> Model:
     source = source_of(key, section)
-    return open_frozen(source, voice_of(source, section.chat), mesh, cfg.compute.frozen, quant)
+    return open_frozen(source, voice_of(source, section.chat, section.chat_args), mesh, cfg.compute.frozen, quant)
 
 
 def _asks(
@@ -259,6 +274,13 @@ def _asks(
     """A model asked under an instruction by name or path; the tiny world's models know its own instructions."""
     text = tiny.instruction(instruction) if home(model.source) is None else prompts.read_instruction(instruction)
     questions = fitted(Questions(model.voice, text, cfg.annotator.question_tokens), data, splits)
+    order = questions.template.width(cfg.data.response_tokens)
+    check_context(
+        model,
+        questions.width + order,
+        f"config.annotator.question_tokens={questions.width} and both responses (config.data.response_tokens="
+        f"{cfg.data.response_tokens}) with the instruction's texts",
+    )
     return LLMAnnotator(questions, model.cfg, model.params, compute, data.voice.stop_ids)
 
 
@@ -307,5 +329,5 @@ def stored_model(workdir: str | pathlib.Path, which: str) -> tuple[Config, int, 
     """A run's config, and its whole model by checkpoint `which` (best, last or a step), with the step; additions merged."""
     cfg, _, source = read_run(workdir, which)
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
-    voice = voice_of(source, cfg.policy.chat)
+    voice = voice_of(source, cfg.policy.chat, cfg.policy.chat_args)
     return cfg, step_of(source), open_model(source, voice, mesh, cfg.compute.frozen)

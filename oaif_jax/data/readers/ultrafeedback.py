@@ -45,7 +45,7 @@ def _example(row: object, kind: str) -> Example:
     if kind == "prefs":
         return fields.pair_of(*told)
     (only,) = told
-    return Example(only[:-1], reference=only[-1].content if kind == "sft" else "")
+    return Example(only[:-1], reference=only[-1].content if kind == "sft" else "", is_conversation=True)
 
 
 def _columns(kind: str) -> tuple[str, ...]:

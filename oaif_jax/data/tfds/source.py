@@ -11,6 +11,7 @@ from oaif_jax.base.errors import UserError, near
 from oaif_jax.data.records import Example, Message
 
 RESPONSES = ("chosen", "rejected", "reference")
+TEXTS = "oaif_tldr"  # whose prompts are texts to be continued; the others' are conversations
 
 
 def features() -> tfds.features.FeaturesDict:
@@ -22,8 +23,8 @@ def features() -> tfds.features.FeaturesDict:
 
 def stored(example: Example) -> dict[str, str | list[dict[str, str]]]:
     """An example as `features` has it."""
-    fields = dataclasses.asdict(example)
-    return fields | {"prompt": list(fields["prompt"])}
+    texts = {name: getattr(example, name) for name in (*RESPONSES, "source")}
+    return texts | {"prompt": example.messages}
 
 
 def restored(record: Mapping) -> Example:
@@ -39,6 +40,7 @@ class Prepared(Sequence[Example]):
     """The examples of one split in their order, by random access."""
 
     records: Sequence[Mapping]
+    is_conversation: bool = False
 
     def __len__(self) -> int:
         return len(self.records)
@@ -50,7 +52,8 @@ class Prepared(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return restored(self.records[range(len(self))[index]])  # the records know no negative index, and no IndexError
+        found = restored(self.records[range(len(self))[index]])  # the records know no negative index, and no IndexError
+        return dataclasses.replace(found, is_conversation=self.is_conversation)
 
 
 def open_prepared(path: pathlib.Path, split: str) -> Prepared:
@@ -66,4 +69,4 @@ def open_prepared(path: pathlib.Path, split: str) -> Prepared:
     if split not in splits:
         raise UserError(f"split={split!r}: not in {path}{near(split, splits)}")
     # TFDS decorates it in a way that hides its parameters from pyright.
-    return Prepared(builder.as_data_source(split))  # pyright: ignore[reportCallIssue]
+    return Prepared(builder.as_data_source(split), builder.name != TEXTS)  # pyright: ignore[reportCallIssue]

@@ -7,8 +7,8 @@
 `families` holds a table for each family; `pieces` says where a file's tensors lie in the stacked leaves.
 """
 
-from oaif_jax.stored.hf.directory import HFModel, read
+from oaif_jax.stored.hf.directory import HFModel, abstract_params, read
 from oaif_jax.stored.hf.reading import load
 from oaif_jax.stored.hf.writing import save
 
-__all__ = ["HFModel", "load", "read", "save"]
+__all__ = ["HFModel", "abstract_params", "load", "read", "save"]
