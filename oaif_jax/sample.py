@@ -48,7 +48,8 @@ def run(
         raise UserError(f"--workdir={workdir}: this run trained an annotator, which doesn't write responses")
     voice = model.voice
     row = voice.prompt(Example((Message("user", prompt),), is_conversation=has_conversations(cfg.data)))
-    tokens, valid = left_pad([row], cfg.data.prompt_tokens, voice.tokenizer.pad_id, "--prompt")
+    limit = "config.data.prompt_tokens"
+    tokens, valid = left_pad([row], cfg.data.prompt_tokens, voice.tokenizer.pad_id, "--prompt", limit)
     pairs = (samples + 1) // 2  # two responses to a row
     repeated = (np.repeat(each, pairs, axis=0) for each in (tokens, valid))
     made = drawing.draw(

@@ -38,7 +38,7 @@ from oaif_jax import collect, config, export, report, step
 from oaif_jax.base.files import atomic_write_json, sha256_of_tree
 from oaif_jax.collect import Batches
 from oaif_jax.config import Config
-from oaif_jax.evals.of_run import Evaluations, agreement_with_gold
+from oaif_jax.evals.of_run import Evaluations, agreement_with_gold, control_tokens, low_masses
 from oaif_jax.models import sharding
 from oaif_jax.rollout import named_key
 from oaif_jax.run import resume
@@ -184,7 +184,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, began: float) 
             seconds, read_at = now - max(taken.began, read_at), now
             if setup.method.asks:
                 examples = collect.examples_at(setup, taken.number - 1)
-                metrics |= agreement_with_gold(setup, examples, outputs)
+                metrics |= agreement_with_gold(setup, examples, outputs) | control_tokens(setup, outputs)
             tokens = taken.tokens + (int(outputs["mask"].sum()) if "mask" in outputs else 0)
             which, inside = divmod(taken.number - 1, cfg.steps)
             metrics |= {
@@ -202,6 +202,8 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, began: float) 
         def evaluate(number: int) -> float | None:
             """An evaluation on validation examples; returns what "best" is chosen by (higher is better)."""
             metrics, records = evaluations.validate(training.params, thorough=number in (0, steps))
+            for line in low_masses(setup, metrics) if number == 0 else ():
+                console.print(line, markup=False, highlight=False)
             flat = log.write(number, "eval", metrics)
             log.write_samples(f"step_{number:06d}", records)
             progress.update(number, flat)

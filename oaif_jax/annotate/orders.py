@@ -106,8 +106,11 @@ def orders_and_mass(
 ) -> tuple[Float[Array, "B M 2"], Float[Array, "B M 2"]]:
     """`orders`, and what probability the two answers have among all tokens: near 0 where a model doesn't answer there."""
     hidden = order_hidden(params, question, responses, mask, template=template, cfg=cfg, compute=compute)[:, :, -1]
-    of = [jnp.full(hidden.shape[:2], answer) for answer in template.answers]
-    mass = sum(jnp.exp(heads.token_logprobs(params, hidden, each, cfg=cfg, compute=compute)) for each in of)
+    first, second = (
+        jnp.exp(heads.token_logprobs(params, hidden, jnp.full(hidden.shape[:2], answer), cfg=cfg, compute=compute))
+        for answer in template.answers
+    )
+    mass = first + second
     return preferences(params, hidden, template, cfg), jnp.stack([mass[:, 0::2], mass[:, 1::2]], axis=-1)
 
 

@@ -61,7 +61,9 @@ class Questions:
     def arrays(self, examples: Sequence[Example]) -> Arrays:
         """The same of several examples: questions, question_valid, [B, Q]."""
         rows = [self.question(example) for example in examples]
-        tokens, valid = left_pad(rows, self.width, self.voice.tokenizer.pad_id, "question")
+        tokens, valid = left_pad(
+            rows, self.width, self.voice.tokenizer.pad_id, "question", "config.annotator.question_tokens"
+        )
         return {"questions": tokens, "question_valid": valid}
 
     def responses(self, texts: Sequence[Sequence[str]], width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,6 @@ import datetime
 import functools
 import json
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -100,7 +99,7 @@ class ChatTemplate:
             safe, cut = without_special(tokenizer, [*chat, {"role": "assistant", "content": answer}])
             prompt, whole = self.render(safe[:-1]), self.render(safe, add_generation_prompt=False)
             if whole.startswith(prompt) and whole.endswith(self._tail):
-                whole = whole.removesuffix(self._tail) + (self._ending(tokenizer) if stop else "")
+                whole = whole.removesuffix(self._tail) + (tokenizer.leading_control(self._tail) if stop else "")
                 begin, ids = read_ids(tokenizer, prompt, cut), read_ids(tokenizer, whole, cut)
                 is_clean = ids[: len(begin)] == begin
                 own = ids[len(begin) :] if is_clean else continued_ids(tokenizer, whole.removeprefix(prompt), cut)
@@ -110,7 +109,7 @@ class ChatTemplate:
     def turn_end(self, tokenizer: Tokenizer) -> int | None:
         """The special token that the template writes behind an assistant's answer, with white space before it or none: a
         stop id, though not every model's files name it as one. None if it writes none there."""
-        ending = self._ending(tokenizer).lstrip()
+        ending = tokenizer.leading_control(self._tail).lstrip()
         return tokenizer.control[ending] if ending else None
 
     def around(self) -> tuple[str, str]:
@@ -142,12 +141,6 @@ class ChatTemplate:
     def _tail(self) -> str:
         """The text behind an answer."""
         return self._answer_to_x.partition(ANSWER)[2]
-
-    def _ending(self, tokenizer: Tokenizer) -> str:
-        """The beginning of the tail up to its first special token, if only white space is before that; else ""."""
-        longest_first = sorted(tokenizer.control, key=len, reverse=True)
-        found = re.match(rf"\s*(?:{'|'.join(map(re.escape, longest_first))})", self._tail) if longest_first else None
-        return found[0] if found else ""
 
     @functools.cached_property
     def has_system_role(self) -> bool:
@@ -194,15 +187,15 @@ def open_template(
         source = _read(path)
     if not source.strip():
         raise UserError(f"chat template {path} is empty; template=none is the plain format")
-    found = ChatTemplate(path, source, tuple(sorted(tokenizer.named.items())), date)
-    _ = found.render([{"role": "user", "content": MARK}])  # whatever is wrong with it is said before its arguments are
-    found = dataclasses.replace(found, arguments=_arguments(arguments, found))
+    found = ChatTemplate(
+        path, source, tuple(sorted(tokenizer.named.items())), date, _arguments(arguments, path, source)
+    )
     if MARK not in found.render([{"role": "user", "content": MARK}]):
         raise UserError(f"chat template {path} leaves out what the user says, wanted it in every prompt")
     return found
 
 
-def _arguments(text: str, template: ChatTemplate) -> tuple[tuple[str, object], ...]:
+def _arguments(text: str, path: pathlib.Path, source: str) -> tuple[tuple[str, object], ...]:
     """In: "enable_thinking=false,date_string=26 Jul 2024". Out: ("enable_thinking", False), ("date_string", "26 Jul 2024").
 
     Values are JSON, or else texts; a name that the template doesn't read would do nothing, and is an error.
@@ -215,11 +208,9 @@ def _arguments(text: str, template: ChatTemplate) -> tuple[tuple[str, object], .
         if name in found or name in GIVEN:
             reason = "is there twice" if name in found else "can't be given"
             raise UserError(f"chat arguments {text!r}: {name} {reason}, wanted other names, each once")
-        known = _names_read(template.source)
-        if name not in known:
-            raise UserError(
-                f"chat arguments {text!r}: chat template {template.path} doesn't read {name}{near(name, known)}"
-            )
+        known = _names_read(source)
+        if known is not None and name not in known:
+            raise UserError(f"chat arguments {text!r}: chat template {path} doesn't read {name}{near(name, known)}")
         try:
             found[name] = json.loads(value)
         except ValueError:
@@ -230,9 +221,13 @@ def _arguments(text: str, template: ChatTemplate) -> tuple[tuple[str, object], .
 
 
 @functools.lru_cache(maxsize=8)
-def _names_read(source: str) -> frozenset[str]:
-    """Names of values that a template reads, its own variables among them."""
-    tree = _environment(DATE).parse(source)
+def _names_read(source: str) -> frozenset[str] | None:
+    """Names of values that a template reads, its own variables among them; None of what is no template, as rendering it will
+    say."""
+    try:
+        tree = _environment(DATE).parse(source)
+    except jinja2.TemplateSyntaxError:
+        return None
     return frozenset(each.name for each in tree.find_all(jinja2.nodes.Name) if each.ctx == "load") - {*GIVEN}
 
 

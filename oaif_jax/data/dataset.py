@@ -66,6 +66,7 @@ class DataSet:
             self.prompt_tokens,
             self.voice.tokenizer.pad_id,
             "prompt",
+            "config.data.prompt_tokens",
         )
         return Prompts(tokens, valid, np.arange(len(examples), dtype=np.int32) if rows is None else rows)  # type: ignore[arg-type]
 
@@ -79,7 +80,8 @@ class DataSet:
             for example, group in zip(asked, responses, strict=True)
             for text in group
         ]
-        tokens, mask = right_pad(rows, self.response_tokens, self.voice.tokenizer.pad_id, "response")
+        limit = "config.data.response_tokens"
+        tokens, mask = right_pad(rows, self.response_tokens, self.voice.tokenizer.pad_id, "response", limit)
         count, completions = len(responses), len(responses[0])
         shape = (count, completions, self.response_tokens)
         finished = np.ones(shape[:2], bool)

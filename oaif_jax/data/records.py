@@ -144,6 +144,9 @@ def within(
     kept = [example for example in loaded.examples if fits(example)]
     if not kept:
         limits = f"{prompt_tokens} tokens of a prompt and {response_tokens} of a response"
-        raise UserError(f"data: none of {len(loaded.examples):,} examples fits {limits}; wanted larger limits")
+        raise UserError(
+            f"data: none of {len(loaded.examples):,} examples fits {limits}; wanted larger limits "
+            "(config.data.prompt_tokens, config.data.response_tokens)"
+        )
     too_long = loaded.counts.too_long + len(loaded.examples) - len(kept)
     return Loaded(kept, dataclasses.replace(loaded.counts, kept=len(kept), too_long=too_long))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import SupportsInt
 
@@ -67,7 +68,21 @@ class Tokenizer:
 
     def ordinary_parts(self, text: str) -> list[str]:
         """The text in parts that have no special token's text in them, cut behind the first character of each."""
-        return cuts(text, tuple(self._vocabulary.special))
+        return cuts(text, self._control_texts)
+
+    def leading_control(self, text: str) -> str:
+        """The beginning of a text up to its first special token, if only white space is before that; else ""."""
+        found = self._leading.match(text)
+        return found[0] if found else ""
+
+    @functools.cached_property
+    def _control_texts(self) -> tuple[str, ...]:
+        return tuple(self.control)
+
+    @functools.cached_property
+    def _leading(self) -> re.Pattern[str]:
+        longest_first = sorted(self.control, key=len, reverse=True)
+        return re.compile(rf"\s*(?:{'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     @property
     def vocab_size(self) -> int:
@@ -194,25 +209,34 @@ def open_tokenizer(path: pathlib.Path, rows: int = 0) -> Tokenizer:
     return tokenizer
 
 
-def left_pad(rows: Sequence[Sequence[int]], width: int, pad_id: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [B, width] with padding on the left, and which are valid; a row that doesn't fit raises."""
+def left_pad(
+    rows: Sequence[Sequence[int]], width: int, pad_id: int, name: str, limit: str = ""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [B, width] with padding on the left, and which are valid; a row that doesn't fit raises, and names the key that
+    is its `limit`."""
     tokens = np.full((len(rows), width), pad_id, np.int32)
     valid = np.zeros((len(rows), width), bool)
     for i, row in enumerate(rows):
         if not 0 < len(row) <= width:
-            raise UserError(f"{name} {i} has {len(row)} tokens, wanted 1 to {width}")
+            raise UserError(f"{name} {i} has {len(row)} tokens, wanted 1 to {_said(limit, width)}")
         tokens[i, width - len(row) :] = row
         valid[i, width - len(row) :] = True
     return tokens, valid
 
 
-def right_pad(rows: Sequence[Sequence[int]], width: int, pad_id: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [B, width] with padding on the right, and which are valid; a row that doesn't fit raises."""
+def right_pad(
+    rows: Sequence[Sequence[int]], width: int, pad_id: int, name: str, limit: str = ""
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same with padding on the right, where a row may be empty."""
     tokens = np.full((len(rows), width), pad_id, np.int32)
     valid = np.zeros((len(rows), width), bool)
     for i, row in enumerate(rows):
         if len(row) > width:
-            raise UserError(f"{name} {i} has {len(row)} tokens, wanted at most {width}")
+            raise UserError(f"{name} {i} has {len(row)} tokens, wanted at most {_said(limit, width)}")
         tokens[i, : len(row)] = row
         valid[i, : len(row)] = True
     return tokens, valid
+
+
+def _said(limit: str, width: int) -> str:
+    return f"{width} ({limit}={width})" if limit else str(width)

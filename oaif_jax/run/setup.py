@@ -63,6 +63,7 @@ class Setup:
     annotated_by: str  # who annotates, for reports
     judged_by: str  # who judges, and by which instruction
     notes: tuple[str, ...]  # what a user should know before the run begins
+    control_ids: frozenset[int] = frozenset()  # tokens with a meaning that end nothing, to policy or annotator
 
     @property
     def models(self) -> Models:
@@ -109,7 +110,7 @@ def open_setup(cfg: Config, mesh: Mesh) -> Setup:
     )
     reference = _reference(cfg, policy, mesh) if kind.has_reference else None
 
-    notes = data.notes
+    notes, control_ids = data.notes, voice.tokenizer.special_ids
     model, annotator, on_the_mesh, measured = None, None, None, {}
     if kind.has_reference and (kind.asks or cfg.judge.init == "annotator"):
         if cfg.annotator.init.startswith(python.PREFIX):
@@ -120,6 +121,7 @@ def open_setup(cfg: Config, mesh: Mesh) -> Setup:
             asked = _asks(cfg, model, cfg.annotator.instruction, data, compute, ("train", *EVALUATED))
             annotator = _on_host(asked, data, mesh)
             on_the_mesh = asked if annotator.reads_policy_ids else None
+            control_ids |= model.voice.tokenizer.special_ids if annotator.reads_policy_ids else frozenset()
             notes = notes if on_the_mesh is not None or not kind.asks else (*notes, OVER_THE_HOST)
             measured = _measured(cfg, asked, model, data, mesh)
     judge, judged_by = None, ""
@@ -140,6 +142,7 @@ def open_setup(cfg: Config, mesh: Mesh) -> Setup:
         annotated_by="" if annotator is None else _said(source_of("annotator", cfg.annotator)),
         judged_by=judged_by,
         notes=notes,
+        control_ids=control_ids - set(voice.stop_ids),
     )
 
 
