@@ -357,6 +357,16 @@ def test_control_tokens_are_never_drawn_unless_they_stop(made):
         assert (np.asarray(drawn) == base.stop_ids[0]).all()
 
 
+def test_control_tokens_that_begin_an_answer_are_drawn(tmp_path):
+    """A template without a generation prompt leaves it to the model to begin its turn."""
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    voice = voice_in(files.qwen(tmp_path, chat_template=template))
+    begin = voice.tokenizer.control["<|im_start|>"]
+    assert voice.answer("a", stop=True) == voice.tokenizer.encode("<|im_start|>assistant\na<|im_end|>", special=True)
+    assert begin not in voice.never_sampled
+    assert voice.tokenizer.control["<|endoftext|>"] in voice.never_sampled
+
+
 # --- tokenizers
 
 

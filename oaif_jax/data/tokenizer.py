@@ -68,16 +68,12 @@ class Tokenizer:
 
     def ordinary_parts(self, text: str) -> list[str]:
         """The text in parts that have no special token's text in them, cut behind the first character of each."""
-        return cuts(text, self._control_texts)
+        return cuts(text, tuple(self.control))
 
     def leading_control(self, text: str) -> str:
         """The beginning of a text up to its first special token, if only white space is before that; else ""."""
         found = self._leading.match(text)
         return found[0] if found else ""
-
-    @functools.cached_property
-    def _control_texts(self) -> tuple[str, ...]:
-        return tuple(self.control)
 
     @functools.cached_property
     def _leading(self) -> re.Pattern[str]:

@@ -83,21 +83,17 @@ class Vocabulary(abc.ABC):
         return {text: token for text, token in found.items() if token is not None} | without_row
 
 
-def cuts(text: str, pieces: tuple[str, ...]) -> list[str]:
+def cuts(text: str, pieces: Sequence[str]) -> list[str]:
     """The text in parts, none of which has one of the pieces in it: cut behind the first character of each.
 
     In: "a</s>b", ["</s>"]. Out: ["a<", "/s>b"]. A piece of one character stays.
     """
-    if not pieces:
+    there = [piece for piece in pieces if piece in text]  # of hundreds, that a pattern would try at every character
+    if not there:
         return [text]
-    ends = [0, *(found.end() for found in _begin_of(pieces).finditer(text)), len(text)]
+    begins = re.finditer(f"(?=(?:{'|'.join(map(re.escape, there))})).", text, re.DOTALL)
+    ends = [0, *(found.end() for found in begins), len(text)]
     return [text[start:end] for start, end in itertools.pairwise(ends)]
-
-
-@functools.lru_cache
-def _begin_of(pieces: tuple[str, ...]) -> re.Pattern[str]:
-    """The first character of any of the pieces."""
-    return re.compile(f"(?=(?:{'|'.join(map(re.escape, pieces))})).", re.DOTALL)
 
 
 def check_added(path: pathlib.Path, token: AddedToken, found: str | None) -> None:

@@ -47,9 +47,10 @@ class Voice:
 
     @functools.cached_property
     def never_sampled(self) -> tuple[int, ...]:
-        """Ids that an answer doesn't have: tokens with a meaning that don't end it, and ids that are no token's."""
+        """Ids that an answer doesn't have: tokens with a meaning that neither end it nor are what the template begins one with,
+        and ids that are no token's."""
         tokenizer = self.tokenizer
-        own = tokenizer.special_ids - set(self.stop_ids)
+        own = tokenizer.special_ids - {*self.stop_ids, *self.answer("x", stop=False)}
         return tuple(sorted(i for i in own | tokenizer.unused_ids if i < tokenizer.vocab_size))
 
     def joining(self, examples: Sequence[Example]) -> JoiningReport:
