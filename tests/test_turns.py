@@ -357,6 +357,33 @@ def test_control_tokens_are_never_drawn_unless_they_stop(made):
         assert (np.asarray(drawn) == base.stop_ids[0]).all()
 
 
+def test_what_frames_a_message_is_control(tmp_path):
+    """Fine-tuned models have added <|im_start|> as if it were a word; what is a word, or white space, stays one."""
+    raw = files.byte_level("<|endoftext|>")
+    words = ("<|im_start|>", "<|im_end|>", "<think>", "user", "\n\n\n")
+    raw.add_tokens([files.AddedToken(text, normalized=False) for text in words])
+    config = {
+        "eos_token": "<|endoftext|>",
+        "chat_template": QWEN3.replace("message.role +", "message.role + '\\n\\n\\n' +"),
+    }
+    files.write_files(tmp_path, raw, config, {"eos_token_id": raw.token_to_id("<|endoftext|>")})
+    plain = open_tokenizer(tmp_path)
+    template = open_template(plain)
+    assert template.framing(plain) == ("<|im_start|>", "<|im_end|>")
+    tokenizer = plain.with_control(template.framing(plain))
+    marks = {tokenizer.control[text] for text in words[:2]}
+    assert template.turn_end(plain) is None
+    assert template.turn_end(tokenizer) == tokenizer.control["<|im_end|>"]
+    text = "".join(words)
+    assert marks < set(plain.encode(text))
+    assert not marks & set(tokenizer.encode(text))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    prompt = template.prompt_ids(tokenizer, [{"role": "user", "content": text}])
+    assert [prompt.count(mark) for mark in sorted(marks)] == [2, 1]
+    voice = Voice(tokenizer, template, (tokenizer.control["<|im_end|>"],), spaced=False)
+    assert voice.never_sampled == (tokenizer.control["<|endoftext|>"], tokenizer.control["<|im_start|>"])
+
+
 def test_control_tokens_that_begin_an_answer_are_drawn(tmp_path):
     """A template without a generation prompt leaves it to the model to begin its turn."""
     template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"

@@ -112,6 +112,17 @@ class ChatTemplate:
         ending = tokenizer.leading_control(self._tail).lstrip()
         return tokenizer.control[ending] if ending else None
 
+    def framing(self, tokenizer: Tokenizer) -> tuple[str, ...]:
+        """The added tokens that the template writes around a user's message, such as <|im_start|>: they have a meaning even where
+        the files don't say so. White space and words that were added to a vocabulary have none."""
+        if not self.source:
+            return ()
+        frame = self.render([{"role": "user", "content": MARK}], add_generation_prompt=False)
+        is_mark = lambda text: len(text) > 2 and not (text[0].isalnum() or text[-1].isalnum() or text.isspace())  # noqa: E731
+        return tuple(
+            text for text in tokenizer.added if text in frame and is_mark(text) and text not in tokenizer.control
+        )
+
     def around(self) -> tuple[str, str]:
         """The text before the one message of a user, and between it and where the answer to it begins."""
         if not self.source:

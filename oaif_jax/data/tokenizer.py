@@ -90,6 +90,11 @@ class Tokenizer:
         """Tokens with a meaning, and their ids; text has them only if asked."""
         return self._vocabulary.special
 
+    def with_control(self, texts: Sequence[str]) -> "Tokenizer":
+        """The same tokenizer, to which some more of its tokens have a meaning."""
+        extra = dataclasses.replace(self.special, extra=(*self.special.extra, *texts))
+        return dataclasses.replace(self, special=extra) if texts else self
+
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids with a meaning."""

@@ -90,6 +90,7 @@ def voice_of(source: Source, chat: str, arguments: str = "") -> Voice:
     tokenizer = open_tokenizer(directory, model.cfg.rows)
     try:
         template = open_template(tokenizer, chat, arguments=arguments)
+        tokenizer = tokenizer.with_control(template.framing(tokenizer))
         turn_end = template.turn_end(tokenizer)
     except UserError as error:
         given = f", config.{source.key}.chat_args={arguments!r}" if arguments else ""
