@@ -146,7 +146,8 @@ class Batches:
         assert rollout is not None
         tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
         asks = asks_of(examples_at(self._setup, at), tokens, mask, self._setup.data.voice)
-        return dataclasses.replace(drawn, scores=self._setup.place(annotator.score(asks)))
+        scores = dataclasses.replace(annotator.score(asks), mass=None)  # that is for evaluations
+        return dataclasses.replace(drawn, scores=self._setup.place(scores))
 
     def _unasked(self, batch: Batch) -> Scores:
         """Shapes of what an annotator on the host will say."""

@@ -11,6 +11,7 @@ import zlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from oaif_jax.models import heads, transformer
@@ -34,6 +35,7 @@ class Sampler:
     max_tokens: int  # R
     stop_ids: tuple[int, ...]
     pad_id: int
+    never: tuple[int, ...] = ()  # ids that aren't drawn, such as special tokens that end nothing
 
 
 def named_key(key: Array, name: str) -> Array:
@@ -152,6 +154,9 @@ def score(
 def draw(logits: Float[Array, "P C V"], keys, t, *, sampler: Sampler) -> Int[Array, "P C"]:
     """One token of each completion: temperature, then top-k, then top-p, then a draw (or the largest logit)."""
     logits_MV = logits.reshape(-1, logits.shape[-1])
+    if sampler.never:
+        is_drawn_V = np.isin(np.arange(logits.shape[-1]), sampler.never, invert=True)
+        logits_MV = jnp.where(is_drawn_V[None], logits_MV, MASKED)
     if sampler.temperature == 0:
         drawn = jnp.argmax(logits_MV, axis=-1)
     else:

@@ -26,6 +26,7 @@ import jax
 import numpy as np
 
 from oaif_jax import methods
+from oaif_jax.data.open import has_conversations
 from oaif_jax.data.records import Example, Message
 from oaif_jax.data.tokenizer import left_pad
 from oaif_jax.evals import drawing
@@ -47,8 +48,9 @@ def run(
     if methods.named(cfg.method).evaluation == "agreement":
         raise UserError(f"--workdir={workdir}: this run trained an annotator, which doesn't write responses")
     voice = model.voice
-    row = voice.prompt(Example((Message("user", prompt),)))
-    tokens, valid = left_pad([row], cfg.data.prompt_tokens, voice.tokenizer.pad_id, "--prompt")
+    row = voice.prompt(Example((Message("user", prompt),), is_conversation=has_conversations(cfg.data)))
+    limit = "config.data.prompt_tokens"
+    tokens, valid = left_pad([row], cfg.data.prompt_tokens, voice.tokenizer.pad_id, "--prompt", limit)
     pairs = (samples + 1) // 2  # two responses to a row
     repeated = (np.repeat(each, pairs, axis=0) for each in (tokens, valid))
     made = drawing.draw(

@@ -41,7 +41,7 @@ from oaif_jax.base.output import Lasting
 from oaif_jax.base.phases import Watch, phase
 from oaif_jax.collect import Batches
 from oaif_jax.config import Config
-from oaif_jax.evals.of_run import Evaluations, agreement_with_gold, described
+from oaif_jax.evals.of_run import Evaluations, agreement_with_gold, control_tokens, described, low_masses
 from oaif_jax.methods.base import known
 from oaif_jax.models import sharding
 from oaif_jax.rollout import named_key
@@ -208,7 +208,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             seconds, read_at = now - max(taken.began, read_at), now
             if setup.method.asks:
                 examples = collect.examples_at(setup, taken.number - 1)
-                metrics |= agreement_with_gold(setup, examples, outputs)
+                metrics |= agreement_with_gold(setup, examples, outputs) | control_tokens(setup, outputs)
             tokens = taken.tokens + (int(outputs["mask"].sum()) if "mask" in outputs else 0)
             which = (taken.number - 1) // cfg.steps
             metrics |= {
@@ -231,6 +231,8 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             metrics, records = interrupts.work(
                 functools.partial(evaluations.validate, training.params, thorough=is_thorough)
             )
+            for line in low_masses(setup, metrics) if number == 0 else ():
+                say(line)
             flat = log.write(number, "eval", metrics)
             log.write_samples(f"step_{number:06d}", records)
             progress.update(number, flat)

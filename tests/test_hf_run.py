@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 from test_train import digest
+from tokenizers import AddedToken, Tokenizer
 
 from oaif_jax import collect, config, evaluate, export, sample, step, train
 from oaif_jax.annotate.base import asks_of
 from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
 from oaif_jax.data.tokenizer import right_pad
+from oaif_jax.evals.of_run import control_tokens, low_masses
 from oaif_jax.models import heads, sharding, transformer
 from oaif_jax.models.rows import trunk
 from oaif_jax.run.setup import open_setup, stored_model
@@ -105,6 +107,10 @@ def test_a_run_ends_with_numbers_and_files(trained):
     records = [json.loads(line) for line in (workdir / "samples" / "final.jsonl").read_text().splitlines()]
     assert len(records) == 8
     assert all("Which dog" in record["prompt"] and "<|" not in record["prompt"] for record in records)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert {line["control_tokens"] for line in lines if line["kind"] == "train"} == {0.0}
+    assert all(0 < line["annotator.helpful.answer_mass"] < 1 for line in lines if line["kind"] == "eval")
+    assert 0 < summary["judge"]["answer_mass"] < 1
 
 
 def test_the_export_is_the_policy(trained, home):
@@ -266,6 +272,58 @@ def test_texts_read_again_prefer_the_same(home):
     assert np.abs(other - as_ids).max() > 1e-4
 
 
+# ------------------------------------------------------------------------------------------------ tokens
+
+
+def add_token(path, text: str):
+    """A special token behind all others, and no row for it but one that is there already."""
+    raw = Tokenizer.from_file(str(path / "tokenizer.json"))
+    raw.add_special_tokens([AddedToken(text, normalized=False, special=True)])
+    raw.save(str(path / "tokenizer.json"))
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows(home, tmp_path):
+    """As Gemma 3's smallest models: it is read, and an annotator with a row more reads its ids."""
+    narrow, wide = (hf_dirs.write(tmp_path / name, "llama", extra_rows=rows) for name, rows in (("a", 0), ("b", 1)))
+    add_token(narrow, "<image>")
+    add_token(wide, "<image>")
+    setup = setup_of(home, policy__path=str(narrow), annotator__path=str(wide))
+    rows = setup.policy.cfg.rows
+    assert (setup.policy.cfg.vocab_size, setup.data.voice.tokenizer.vocab_size) == (rows, rows)
+    assert setup.annotator.on_mesh.cfg.vocab_size == rows + 1
+    assert setup.annotator.reads_policy_ids
+    assert setup.mesh_annotator is not None
+    batch = collect.host_batch(setup, 0)
+    assert max(batch.prompts.tokens.max(), setup.data.voice.tokenizer.pad_id) < rows
+    assert set(setup.sampler(1.0).never) == set(range(rows - 5, rows)) - set(setup.data.voice.stop_ids)
+    other = hf_dirs.write(tmp_path / "c", "llama", extra_rows=1)
+    add_token(other, "<audio>")
+    assert not setup_of(home, policy__path=str(narrow), annotator__path=str(other)).annotator.reads_policy_ids
+
+
+def test_control_tokens_are_counted(home):
+    """Those of policy or annotator that end nothing, where they are in the mask."""
+    setup = setup_of(home, annotator__path=str(home / "gemma"))
+    control, end = setup.data.voice.tokenizer.control, setup.data.voice.stop_ids[0]
+    tokens = np.array([[[5, control["<|start_header_id|>"], end], [control["<|begin_of_text|>"]] * 2 + [6]]])
+    mask = np.array([[[True, True, True], [True, False, False]]])
+    assert control_tokens(setup, {"tokens": tokens, "mask": mask}) == {"control_tokens": 1.0}
+
+
+def test_low_masses_are_said(home):
+    setup = setup_of(home)
+    metrics = {"judge": {"answer_mass": 0.02}, "annotator": {"helpful": {"answer_mass": 0.9}, "mine": {}}}
+    (line,) = low_masses(setup, metrics)
+    assert line.startswith("judge.answer_mass=0.02: the model hardly ever answers")
+
+
+def test_a_reference_needs_no_chat(home, tmp_path):
+    """It is asked for nothing but the policy's tokens."""
+    base = shutil.copytree(home / "llama", tmp_path / "base")
+    break_config(base, name="tokenizer_config.json", chat_template=None)
+    assert setup_of(home, reference__init="hf", reference__path=str(base)).reference is not None
+
+
 # ------------------------------------------------------------------------------------------------ LoRA, other methods
 
 
@@ -332,9 +390,9 @@ def test_rounds_of_a_directory_with_lora(home, tmp_path):
 # ------------------------------------------------------------------------------------------------ what can't be run
 
 
-def break_config(path, **changes):
-    found = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(found | changes))
+def break_config(path, name="config.json", **changes):
+    found = json.loads((path / name).read_text())
+    (path / name).write_text(json.dumps(found | changes))
 
 
 def truncate(path):
@@ -355,7 +413,11 @@ def refuse_messages(path):
         (lambda path: break_config(path, model_type="mamba"), ["mamba", "llama", "gemma2"]),
         (truncate, ["model.safetensors"]),
         (lambda path: break_config(path, vocab_size=100), ["335 ids", "100 rows"]),
-        (refuse_messages, ["chat template", "not today"]),
+        (refuse_messages, ["config.policy.chat='auto'", "chat template", "not today"]),
+        (
+            lambda path: break_config(path, name="tokenizer_config.json", chat_template=None),
+            ["config.policy.chat='auto'", "has no chat template"],
+        ),
         (lambda path: (path / "tokenizer.json").write_text("{}"), ["tokenizer.json"]),
         (lambda path: (path / "tokenizer.json").unlink(), ["tokenizer"]),
     ],
@@ -365,6 +427,7 @@ def refuse_messages(path):
         "truncated",
         "tokenizer too large",
         "template fails",
+        "no template",
         "bad tokenizer",
         "no tokenizer",
     ],
@@ -391,7 +454,12 @@ def test_directories_that_cannot_be_used(tmp_path, damage, said):
         ({"data__path": "nowhere.jsonl"}, ["nowhere.jsonl"]),
         ({"annotator__instruction": "helpfull"}, ["helpfull", "helpful"]),
         ({"annotator__question_tokens": "8"}, ["config.annotator.question_tokens=8"]),
-        ({"data__prompt_tokens": "4"}, ["4 tokens"]),
+        ({"data__prompt_tokens": "4"}, ["4 tokens", "config.data.prompt_tokens"]),
+        ({"data__prompt_tokens": "2041"}, ["config.data.prompt_tokens=2041", "2049", "config.policy.path", "2048"]),
+        ({"annotator__question_tokens": "2040"}, ["config.annotator.question_tokens=2040", "annotator.path", "2048"]),
+        ({"mesh__tensor": "4"}, ["config.policy.path", "config.mesh.tensor=4", "2, the number of key/value heads"]),
+        ({"policy__chat_args": "thinking=1"}, ["config.policy.chat_args='thinking=1'", "doesn't read thinking"]),
+        ({"annotator__chat": "nowhere.jinja"}, ["config.annotator.chat='nowhere.jinja'", "no such file"]),
         ({"data__held_out": "20"}, ["config.data.held_out=20", "40"]),
         ({"eval__prompts": "16"}, ["validation", "8", "16"]),
         ({"policy__lora__rank": "2", "policy__lora__targets": "q,z"}, ["z"]),

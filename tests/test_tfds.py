@@ -103,6 +103,7 @@ def test_what_is_wrong_is_said_and_leaves_nothing(tmp_path):
         open_prepared(path, "tset")
     (example,) = open_prepared(path, "test")
     assert example == Example((Message("user", "a"),), "b", "c", source="test.jsonl:2")
+    assert example.is_conversation
     assert_streams(path)
 
 

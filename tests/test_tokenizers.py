@@ -212,7 +212,8 @@ def test_special_tokens_map_is_behind_tokenizer_config(tmp_path):
     files.write_json(tmp_path / "special_tokens_map.json", {})
     files.write_json(tmp_path / "generation_config.json", {"eos_token_id": 7, "pad_token_id": 9})
     tokenizer = open_tokenizer(tmp_path)
-    assert (tokenizer.stop_ids, tokenizer.pad_id, tokenizer.bos_id) == ((7,), 9, None)
+    begin = token("<|begin_of_text|>")  # by the post-processor, which is the last to be asked
+    assert (tokenizer.stop_ids, tokenizer.pad_id, tokenizer.bos_id) == ((7,), 9, begin)
     assert 7 in tokenizer.special_ids
     assert 9 not in tokenizer.special_ids, "padding is a mask: an ordinary token's id may be there for it"
     files.write_json(tmp_path / "generation_config.json", {"eos_token_id": 7, "bos_token_id": 5})

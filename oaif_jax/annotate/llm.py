@@ -1,6 +1,7 @@
 """A language model as the annotator: the same question and the same maths, within the jitted step and on the host."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -19,12 +20,13 @@ from oaif_jax.types import Rollout, Scores
 
 Place = Callable[[Mapping[str, np.ndarray]], dict[str, Array]]  # a batch from the host onto the mesh
 
-ask = jax.jit(orders.orders, static_argnames=("template", "cfg", "compute"))
+ask = jax.jit(orders.orders_and_mass, static_argnames=("template", "cfg", "compute"))
 
 
 @dataclasses.dataclass(frozen=True)
 class LLMAnnotator:
-    """A MeshAnnotator: a frozen model, and how it is asked. `stop_ids` are the policy's; it doesn't see them."""
+    """A MeshAnnotator: a frozen model, and how it is asked. `stop_ids` are the policy's; it doesn't see them, nor any token that
+    has a meaning in its own chats: a response is text to it."""
 
     questions: Questions
     cfg: ModelConfig
@@ -32,14 +34,19 @@ class LLMAnnotator:
     compute: ComputeConfig
     stop_ids: tuple[int, ...]
 
+    @functools.cached_property
+    def is_hidden(self) -> np.ndarray:
+        """Of each id: whether a response's token of it is kept from the annotator."""
+        ids = [*self.stop_ids, *self.questions.voice.tokenizer.special_ids]
+        return np.isin(np.arange(max(self.cfg.padded_vocab_size, *(i + 1 for i in ids))), ids)
+
     def question(self, examples: Sequence[Example]) -> Arrays:
         """Its question about each example, [B, Q]."""
         return self.questions.arrays(examples)
 
     def score(self, params: PyTree, question: dict[str, Array], rollout: Rollout) -> Scores:
         """The preference between all pairs of completions, in one row for each prompt."""
-        is_stop = jnp.any(rollout.tokens[..., None] == jnp.array(self.stop_ids)[None, None, None], axis=-1)
-        template, seen = self.questions.template, rollout.mask & ~is_stop
+        template, seen = self.questions.template, rollout.mask & ~jnp.asarray(self.is_hidden)[rollout.tokens]
         args = (params, question, rollout.tokens, seen)
         return orders.scores(
             orders.orders(*args, template=template, cfg=self.cfg, compute=self.compute), rollout.tokens.shape[1]
@@ -60,16 +67,16 @@ class HostLLMAnnotator:
         """Scores in numpy arrays."""
         model = self.on_mesh
         if self.reads_policy_ids:
-            tokens, mask = asks.tokens, asks.mask & ~np.isin(asks.tokens, model.stop_ids)
+            tokens, mask = asks.tokens, asks.mask & ~model.is_hidden[asks.tokens]
         else:
             tokens, mask = model.questions.responses(asks.texts, 2 * asks.tokens.shape[-1])
         placed = self.place(model.question(asks.examples) | {"responses": tokens, "mask": mask})
         responses, seen = placed.pop("responses"), placed.pop("mask")
-        said = ask(
+        said, mass = ask(
             model.params, placed, responses, seen,
             template=model.questions.template, cfg=model.cfg, compute=model.compute,
         )  # fmt: skip
-        return jax.tree.map(np.asarray, orders.scores(said, tokens.shape[1]))
+        return jax.tree.map(np.asarray, orders.scores(said, tokens.shape[1], mass))
 
 
 def on_host(annotator: LLMAnnotator, policy: Voice, place: Place) -> HostLLMAnnotator:

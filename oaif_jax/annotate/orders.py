@@ -85,11 +85,36 @@ def orders(
     """P(the first of two responses is better) by each presentation order, of all pairs; their mean is the preference. The
     mask leaves stop tokens out."""
     hidden = order_hidden(params, question, responses, mask, template=template, cfg=cfg, compute=compute)[:, :, -1]
+    return preferences(params, hidden, template, cfg)
+
+
+def preferences(params, hidden: Float[Array, "B M2 D"], template: Template, cfg: ModelConfig) -> Float[Array, "B M 2"]:
+    """The same, from the hidden states at which the answers are."""
     says_1 = jax.nn.softmax(heads.answer_logits(params, hidden, template.answers, cfg=cfg), axis=-1)[..., 0]
     return jnp.stack([says_1[:, 0::2], 1.0 - says_1[:, 1::2]], axis=-1)
 
 
-def scores(p_orders: Float[Array, "B M 2"], completions: int) -> Scores:
+def orders_and_mass(
+    params,
+    question: dict[str, Array],
+    responses: Int[Array, "B C R"],
+    mask: Bool[Array, "B C R"],
+    *,
+    template: Template,
+    cfg: ModelConfig,
+    compute: ComputeConfig,
+) -> tuple[Float[Array, "B M 2"], Float[Array, "B M 2"]]:
+    """`orders`, and what probability the two answers have among all tokens: near 0 where a model doesn't answer there."""
+    hidden = order_hidden(params, question, responses, mask, template=template, cfg=cfg, compute=compute)[:, :, -1]
+    first, second = (
+        jnp.exp(heads.token_logprobs(params, hidden, jnp.full(hidden.shape[:2], answer), cfg=cfg, compute=compute))
+        for answer in template.answers
+    )
+    mass = first + second
+    return preferences(params, hidden, template, cfg), jnp.stack([mass[:, 0::2], mass[:, 1::2]], axis=-1)
+
+
+def scores(p_orders: Float[Array, "B M 2"], completions: int, mass: Float[Array, "B M 2"] | None = None) -> Scores:
     """The value of each completion: its preference over the others, on average. A NaN says nothing."""
     preferred = jnp.mean(p_orders, axis=-1)
     wins: list[list[Array]] = [[] for _ in range(completions)]
@@ -97,4 +122,4 @@ def scores(p_orders: Float[Array, "B M 2"], completions: int) -> Scores:
         wins[i].append(preferred[:, number])
         wins[j].append(1.0 - preferred[:, number])
     value = jnp.stack([sum(won[1:], won[0]) / len(won) for won in wins], axis=-1)
-    return Scores(value=value, known=jnp.isfinite(value), orders=p_orders)
+    return Scores(value=value, known=jnp.isfinite(value), orders=p_orders, mass=mass)

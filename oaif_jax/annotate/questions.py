@@ -9,7 +9,7 @@ import numpy as np
 from oaif_jax.annotate import prompts
 from oaif_jax.annotate.orders import Template
 from oaif_jax.base.errors import UserError
-from oaif_jax.data.chat import MARK
+from oaif_jax.data.chat import MARK, continued_ids, read_ids, without_special
 from oaif_jax.data.dataset import Arrays, DataSet, context_of
 from oaif_jax.data.joining import answer_ids, continuation_ids
 from oaif_jax.data.records import Example, Message
@@ -26,40 +26,44 @@ class Questions:
     width: int
 
     @functools.cached_property
-    def _around(self) -> tuple[str, str]:
-        """The chat's text before and after the one message."""
-        before, _, after = self.voice.chat.render([{"role": "user", "content": MARK}]).partition(MARK)
-        return before, after
-
-    @functools.cached_property
-    def _begin(self) -> list[int]:
-        tokenizer = self.voice.tokenizer
-        ids = tokenizer.encode(self._around[0], special=True) if self._around[0] else []
-        adds_bos = not self.voice.chat.source and tokenizer.adds_bos and tokenizer.bos_id is not None
-        ids = [tokenizer.bos_id, *ids] if adds_bos else ids
-        return ids[1:] if tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2 else ids
-
-    @functools.cached_property
     def template(self) -> Template:
-        """Token ids of the fixed texts; an answer that names the worse response stands for the other one."""
+        """Token ids of the fixed texts; an answer that names the worse response stands for the other one.
+
+        In a chat the closing goes on to where the assistant's turn has its answer: behind all that the template writes in
+        between, and behind the space that some tokenizers begin a text with.
+        """
         tokenizer, instruction = self.voice.tokenizer, self.instruction
+        between = self.voice.chat.around()[1]
+        first, second = answer_ids(tokenizer, instruction.closing.lstrip() + between, instruction.answers, special=True)
+        safe, cut = without_special(tokenizer, [{"role": "user", "content": instruction.closing}])
+        answered = [
+            continued_ids(tokenizer, safe[0]["content"] + between + answer, cut) for answer in instruction.answers
+        ]
+        closing = answered[0][:-1]
+        if answered != [[*closing, first], [*closing, second]]:
+            raise UserError(
+                f"instruction {instruction.name}: its closing {instruction.closing!r} merges with an answer"
+            )
         ids = lambda text: tuple(continuation_ids(tokenizer, text))  # noqa: E731
-        after = tuple(tokenizer.encode(self._around[1], special=True)) if self._around[1] else ()
-        first, second = answer_ids(
-            tokenizer, instruction.closing.lstrip() + self._around[1], instruction.answers, special=True
-        )
         answers = (second, first) if instruction.inverted else (first, second)
-        return Template(ids(instruction.first), ids(instruction.second), ids(instruction.closing) + after, answers)
+        return Template(ids(instruction.first), ids(instruction.second), tuple(closing), answers)
 
     def question(self, example: Example) -> list[int]:
-        """Token ids of what is read before the responses."""
+        """Token ids of what is read before the responses: of the chat, up to where the question ends."""
+        tokenizer, chat = self.voice.tokenizer, self.voice.chat
         text = prompts.question(self.instruction, context_of(example))
-        return self._begin + self.voice.tokenizer.encode(text)
+        if not chat.source:
+            return tokenizer.begin + tokenizer.encode(text)
+        (safe,), cut = without_special(tokenizer, [{"role": "user", "content": text}])
+        begun, _, _ = chat.render([{**safe, "content": safe["content"] + MARK}]).partition(MARK)
+        return read_ids(tokenizer, begun, cut)
 
     def arrays(self, examples: Sequence[Example]) -> Arrays:
         """The same of several examples: questions, question_valid, [B, Q]."""
         rows = [self.question(example) for example in examples]
-        tokens, valid = left_pad(rows, self.width, self.voice.tokenizer.pad_id, "question")
+        tokens, valid = left_pad(
+            rows, self.width, self.voice.tokenizer.pad_id, "question", "config.annotator.question_tokens"
+        )
         return {"questions": tokens, "question_valid": valid}
 
     def responses(self, texts: Sequence[Sequence[str]], width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ import numpy as np
 from oaif_jax.data.chat import plain
 from oaif_jax.data.records import Example
 from oaif_jax.data.tokenizer import left_pad, right_pad
-from oaif_jax.data.voice import Voice
+from oaif_jax.data.voice import SHORT, Voice
 from oaif_jax.types import DATA, Batch, Prompts, Rollout, Scores
 
 CUE = "TL;DR:"  # what the policy of a summary continues; an annotator is shown the post without it
@@ -66,13 +66,22 @@ class DataSet:
             self.prompt_tokens,
             self.voice.tokenizer.pad_id,
             "prompt",
+            "config.data.prompt_tokens",
         )
         return Prompts(tokens, valid, np.arange(len(examples), dtype=np.int32) if rows is None else rows)  # type: ignore[arg-type]
 
-    def rollout(self, prompts: Prompts, responses: Sequence[Sequence[str]]) -> Rollout:
-        """The data's own responses to prompts, as many to each, in tokens; all of them end."""
-        rows = [self.voice.answer(text, stop=True) for group in responses for text in group]
-        tokens, mask = right_pad(rows, self.response_tokens, self.voice.tokenizer.pad_id, "response")
+    def rollout(
+        self, prompts: Prompts, responses: Sequence[Sequence[str]], examples: Sequence[Example] | None = None
+    ) -> Rollout:
+        """The data's own responses to prompts (of these examples), as many to each, in tokens; all of them end."""
+        asked = [SHORT] * len(responses) if examples is None else examples
+        rows = [
+            self.voice.answer(text, stop=True, prompt=example)
+            for example, group in zip(asked, responses, strict=True)
+            for text in group
+        ]
+        limit = "config.data.response_tokens"
+        tokens, mask = right_pad(rows, self.response_tokens, self.voice.tokenizer.pad_id, "response", limit)
         count, completions = len(responses), len(responses[0])
         shape = (count, completions, self.response_tokens)
         finished = np.ones(shape[:2], bool)
@@ -82,9 +91,9 @@ class DataSet:
         """Examples as a step takes them: `reads` is prompts, references (one response) or pairs (chosen, rejected)."""
         prompts = self.prompts(examples)
         if reads == "references":
-            return Batch(prompts, data=self.rollout(prompts, [[example.reference] for example in examples]))
+            return Batch(prompts, data=self.rollout(prompts, [[example.reference] for example in examples], examples))
         if reads == "pairs":
-            pairs = self.rollout(prompts, [(example.chosen, example.rejected) for example in examples])
+            pairs = self.rollout(prompts, [(example.chosen, example.rejected) for example in examples], examples)
             value = np.tile(np.array([1.0, 0.0], np.float32), (len(examples), 1))
             return Batch(prompts, data=pairs, scores=Scores(value, np.ones(value.shape, bool)))  # type: ignore[arg-type]
         assert reads == "prompts", reads
@@ -92,7 +101,8 @@ class DataSet:
 
     def ids_of(self, example: Example) -> tuple[list[int], list[list[int]]]:
         """Token ids of the prompt, and of each response with its stop token."""
-        return self.voice.prompt(example), [self.voice.answer(text, stop=True) for text in example.responses]
+        answers = [self.voice.answer(text, stop=True, prompt=example) for text in example.responses]
+        return self.voice.prompt(example), answers
 
     def tokens_of(self, example: Example) -> tuple[int, int]:
         """Tokens of the prompt, and of the longest response with its stop token."""
@@ -102,5 +112,4 @@ class DataSet:
 
 def context_of(example: Example) -> str:
     """What people and annotators are shown of an example: the one message, or the conversation; without a summary's cue."""
-    messages = [dataclasses.asdict(message) for message in example.prompt]
-    return plain(messages, add_generation_prompt=False).strip().removesuffix(CUE).rstrip()
+    return plain(example.messages, add_generation_prompt=False).strip().removesuffix(CUE).rstrip()

@@ -1,7 +1,7 @@
 """What becomes of tokens where two texts meet: responses behind prompts, answers behind questions."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from oaif_jax.base.errors import UserError
 from oaif_jax.data.tokenizer import Tokenizer
@@ -24,28 +24,32 @@ def answer_ids(
 ) -> tuple[int, int]:
     """The token that each answer is behind a text.
 
-    With `special`, special tokens are read in `before`, as in a rendered chat. An answer that is not exactly one token
-    more, behind unchanged ones, or two answers that are the same token: UserError.
+    With `special`, special tokens are read in `before`, as in a rendered chat. Spaces at the end of `before` may be one token
+    with the answer, and a tokenizer's own space may be a token before it. An answer that is otherwise not exactly one
+    token more, behind unchanged ones, or two answers that are the same token, or behind different ones: UserError.
     """
-    head = tokenizer.encode(before, special=special)
-    first, second = (_answer_id(tokenizer, head, before, answer, special) for answer in answers)
-    if first == second:
-        raise UserError(
-            f"answers {answers[0]!r} and {answers[1]!r} behind {_end(before)} are both token {first}, wanted two"
-        )
+    head = tokenizer.encode(before.rstrip(" "), special=special)
+    (first, by_first), (second, by_second) = (
+        _answer_id(tokenizer, head, before, answer, special) for answer in answers
+    )
+    if first == second or by_first != by_second:
+        both = f"both token {first}" if first == second else f"tokens {first} and {second} behind different spaces"
+        raise UserError(f"answers {answers[0]!r} and {answers[1]!r} behind {_end(before)} are {both}, wanted two")
     return first, second
 
 
-def _answer_id(tokenizer: Tokenizer, head: list[int], before: str, answer: str, special: bool) -> int:
+def _answer_id(tokenizer: Tokenizer, head: list[int], before: str, answer: str, special: bool) -> tuple[int, list[int]]:
+    """The answer's token, and those of spaces before it."""
     whole = tokenizer.encode(before + answer, special=special)
     kept = sum(1 for _ in _same(head, whole))
-    if kept < len(head) or len(whole) != len(head) + 1:
+    spaces = whole[len(head) : -1]
+    if kept < len(head) or len(whole) <= len(head) or tokenizer.decode(spaces).strip():
         pieces = [tokenizer.decode([token]) for token in whole[kept:]]
         raise UserError(
             f"answer {answer!r} behind {_end(before)} ends in tokens {pieces} with {len(head) - kept} of the text's own"
             " changed, wanted one token more and none changed"
         )
-    return whole[-1]
+    return whole[-1], spaces
 
 
 def _same(first: Sequence[int], second: Sequence[int]):
@@ -93,14 +97,29 @@ def joining_report(
     What is trained on is always the pieces' ids; a model that learned on whole texts finds those unusual where they
     differ. With `special`, special tokens are read in prompts, as in rendered chats.
     """
-    differing, example = 0, ""
-    for prompt, response in zip(prompts, responses, strict=True):
-        pieces = tokenizer.encode(prompt, special=special) + continuation_ids(tokenizer, response)
-        whole = tokenizer.encode(prompt + response, special=special)
+    return report_of(
+        tokenizer,
+        (
+            (
+                prompt,
+                response,
+                tokenizer.encode(prompt, special=special) + continuation_ids(tokenizer, response),
+                tokenizer.encode(prompt + response, special=special),
+            )
+            for prompt, response in zip(prompts, responses, strict=True)
+        ),
+    )
+
+
+def report_of(tokenizer: Tokenizer, rows: Iterable[tuple[str, str, list[int], list[int]]]) -> JoiningReport:
+    """The report of prompts and responses, with the ids of their pieces and of the whole."""
+    count, differing, example = 0, 0, ""
+    for prompt, response, pieces, whole in rows:
+        count += 1
         if pieces != whole:
             differing += 1
             example = example or _example(tokenizer, prompt, response, pieces, whole)
-    return JoiningReport(len(prompts), differing, example)
+    return JoiningReport(count, differing, example)
 
 
 def _example(tokenizer: Tokenizer, prompt: str, response: str, pieces: list[int], whole: list[int]) -> str:

@@ -60,6 +60,11 @@ def texts(section: Data, evaluation: Eval, voice: Voice, reads: str, *, portions
     return dataclasses.replace(data, splits=found, notes=tuple(notes))
 
 
+def has_conversations(section: Data) -> bool:
+    """Whether a user's text is said in a conversation with the policies of this data, or is continued as it stands."""
+    return section.name in ("hh", "ultrafeedback") or (section.name == "tfds" and "oaif_tldr" not in section.path)
+
+
 def evaluated(data: DataSet, split: str, seed: int) -> DataSet:
     """The data set with what evaluations take of a split: one example to each distinct prompt, in an order of which the first n
     are a seeded sample. Validation and test are so already, and an endless split is as it is."""

@@ -25,7 +25,8 @@ class Example:
     """A prompt, which ends with a user's message, and what the data have to answer it.
 
     A pair has `chosen` and `rejected`, which differ, and one of them may be empty; supervised data have a `reference`; for
-    online training the prompt is enough. `source` is "file:line", or "file:row" of a table.
+    online training the prompt is enough. `source` is "file:line", or "file:row" of a table. `is_conversation` is what a lone
+    message may leave open: whether it is said to somebody, or is a text to be continued as it stands.
     """
 
     prompt: tuple[Message, ...]
@@ -33,6 +34,12 @@ class Example:
     rejected: str = ""
     reference: str = ""
     source: str = ""
+    is_conversation: bool = dataclasses.field(default=False, compare=False)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The prompt as chat templates take it."""
+        return [dataclasses.asdict(message) for message in self.prompt]
 
     @property
     def is_pair(self) -> bool:
@@ -146,13 +153,13 @@ def use_as(loaded: Loaded, use: str) -> Loaded:
 def _form(example: Example, use: str) -> Example | None:
     """The example with what a use needs and no more; None if its reference is empty."""
     if use == "prompts":
-        return Example(example.prompt, source=example.source)
+        return dataclasses.replace(example, chosen="", rejected="", reference="")
     if use == "pairs":
         if not example.is_pair:
             raise UserError(f"{example.source}: has no chosen and rejected response, wanted pairs")
         return dataclasses.replace(example, reference="")
     reference = example.reference or example.chosen
-    return Example(example.prompt, reference=reference, source=example.source) if reference else None
+    return dataclasses.replace(example, chosen="", rejected="", reference=reference) if reference else None
 
 
 def without_same(loaded: Loaded, same: Callable[[Example], bool]) -> Loaded:
@@ -179,6 +186,9 @@ def within(
     kept = [example for example in loaded.examples if fits(example)]
     if not kept:
         limits = f"{prompt_tokens} tokens of a prompt and {response_tokens} of a response"
-        raise UserError(f"data: none of {len(loaded.examples):,} examples fits {limits}; wanted larger limits")
+        raise UserError(
+            f"data: none of {len(loaded.examples):,} examples fits {limits}; wanted larger limits "
+            "(config.data.prompt_tokens, config.data.response_tokens)"
+        )
     too_long = loaded.counts.too_long + len(loaded.examples) - len(kept)
     return Loaded(kept, dataclasses.replace(loaded.counts, kept=len(kept), too_long=too_long))

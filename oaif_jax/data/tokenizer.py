@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import SupportsInt
 
@@ -21,24 +22,38 @@ class Tokenizer:
     """Text to token ids and back. Nothing is added to a text, and nothing in it has a meaning unless it is asked for.
 
     path: a sentencepiece `.model`, or a `tokenizer.json`. special: what the files beside it say, see open_tokenizer.
+    rows: of the model's embedding, 0 where that isn't known. A token beyond them is one that no text has: it is a special one
+    that nobody may ask for.
     Exact in both directions where the file's model is (byte-level ones are, and sentencepiece's with byte fallback and
     no normalisation, but for U+2581, by which they mean a space), so that token ids can be kept from end to end.
     """
 
     path: pathlib.Path
     special: SpecialTokens = NOTHING
+    rows: int = 0
 
     def __reduce__(self) -> tuple:
         """Copies and other processes read the file again: tokenizers' own copies forget a switch."""
-        return type(self), (self.path, self.special)
+        return type(self), (self.path, self.special, self.rows)
 
     @functools.cached_property
     def _vocabulary(self) -> Vocabulary:
-        return (TokenizerJson if self.path.suffix == ".json" else SentencePiece)(self.path, self.special)
+        return (TokenizerJson if self.path.suffix == ".json" else SentencePiece)(self.path, self.special, self.rows)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Token ids; no BOS or EOS is added. With `special`, the text of a special token is that token."""
-        return self._vocabulary.encode(text, special)
+        """Token ids; no BOS or EOS is added. With `special`, the text of a special token is that token; UserError if it is one
+        without a row."""
+        ids = self._vocabulary.encode(text, special)
+        return [self._row(token) for token in ids] if special and self.rows else ids
+
+    def _row(self, token: int) -> int:
+        """The token, if the embedding has a row for it."""
+        if self.rows and token >= self.rows:
+            raise UserError(
+                f"tokenizer {self.path}: token {token} ({self._vocabulary.text_of(token)!r}) is needed, and the embedding has "
+                f"{self.rows} rows; wanted a row for it"
+            )
+        return token
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
         """The text of token ids; special ones (BOS, stop ids and the like) have none."""
@@ -53,17 +68,57 @@ class Tokenizer:
 
     def ordinary_parts(self, text: str) -> list[str]:
         """The text in parts that have no special token's text in them, cut behind the first character of each."""
-        return cuts(text, tuple(self._vocabulary.special))
+        return cuts(text, tuple(self.control))
+
+    def leading_control(self, text: str) -> str:
+        """The beginning of a text up to its first special token, if only white space is before that; else ""."""
+        found = self._leading.match(text)
+        return found[0] if found else ""
+
+    @functools.cached_property
+    def _leading(self) -> re.Pattern[str]:
+        longest_first = sorted(self.control, key=len, reverse=True)
+        return re.compile(rf"\s*(?:{'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     @property
     def vocab_size(self) -> int:
-        """The largest id + 1."""
-        return self._vocabulary.size
+        """The largest id + 1, of those with a row."""
+        return min(self._vocabulary.size, self.rows or self._vocabulary.size)
 
     @property
+    def control(self) -> dict[str, int]:
+        """Tokens with a meaning, and their ids; text has them only if asked."""
+        return self._vocabulary.special
+
+    def with_control(self, texts: Sequence[str]) -> "Tokenizer":
+        """The same tokenizer, to which some more of its tokens have a meaning."""
+        extra = dataclasses.replace(self.special, extra=(*self.special.extra, *texts))
+        return dataclasses.replace(self, special=extra) if texts else self
+
+    @functools.cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids with a meaning; text has them only if asked."""
-        return frozenset(self._vocabulary.special.values())
+        """Ids with a meaning."""
+        return frozenset(self.control.values())
+
+    @property
+    def known_ids(self) -> frozenset[int]:
+        """Ids that are a token's, with a row or without."""
+        return self._vocabulary.ids
+
+    @property
+    def lacks_rows(self) -> bool:
+        """Whether there is a token that any text may have, and no row for it."""
+        return bool(self.rows) and any(i >= self.rows for i in self.known_ids - self.special_ids)
+
+    @functools.cached_property
+    def unused_ids(self) -> frozenset[int]:
+        """Ids below vocab_size that are no token's."""
+        return frozenset(range(self.vocab_size)) - self.known_ids
+
+    @property
+    def added(self) -> dict[str, int]:
+        """Tokens added to those of the file's own model, and their ids."""
+        return self._vocabulary.added
 
     @functools.cached_property
     def named(self) -> dict[str, str]:
@@ -81,18 +136,21 @@ class Tokenizer:
             raise UserError(
                 f"tokenizer {self.path}: no id ends a text, wanted eos_token in {CONFIG} or eos_token_id in {GENERATION}"
             )
-        return tuple(dict.fromkeys(self._checked("eos_token_id", token) for token in found))
+        ids = tuple(dict.fromkeys(self._checked("eos_token_id", token) for token in found))
+        return tuple(token for token in ids if not self.rows or token < self.rows) or (self._row(ids[0]),)
 
     @functools.cached_property
     def pad_id(self) -> int:
         """The id of places that a mask leaves out: the configured one, else the first stop id. It has no meaning."""
         found = self._named_id("pad_token", self.special.pad_id)
-        return self.stop_ids[0] if found is None else self._checked("pad_token_id", found)
+        found = None if found is None else self._checked("pad_token_id", found)
+        return self.stop_ids[0] if found is None or (self.rows and found >= self.rows) else found
 
     @functools.cached_property
     def bos_id(self) -> int | None:
         """The id that begins a text, where there is one; see adds_bos."""
         found = self._named_id("bos_token", self.special.bos_id)
+        found = self._vocabulary.begin if found is None else found
         return None if found is None else self._checked("bos_token_id", found)
 
     @property
@@ -100,7 +158,12 @@ class Tokenizer:
         """Whether a text without a chat template begins with BOS: by add_bos_token, else by what tokenizer.json does."""
         if self.special.adds_bos is not None:
             return self.special.adds_bos
-        return self.path.suffix == ".json" and self._vocabulary.adds_bos
+        return self.path.suffix == ".json" and self.bos_id is not None and self._vocabulary.begin == self.bos_id
+
+    @property
+    def begin(self) -> list[int]:
+        """What a text without a chat template begins with: BOS, or nothing."""
+        return [self._row(self.bos_id)] if self.adds_bos and self.bos_id is not None else []
 
     def _named_id(self, name: str, declared: int | None) -> int | None:
         """By its name, else the declared id, else what the file itself has for it."""
@@ -113,16 +176,17 @@ class Tokenizer:
         return found
 
     def _checked(self, name: str, token: int) -> int:
-        if not 0 <= token < self.vocab_size or self._vocabulary.text_of(token) is None:
+        if not 0 <= token < self._vocabulary.size or self._vocabulary.text_of(token) is None:
             raise UserError(
-                f"tokenizer {self.path}: {name} {token} is no token of it, wanted ids below {self.vocab_size}"
+                f"tokenizer {self.path}: {name} {token} is no token of it, wanted ids below {self._vocabulary.size}"
             )
         return token
 
 
-def open_tokenizer(path: pathlib.Path) -> Tokenizer:
+def open_tokenizer(path: pathlib.Path, rows: int = 0) -> Tokenizer:
     """The tokenizer of a directory (tokenizer.json, else tokenizer.model), or of one such file, with the ids of the
-    special tokens from tokenizer_config.json, special_tokens_map.json and generation_config.json beside it."""
+    special tokens from tokenizer_config.json, special_tokens_map.json and generation_config.json beside it. `rows` are
+    those of the model's embedding, 0: unknown."""
     file = path
     if path.is_dir():
         there = [path / name for name in FILES if (path / name).is_file()]
@@ -135,31 +199,45 @@ def open_tokenizer(path: pathlib.Path) -> Tokenizer:
         )
     if file.suffix not in (".json", ".model"):
         raise UserError(f"tokenizer {path}: unknown ending {file.suffix!r}, wanted .json or .model")
-    tokenizer = Tokenizer(file, special_tokens.read(file.parent))
+    tokenizer = Tokenizer(file, special_tokens.read(file.parent), rows)
     # All that can be wrong with the files is said now.
+    if tokenizer.lacks_rows:
+        raise UserError(
+            f"tokenizer {path} has {max(tokenizer.known_ids) + 1} ids, the embedding {rows} rows; wanted a row for each id, but "
+            "for those of added tokens"
+        )
     _ = tokenizer.stop_ids, tokenizer.pad_id, tokenizer.bos_id, tokenizer.encode("")
     return tokenizer
 
 
-def left_pad(rows: Sequence[Sequence[int]], width: int, pad_id: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [B, width] with padding on the left, and which are valid; a row that doesn't fit raises."""
+def left_pad(
+    rows: Sequence[Sequence[int]], width: int, pad_id: int, name: str, limit: str = ""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [B, width] with padding on the left, and which are valid; a row that doesn't fit raises, and names the key that
+    is its `limit`."""
     tokens = np.full((len(rows), width), pad_id, np.int32)
     valid = np.zeros((len(rows), width), bool)
     for i, row in enumerate(rows):
         if not 0 < len(row) <= width:
-            raise UserError(f"{name} {i} has {len(row)} tokens, wanted 1 to {width}")
+            raise UserError(f"{name} {i} has {len(row)} tokens, wanted 1 to {_said(limit, width)}")
         tokens[i, width - len(row) :] = row
         valid[i, width - len(row) :] = True
     return tokens, valid
 
 
-def right_pad(rows: Sequence[Sequence[int]], width: int, pad_id: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [B, width] with padding on the right, and which are valid; a row that doesn't fit raises."""
+def right_pad(
+    rows: Sequence[Sequence[int]], width: int, pad_id: int, name: str, limit: str = ""
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same with padding on the right, where a row may be empty."""
     tokens = np.full((len(rows), width), pad_id, np.int32)
     valid = np.zeros((len(rows), width), bool)
     for i, row in enumerate(rows):
         if len(row) > width:
-            raise UserError(f"{name} {i} has {len(row)} tokens, wanted at most {width}")
+            raise UserError(f"{name} {i} has {len(row)} tokens, wanted at most {_said(limit, width)}")
         tokens[i, : len(row)] = row
         valid[i, : len(row)] = True
     return tokens, valid
+
+
+def _said(limit: str, width: int) -> str:
+    return f"{width} ({limit}={width})" if limit else str(width)

@@ -18,10 +18,14 @@ from oaif_jax.data.special_tokens import CONFIG, AddedToken, SpecialTokens
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary(abc.ABC):
-    """What a tokenizer's file can do, with what the files beside it declare. An id is None where there is no such token."""
+    """What a tokenizer's file can do, with what the files beside it declare. An id is None where there is no such token.
+
+    rows: of the model's embedding, 0: unknown; tokens beyond them are special, whatever the files say.
+    """
 
     path: pathlib.Path
     declared: SpecialTokens
+    rows: int = 0
 
     @property
     @abc.abstractmethod
@@ -39,9 +43,19 @@ class Vocabulary(abc.ABC):
         return {}
 
     @property
-    def adds_bos(self) -> bool:
-        """Whether the file itself says that text begins with BOS."""
-        return False
+    def begin(self) -> int | None:
+        """The token that the file itself puts before a text."""
+        return None
+
+    @property
+    @abc.abstractmethod
+    def added(self) -> dict[str, int]:
+        """Tokens added to those that the file's model has."""
+
+    @property
+    @abc.abstractmethod
+    def ids(self) -> frozenset[int]:
+        """Ids that are a token's."""
 
     @abc.abstractmethod
     def id_of(self, text: str) -> int | None: ...
@@ -65,7 +79,8 @@ class Vocabulary(abc.ABC):
         ids = declared.stop_ids if declared.bos_id is None else (*declared.stop_ids, declared.bos_id)
         found = {text: self.id_of(text) for text in texts}
         found |= {text: token for token in ids if (text := self.text_of(token)) is not None}
-        return {text: token for text, token in found.items() if token is not None}
+        without_row = {text: token for text, token in self.added.items() if self.rows and token >= self.rows}
+        return {text: token for text, token in found.items() if token is not None} | without_row
 
 
 def cuts(text: str, pieces: Sequence[str]) -> list[str]:
@@ -73,9 +88,10 @@ def cuts(text: str, pieces: Sequence[str]) -> list[str]:
 
     In: "a</s>b", ["</s>"]. Out: ["a<", "/s>b"]. A piece of one character stays.
     """
-    if not pieces:
+    there = [piece for piece in pieces if piece in text]  # of hundreds, that a pattern would try at every character
+    if not there:
         return [text]
-    begins = re.finditer(f"(?=(?:{'|'.join(map(re.escape, pieces))})).", text, re.DOTALL)
+    begins = re.finditer(f"(?=(?:{'|'.join(map(re.escape, there))})).", text, re.DOTALL)
     ends = [0, *(found.end() for found in begins), len(text)]
     return [text[start:end] for start, end in itertools.pairwise(ends)]
 
@@ -133,12 +149,16 @@ class SentencePiece(Vocabulary):
         return self._edited(prefix=False)
 
     @functools.cached_property
-    def _added(self) -> dict[str, int]:
+    def added(self) -> dict[str, int]:
         return {token.text: token.id for token in self.declared.added if token.id >= self._model.vocab_size()}
 
     @functools.cached_property
+    def ids(self) -> frozenset[int]:
+        return frozenset(range(self._model.vocab_size())).union(self.added.values())
+
+    @functools.cached_property
     def size(self) -> int:
-        return max([self._model.vocab_size() - 1, *self._added.values()]) + 1
+        return max(self.ids, default=-1) + 1
 
     @functools.cached_property
     def special(self) -> dict[str, int]:
@@ -147,7 +167,7 @@ class SentencePiece(Vocabulary):
 
     @functools.cached_property
     def _ordinary(self) -> dict[str, int]:
-        return {text: token for text, token in self._added.items() if text not in self.special}
+        return {text: token for text, token in self.added.items() if text not in self.special}
 
     @property
     def own(self) -> dict[str, int]:
@@ -155,13 +175,13 @@ class SentencePiece(Vocabulary):
         return {name: token for name, token in ids.items() if token >= 0}  # -1 is none
 
     def id_of(self, text: str) -> int | None:
-        token = self._added[text] if text in self._added else self._model.piece_to_id(text)
+        token = self.added[text] if text in self.added else self._model.piece_to_id(text)
         return token if self.text_of(token) == text else None  # an unknown piece's id is that of <unk>
 
     def text_of(self, token: int) -> str | None:
         if token < self._model.vocab_size():
             return self._model.id_to_piece(token)
-        return {token: text for text, token in self._added.items()}.get(token)
+        return {token: text for text, token in self.added.items()}.get(token)
 
     def encode(self, text: str, special: bool) -> list[int]:
         known = self._ordinary | (self.special if special else {})
@@ -228,8 +248,16 @@ class TokenizerJson(Vocabulary):
         return self._copy(parses_special=True)
 
     @functools.cached_property
+    def added(self) -> dict[str, int]:
+        return {token.content: number for number, token in self._file.get_added_tokens_decoder().items()}
+
+    @functools.cached_property
+    def ids(self) -> frozenset[int]:
+        return frozenset(self._file.get_vocab(with_added_tokens=True).values())
+
+    @functools.cached_property
     def size(self) -> int:
-        return max(self._file.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        return max(self.ids, default=-1) + 1
 
     @functools.cached_property
     def special(self) -> dict[str, int]:
@@ -237,10 +265,10 @@ class TokenizerJson(Vocabulary):
         return {token.content: number for number, token in added if token.special} | self.meant()
 
     @functools.cached_property
-    def adds_bos(self) -> bool:
+    def begin(self) -> int | None:
         """By the post-processor, which sees to whole texts; encode here is without it."""
-        begin = self._file.encode("", add_special_tokens=True).ids
-        return bool(begin) and begin[0] == self.id_of(self.declared.text("bos_token") or "")
+        whole = self._plain.encode("a", add_special_tokens=True)
+        return whole.ids[0] if whole.ids and whole.sequence_ids[0] is None else None
 
     def id_of(self, text: str) -> int | None:
         return self._file.token_to_id(text)

@@ -35,7 +35,7 @@ def evaluate(
                 batch = judged.held_out(split, number, len(indices), name)
                 placed = place({part: batch[part] for part in ("questions", "question_valid", "responses", "mask")})
                 responses, mask = placed.pop("responses"), placed.pop("mask")
-                said = llm.ask(params, placed, responses, mask, template=template, cfg=policy.cfg, compute=compute)
+                said, _ = llm.ask(params, placed, responses, mask, template=template, cfg=policy.cfg, compute=compute)
                 parts.append((np.asarray(said)[:, 0], batch["label"] - 0.5))
                 under_way.at(min(chunk * len(parts), count))
         p_orders, difference = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))

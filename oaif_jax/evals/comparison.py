@@ -71,9 +71,11 @@ def evaluate(
         if judge is not None:
             both = lambda name: np.stack([getattr(each, name)[:, 0] for each in (ours, theirs)], axis=1)  # noqa: E731
             pairs = list(zip(texts, their_texts, strict=True))
-            part["judge"] = orders(judge.score(Asks(examples, both("tokens"), both("mask"), pairs)))
+            said = judge.score(Asks(examples, both("tokens"), both("mask"), pairs))
+            part |= {"judge": orders(said)} | mass_of(said, "judge_mass")
         for name, annotator in annotators.items():
-            part[f"orders.{name}"] = orders(annotator.score(Asks(examples, ours.tokens, ours.mask, ours.texts)))
+            said = annotator.score(Asks(examples, ours.tokens, ours.mask, ours.texts))
+            part |= {f"orders.{name}": orders(said)} | mass_of(said, f"mass.{name}")
             if gold := data.gold:
                 known = name if name in gold.instructions else gold.instructions[0]
                 useful = [
@@ -89,6 +91,10 @@ def evaluate(
             parts.append(one_chunk(indices))
             under_way.at(min(chunk * len(parts), count))
     joined = {name: np.concatenate([part[name] for part, _ in parts])[:count] for name in parts[0][0]}
+
+    def answer_mass(name: str) -> dict[str, float]:
+        return {"answer_mass": float(joined[name].mean())} if name in joined else {}
+
     metrics: dict = {
         "mean_length": float(joined["length"].mean()),
         "reference_length": float(joined["reference_length"].mean()),
@@ -98,7 +104,9 @@ def evaluate(
         "log_ratio": float(joined["log_ratio"].mean()),
     }
     if judge is not None:
-        metrics["judge"] = verdicts.summarise(verdicts.by_orders(joined["judge"], joined["same"]))
+        metrics["judge"] = verdicts.summarise(verdicts.by_orders(joined["judge"], joined["same"])) | answer_mass(
+            "judge_mass"
+        )
     if data.gold:
         ours, theirs, most = joined["gold_policy"], joined["gold_reference"], joined["gold_most"].sum()
         metrics |= {
@@ -111,6 +119,7 @@ def evaluate(
     if annotators:
         metrics["annotator"] = {
             name: verdicts.agreement(joined[f"orders.{name}"], joined.get(f"utility.{name}"), joined["identical"])
+            | answer_mass(f"mass.{name}")
             for name in annotators
         }
     return metrics, [record for _, records in parts for record in records][:count]
@@ -124,6 +133,11 @@ def orders(scores: Scores) -> np.ndarray:
     value, known = np.asarray(scores.value), np.asarray(scores.known)
     said = np.where(known.all(-1), 0.5 + 0.5 * np.sign(value[:, 0] - value[:, 1]), 0.5)
     return np.stack([said, said], axis=-1)
+
+
+def mass_of(scores: Scores, name: str) -> dict[str, np.ndarray]:
+    """The probability that a language model puts on its two answers, [B], by a name; of other annotators nothing."""
+    return {} if scores.mass is None else {name: np.asarray(scores.mass).mean((1, 2))}
 
 
 def _records(data: DataSet, examples, texts, their_texts, part: dict[str, np.ndarray]) -> Iterator[dict]:

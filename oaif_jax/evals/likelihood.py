@@ -37,7 +37,7 @@ def evaluate(
             examples = data.examples(split, indices)
             prompts = data.prompts(examples, indices)
             own = min(len(indices), count - len(records))  # the others fill the last part up, and don't count
-            given = data.rollout(prompts, [[example.reference] for example in examples])
+            given = data.rollout(prompts, [[example.reference] for example in examples], examples)
             given = place(dataclasses.replace(given, mask=given.mask & (np.arange(len(indices)) < own)[:, None, None]))
             part, size = drawing.log_likelihood(params, given, cfg=policy.cfg, compute=compute)
             loss, tokens = loss - float(part), tokens + float(size)

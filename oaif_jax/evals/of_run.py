@@ -16,15 +16,9 @@ from oaif_jax.rollout import named_key
 from oaif_jax.run import compiling
 from oaif_jax.run.setup import Setup, eval_chunk
 
-GREEDY = (
-    "gold",
-    "judge",
-    "mean_length",
-    "finished",
-    "words",
-    "gold_mean",
-    "gold_share",
-)  # what is said of greedy samples
+LOW_MASS = 0.1  # of an annotator's probability on its two answers
+# What is said of greedy samples.
+GREEDY = ("gold", "judge", "mean_length", "finished", "words", "gold_mean", "gold_share")
 
 
 class Evaluations:
@@ -160,3 +154,24 @@ def agreement_with_gold(setup: Setup, examples: Sequence[Example], outputs: dict
     p_orders = comparison.orders(outputs["scores"])
     agreed = verdicts.agreement(p_orders, worth[:, 0] - worth[:, 1], same.all(-1))
     return {f"annotator.{name}": agreed[name] for name in ("gold_agreement", "decided") if name in agreed}
+
+
+def control_tokens(setup: Setup, outputs: dict) -> dict[str, float]:
+    """Tokens of a completion, on average, that have a meaning and don't end it; annotators aren't shown them."""
+    is_control = np.isin(outputs["tokens"], list(setup.control_ids)) & outputs["mask"]
+    return {"control_tokens": float(is_control.sum(-1).mean())}
+
+
+def low_masses(setup: Setup, metrics: Mapping) -> list[str]:
+    """What there is to say of models that hardly answer where they are asked. The tiny world's learned to choose between their
+    answers and nothing else: of them it says nothing."""
+    found = {f"annotator.{name}": each for name, each in metrics.get("annotator", {}).items()}
+    found |= {"judge": metrics["judge"]} if "judge" in metrics else {}
+    if setup.data.gold is not None:
+        return []
+    return [
+        f"{name}.answer_mass={each['answer_mass']:.2g}: the model hardly ever answers with one of the two answers, so that its "
+        f"preference says little; wanted more than {LOW_MASS} (docs/annotators.md)"
+        for name, each in found.items()
+        if each.get("answer_mass", 1.0) < LOW_MASS
+    ]

@@ -45,6 +45,10 @@ PARTITION_RULES = (
     (r"^score$", PartitionSpec()),  # 1 D
 )
 
+HEADS = re.compile(
+    r"(layers|scales)/(qkv|qkv_bias|out)$|lora/((q|k|v)/b|out/a)$"
+)  # by tensor they are cut between heads
+
 
 class ShardingError(UserError):
     """A mesh that doesn't fit the devices, or an array that doesn't fit the mesh."""
@@ -104,8 +108,10 @@ def param_shardings(abstract: PyTree, mesh: Mesh) -> PyTree:
         for axis, names in enumerate(spec):
             parts = math.prod(mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
             if leaf.shape[axis] % parts:
+                of_heads = ", the number of key/value heads" if names == "tensor" and HEADS.search(name) else ""
                 raise ShardingError(
-                    f"parameter {name!r} of shape {leaf.shape} can't be sharded: axis {axis} doesn't divide by {parts} ({names})"
+                    f"config.mesh.{names}={parts}: parameter {name!r} of shape {leaf.shape} can't be sharded: axis {axis} "
+                    f"doesn't divide by {parts} ({names}), wanted a divisor of {leaf.shape[axis]}{of_heads}"
                 )
         return NamedSharding(mesh, spec)
 

@@ -193,7 +193,7 @@ def _model(source: Source, template: str) -> Iterator[tuple[str, Found]]:
     elif source.init != "scratch":
         yield f"{source.key}.init", _run(source)
         yield from _below(source)
-    template = chat_of(source, template) if home(source) is not None else "none"
+    template, _ = chat_of(source, template) if home(source) is not None else ("none", "")
     if template not in ("auto", "none"):
         path = pathlib.Path(template)
         yield f"{source.key}.chat", Found("chat template", path, _there(path.parent, [path]))

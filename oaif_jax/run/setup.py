@@ -68,6 +68,7 @@ class Setup:
     judged_by: str  # who judges, and by which instruction
     notes: tuple[str, ...]  # what a user should know before the run begins
     measured_as: str = ""  # the annotator's own name among `measured`, and in metrics
+    control_ids: frozenset[int] = frozenset()  # tokens with a meaning that end nothing, to policy or annotator
 
     @property
     def models(self) -> Models:
@@ -104,8 +105,8 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
     kind = methods.named(cfg.method)
     check(cfg, kind, mesh)
     source = source_of(POLICY, cfg.policy)
-    voice = voice_of(source, cfg.policy.chat)
-    data = _data(cfg, kind, source, voice)
+    voice = voice_of(source, cfg.policy.chat, cfg.policy.chat_args)
+    section, data = cfg.data, _data(cfg, kind, source, voice)
     examples = len(data.splits["train"]) if kind.reads != "judged" else 0
     if cfg.rounds.portions and examples < cfg.rounds.count:
         raise UserError(
@@ -115,10 +116,16 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
     method = kind.of(cfg, data)
     compute = compute_of(cfg, mesh)
     policy = _policy(cfg, source, voice, mesh)
+    check_context(
+        policy,
+        section.prompt_tokens + section.response_tokens,
+        f"config.data.prompt_tokens={section.prompt_tokens} and config.data.response_tokens={section.response_tokens}",
+    )
     is_compared = kind.evaluation == "comparison"
     reference = _reference(cfg, policy, mesh) if kind.has_reference or is_compared else None
 
     notes = (*data.notes, *policy.notes, *lora_notes(cfg))
+    control_ids = voice.tokenizer.special_ids
     model, annotator, on_the_mesh, measured, measured_as = None, None, None, {}, ""
     if kind.asks or (is_compared and cfg.judge.init == "annotator"):
         if cfg.annotator.init.startswith(python.PREFIX):
@@ -129,6 +136,7 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
             asked = _asks(cfg, model, cfg.annotator.instruction, data, compute, ("train", *EVALUATED))
             annotator = _on_host(asked, data, mesh)
             on_the_mesh = asked if annotator.reads_policy_ids else None
+            control_ids |= model.voice.tokenizer.special_ids if annotator.reads_policy_ids else frozenset()
             notes = notes if on_the_mesh is not None or not kind.asks else (*notes, OVER_THE_HOST)
             measured_as = name_of(asked, model)
             measured = _measured(cfg, asked, measured_as, model, data, mesh, evaluated)
@@ -151,6 +159,7 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
         judged_by=judged_by,
         notes=notes,
         measured_as=measured_as,
+        control_ids=control_ids - set(voice.stop_ids),
     )
 
 
@@ -219,7 +228,17 @@ def sampler_of(cfg: Config, voice: Voice, temperature: float) -> Sampler:
         max_tokens=cfg.data.response_tokens,
         stop_ids=voice.stop_ids,
         pad_id=voice.tokenizer.pad_id,
+        never=voice.never_sampled,
     )
+
+
+def check_context(model: Model, tokens: int, said: str) -> None:
+    """UserError where a model of a directory is to read more tokens than it was made for; `said` names the keys and values."""
+    most = 0 if model.directory is None else model.directory.context
+    if most and tokens > most:
+        raise UserError(
+            f"{said}: {tokens} tokens together, and {model.source} was made for {most}; wanted at most that"
+        )
 
 
 def eval_chunk(cfg: Config) -> int:
@@ -270,7 +289,7 @@ def _reference(cfg: Config, policy: Model, mesh: Mesh) -> Model:
     there before."""
     if cfg.reference.init != "policy":
         source = source_of("reference", cfg.reference)
-        voice = voice_of(source, cfg.policy.chat)
+        voice = voice_of(source, "none")  # it is asked for nothing but tokens
         ours, theirs = policy.voice.tokenizer.path, voice.tokenizer.path
         if not policy.voice.same_ids(voice):
             raise UserError(f"{source} has another tokenizer ({theirs}) than the policy ({ours}), wanted the same")
@@ -286,7 +305,8 @@ def _reference(cfg: Config, policy: Model, mesh: Mesh) -> Model:
 def _open_frozen(cfg: Config, key: str, section: config.Annotator | config.Judge, mesh: Mesh, quant: str) -> Model:
     source = source_of(key, section)
     with phase(f"loading the {key}"):
-        return open_frozen(source, voice_of(source, section.chat), mesh, cfg.compute.frozen, quant)
+        voice = voice_of(source, section.chat, section.chat_args)
+        return open_frozen(source, voice, mesh, cfg.compute.frozen, quant)
 
 
 def _asks(
@@ -295,6 +315,13 @@ def _asks(
     """A model asked under an instruction by name or path; the tiny world's models know its own instructions."""
     text = tiny.instruction(instruction) if home(model.source) is None else prompts.read_instruction(instruction)
     questions = fitted(Questions(model.voice, text, cfg.annotator.question_tokens), data, splits)
+    order = questions.template.width(cfg.data.response_tokens)
+    check_context(
+        model,
+        questions.width + order,
+        f"config.annotator.question_tokens={questions.width} and both responses (config.data.response_tokens="
+        f"{cfg.data.response_tokens}) with the instruction's texts",
+    )
     return LLMAnnotator(questions, model.cfg, model.params, compute, data.voice.stop_ids)
 
 
@@ -364,5 +391,5 @@ def stored_model(workdir: str | pathlib.Path, which: str) -> tuple[Config, int, 
     count = parts * cfg.mesh.data if cfg.mesh.data > 0 else len(jax.devices()) // parts * parts
     is_there = count == len(jax.devices())
     mesh = sharding.make_mesh(*(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor) if is_there else (-1, 1, 1))
-    voice = voice_of(source, cfg.policy.chat)
+    voice = voice_of(source, cfg.policy.chat, cfg.policy.chat_args)
     return cfg, step_of(source), open_model(source, voice, mesh, cfg.compute.frozen)

@@ -86,26 +86,38 @@ def home(source: Source) -> pathlib.Path | None:
     return home(source_of(POLICY, run_config(source).policy))
 
 
-def chat_of(source: Source, chat: str) -> str:
-    """A model's chat template as `open_template` takes it; "auto" is, of a run, what that run was trained with."""
+def chat_of(source: Source, chat: str, arguments: str = "") -> tuple[str, str]:
+    """A model's chat template as `open_template` takes it, and what that is told; "auto" is, of a run, what that run was trained
+    with."""
     if chat != "auto" or source.init in ("hf", "scratch") or source.init.startswith("tiny:"):
-        return chat
+        return chat, arguments
     before = run_config(source).policy
-    return chat_of(source_of(POLICY, before), before.chat)
+    return chat_of(source_of(POLICY, before), before.chat, arguments or before.chat_args)
 
 
-def voice_of(source: Source, chat: str) -> Voice:
-    """A model's voice: of a directory with the chat template that `chat` names; the tiny world has two of its own."""
+def voice_of(source: Source, chat: str, arguments: str = "") -> Voice:
+    """A model's voice: of a directory with the chat template that `chat` names, and what it is told beside messages; the tiny
+    world has two of its own."""
     directory = home(source)
     if directory is None:
+        if arguments:
+            raise UserError(f"config.{source.key}.chat_args={arguments!r}: {source} has no chat template, wanted none")
         return policy_voice() if source.key in (POLICY, "reference") else plain_voice()
-    tokenizer = open_tokenizer(directory)
-    template = open_template(tokenizer, chat_of(source, chat))
-    ends = [*tokenizer.stop_ids, *hf.read(directory).stop_ids]
-    turn_end = template.turn_end(tokenizer)
+    model = hf.read(directory)
+    tokenizer = open_tokenizer(directory, model.cfg.rows)
+    chat, arguments = chat_of(source, chat, arguments)
+    try:
+        template = open_template(tokenizer, chat, arguments=arguments)
+        tokenizer = tokenizer.with_control(template.framing(tokenizer))
+        turn_end = template.turn_end(tokenizer)
+    except UserError as error:
+        given = f", config.{source.key}.chat_args={arguments!r}" if arguments else ""
+        raise UserError(f"config.{source.key}.chat={chat!r}{given}: {error}") from error
+    ends = [*tokenizer.stop_ids, *model.stop_ids]
     # What an answer in a chat ends with comes first: it is what responses from files are given.
     ends = ends if turn_end is None else [turn_end, *ends]
-    return Voice(tokenizer, template, tuple(dict.fromkeys(ends)), spaced=not template.source)
+    ends = [token for token in dict.fromkeys(ends) if token < model.cfg.rows]
+    return Voice(tokenizer, template, tuple(ends), spaced=not template.source)
 
 
 # ------------------------------------------------------------------------------------------------ parameters
@@ -121,9 +133,11 @@ def open_model(
         if shape is None:
             raise UserError(f"{source}: wanted a trained model (tiny:NAME, hf or a run's workdir)")
         cfg = ModelConfig(vocab_size=vocab_size, **dataclasses.asdict(shape))
+        _check_mesh(source, cfg, mesh)
         return Model(cfg, jax.jit(transformer.init, static_argnums=1)(jax.random.key(seed), cfg), voice, source)
     if source.init == "hf":
         found = _directory(source, voice.tokenizer)
+        _check_mesh(source, found.cfg, mesh)
         return Model(found.cfg, hf.load(found, mesh, dtype), voice, source, found)
     if source.init.startswith("tiny:"):
         params, cfg = single.load(asset(source.init.removeprefix("tiny:")))
@@ -132,7 +146,16 @@ def open_model(
         model = _of_run(source, voice, mesh, dtype)
     if model.cfg.vocab_size != vocab_size:
         raise UserError(f"{source} has a vocabulary of {model.cfg.vocab_size}, wanted the tokenizer's {vocab_size}")
+    _check_mesh(source, model.cfg, mesh)
     return model
+
+
+def _check_mesh(source: Source, cfg: ModelConfig, mesh: Mesh) -> None:
+    """UserError for a model whose parameters the mesh doesn't divide, before any is read or made."""
+    try:
+        sharding.param_shardings(hf.abstract_params(cfg, 0), mesh)
+    except sharding.ShardingError as error:
+        raise sharding.ShardingError(f"{source}: {error}") from error
 
 
 def open_frozen(source: Source, voice: Voice, mesh: Mesh, dtype: str, quant: str = "none") -> Model:
@@ -237,12 +260,10 @@ def _directory(source: Source, tokenizer: Tokenizer) -> hf.HFModel:
     found = hf.read(directory)
     if found.labels:
         raise UserError(f"{source} is a reward model, wanted one with a language-model head")
-    if tokenizer.vocab_size > found.cfg.rows:
-        raise UserError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size} ids, the embedding {found.cfg.rows} rows; "
-            "wanted at most that"
-        )
-    cfg = dataclasses.replace(found.cfg, vocab_size=tokenizer.vocab_size, embedding_rows=found.cfg.rows)
+    # Ids of the tokenizer that have no row aren't the model's.
+    cfg = dataclasses.replace(
+        found.cfg, vocab_size=min(tokenizer.vocab_size, found.cfg.rows), embedding_rows=found.cfg.rows
+    )
     return dataclasses.replace(found, cfg=cfg)
 
 

@@ -1,5 +1,6 @@
 """Values of a record, each checked: what isn't as it should be raises RecordError."""
 
+import dataclasses
 import itertools
 import math
 import numbers
@@ -120,7 +121,7 @@ def pair_of(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> Examp
     """A pair of two conversations that differ in the last turn only."""
     if chosen[:-1] != rejected[:-1]:
         raise RecordError("prompts differ", "chosen and rejected differ before the last turn, wanted the same prompt")
-    return pair(chosen[:-1], chosen[-1].content, rejected[-1].content)
+    return dataclasses.replace(pair(chosen[:-1], chosen[-1].content, rejected[-1].content), is_conversation=True)
 
 
 def short(value: object) -> str:

@@ -1,4 +1,5 @@
-"""A user's own JSON lines, plain or gzipped. A prompt is a text or a list of messages that ends with the user's.
+"""A user's own JSON lines, plain or gzipped. A prompt is a text or a list of messages that ends with the user's: a base model
+is shown a text as it stands, and a list as a conversation.
 
     {"prompt": ...}
     {"prompt": ..., "response": "..."}
@@ -7,6 +8,7 @@
 `path` is a file, or a directory with SPLIT.jsonl or SPLIT.jsonl.gz. Other keys are left alone.
 """
 
+import dataclasses
 import pathlib
 
 from oaif_jax.data.readers import fields
@@ -32,14 +34,17 @@ def pairs(path: pathlib.Path, split: str) -> list[Part]:
 
 
 def _prompt(row: object) -> Example:
-    return Example(fields.prompt(fields.get(fields.mapping(row), "prompt")))
+    prompt = fields.get(fields.mapping(row), "prompt")
+    return Example(fields.prompt(prompt), is_conversation=not isinstance(prompt, str))
 
 
 def _reference(row: object) -> Example:
     record = fields.mapping(row)
-    return Example(fields.prompt(fields.get(record, "prompt")), reference=fields.texts(record, "response")[0])
+    return dataclasses.replace(_prompt(record), reference=fields.texts(record, "response")[0])
 
 
 def _pair(row: object) -> Example:
     record = fields.mapping(row)
-    return fields.pair(fields.prompt(fields.get(record, "prompt")), *fields.texts(record, "chosen", "rejected"))
+    asked = _prompt(record)
+    found = fields.pair(asked.prompt, *fields.texts(record, "chosen", "rejected"))
+    return dataclasses.replace(found, is_conversation=asked.is_conversation)

@@ -52,7 +52,7 @@ def _example(row: object, kind: str) -> Example:
     if kind == "prefs":
         return _scored(fields.pair_of(*told), record)
     (only,) = told
-    return Example(only[:-1], reference=only[-1].content if kind == "sft" else "")
+    return Example(only[:-1], reference=only[-1].content if kind == "sft" else "", is_conversation=True)
 
 
 def _scored(pair: Example, record: fields.Record) -> Example:

@@ -12,6 +12,7 @@ from oaif_jax.base.errors import UserError, near
 from oaif_jax.data.records import Example, Message
 
 RESPONSES = ("chosen", "rejected", "reference")
+TEXTS = "oaif_tldr"  # whose prompts are texts to be continued; the others' are conversations
 
 
 def features() -> tfds.features.FeaturesDict:
@@ -23,8 +24,8 @@ def features() -> tfds.features.FeaturesDict:
 
 def stored(example: Example) -> dict[str, str | list[dict[str, str]]]:
     """An example as `features` has it."""
-    fields = dataclasses.asdict(example)
-    return fields | {"prompt": list(fields["prompt"])}
+    texts = {name: getattr(example, name) for name in (*RESPONSES, "source")}
+    return texts | {"prompt": example.messages}
 
 
 def restored(record: Mapping) -> Example:
@@ -40,6 +41,7 @@ class Prepared(Sequence[Example]):
     """The examples of one split in their order, by random access."""
 
     records: Sequence[Mapping]
+    is_conversation: bool = False
 
     def __len__(self) -> int:
         return len(self.records)
@@ -51,7 +53,8 @@ class Prepared(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return restored(self.records[range(len(self))[index]])  # the records know no negative index, and no IndexError
+        found = restored(self.records[range(len(self))[index]])  # the records know no negative index, and no IndexError
+        return dataclasses.replace(found, is_conversation=self.is_conversation)
 
 
 def open_prepared(path: pathlib.Path, split: str) -> Prepared:
@@ -75,7 +78,7 @@ def open_prepared(path: pathlib.Path, split: str) -> Prepared:
         raise UserError(f"split={split!r}: not in {path}{near(split, splits)}")
     with readable(path):
         # TFDS decorates it in a way that hides its parameters from pyright.
-        return Prepared(builder.as_data_source(split))  # pyright: ignore[reportCallIssue]
+        return Prepared(builder.as_data_source(split), builder.name != TEXTS)  # pyright: ignore[reportCallIssue]
 
 
 @contextlib.contextmanager

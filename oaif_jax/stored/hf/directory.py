@@ -33,6 +33,7 @@ class HFModel:
     cfg: ModelConfig
     stop_ids: tuple[int, ...]  # eos_token_id of generation_config.json, else of config.json; empty if neither has it
     labels: int  # 1 for a reward model, which has a score head instead of a language-model head; else 0
+    context: int = 0  # positions that it was made for; 0: config.json doesn't say
 
 
 def read(directory: str | pathlib.Path) -> HFModel:
@@ -53,7 +54,8 @@ def read(directory: str | pathlib.Path) -> HFModel:
     if cfg.tied and not labels and has_weights(directory):
         stamps = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in weight_files(directory))
         cfg = dataclasses.replace(cfg, tied=not _has_another_head(directory, name, stamps))
-    return HFModel(directory, name, cfg, _stop_ids(directory, values, text), labels)
+    context = text.integer("max_position_embeddings", 0)
+    return HFModel(directory, name, cfg, _stop_ids(directory, values, text), labels, context)
 
 
 def text_config(values: Values) -> Values:
