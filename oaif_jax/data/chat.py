@@ -3,17 +3,11 @@
 import dataclasses
 import datetime
 import functools
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from oaif_jax.base.errors import UserError
+from oaif_jax.data import rendering
 from oaif_jax.data.joining import continuation_ids
 from oaif_jax.data.special_tokens import CONFIG, read_json
 from oaif_jax.data.tokenizer import Tokenizer
@@ -38,13 +32,15 @@ class ChatTemplate:
     Where a template has no system role (it raises, or leaves the text out), and in the plain format, the system message's
     text is put before the first user message's, an empty line between them.
 
-    path: for error messages; named: texts of bos_token and the like; date: what strftime_now says.
+    path: for error messages; named: texts of bos_token and the like; date: what strftime_now says; is_ours: it comes with this
+    package, others are strangers' programs and have bounds in time and memory (see rendering).
     """
 
     path: pathlib.Path
     source: str
     named: tuple[tuple[str, str], ...] = ()
     date: datetime.date = DATE
+    is_ours: bool = False
 
     def render(self, messages: Messages, *, add_generation_prompt: bool = True) -> str:
         """The text of messages; by default up to where the assistant's answer begins.
@@ -96,21 +92,19 @@ class ChatTemplate:
             return False  # whatever else is wrong with it, it says again without the system message
 
     def _text(self, messages: Messages, add_generation_prompt: bool) -> str:
+        variables = {
+            **dict(self.named),
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None,
+            "documents": None,
+        }
         try:
-            text = _compiled(self.source, self.date).render(
-                dict(self.named),
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-            )
-            text.encode()  # half a surrogate pair is no text
-            return text
-        except Exception as error:  # a template is a program: whatever it raises is to be said in the same way
-            where = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise UserError(
-                f"chat template {self.path} fails{where}: {' '.join(str(error).split()) or type(error).__name__}"
-            ) from error
+            render = rendering.render_here if self.is_ours else rendering.render
+            return render(self.source, self.date, variables)
+        except rendering.RenderError as error:
+            where = f" (line {error.line})" if error.line is not None else ""
+            raise UserError(f"chat template {self.path} fails{where}: {error}") from error
 
 
 def open_template(tokenizer: Tokenizer, template: str = "auto", date: datetime.date = DATE) -> ChatTemplate:
@@ -199,36 +193,3 @@ def _read(path: pathlib.Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"chat template {path} can't be read ({error}), wanted UTF-8") from error
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %}...{% endgeneration %} is what is inside: it marks the assistant's text for other programs."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(source: str, date: datetime.date) -> jinja2.Template:
-    """A template in the environment that transformers gives templates, but for the date. They are programs of strangers:
-    the sandbox keeps them from the interpreter and from changing what they are given."""
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    # The filter of jinja2 writes for HTML.
-    def tojson(value: object, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.datetime.combine(date, datetime.time()).strftime(form),
-    }
-    return environment.from_string(source)

@@ -45,7 +45,7 @@ def asset(name: str) -> pathlib.Path:
 def policy_voice() -> Voice:
     """How the world's policies read a post; a summary begins with a space."""
     tokenizer, path = Tokenizer(asset("tokenizer")), pathlib.Path(__file__).parent / "chat_template.jinja"
-    return Voice(tokenizer, ChatTemplate(path, path.read_text()), tokenizer.stop_ids, spaced=True)
+    return Voice(tokenizer, ChatTemplate(path, path.read_text(), is_ours=True), tokenizer.stop_ids, spaced=True)
 
 
 @functools.cache
