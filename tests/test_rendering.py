@@ -43,13 +43,19 @@ OTHER = {
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    """The child reads its bounds when it starts: here they are lower, so that few seconds are enough to reach them."""
+def bounds(monkeypatch, request):
+    """The child reads its bounds when it starts: here they are lower, so that they are soon reached."""
+    seconds = 20 if "patient" in request.fixturenames else 0.4
+    tight = f"rendering.SECONDS = {seconds}; rendering.MEMORY = 2 ** 28; rendering.serve()"
     rendering._of_this_process().stop()
-    tight = "rendering.SECONDS = 0.5; rendering.MEMORY = 2 ** 28; rendering.serve()"
     monkeypatch.setattr(rendering, "CHILD", rendering.CHILD.replace("rendering.serve()", tight))
     yield
     rendering._of_this_process().stop()
+
+
+@pytest.fixture
+def patient():
+    """With time enough to reach the other bounds."""
 
 
 def said(source: str) -> str:
@@ -63,6 +69,7 @@ def test_time_is_bounded(name):
     assert said(SLOW[name]) == "takes more than 5 seconds"
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("name", LARGE)
 def test_memory_is_bounded(name):
     """And it is the child's memory."""
@@ -71,6 +78,7 @@ def test_memory_is_bounded(name):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e5, "kB of this process"
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("name", OTHER)
 def test_other_ends(name):
     source, message = OTHER[name]
