@@ -17,7 +17,7 @@ from oaif_jax.base import cli, options
 if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
     cli.define_workdir()
     options.define("split", "test", options.choice(("train", "validation", "test")), "which posts")
-    options.define("prompts", 256, options.integer(least=1), "how many posts")
+    options.define("prompts", 256, options.integer(least=1, most=1_000_000), "how many posts")
     cli.define_checkpoint()
     cli.parse()
 

@@ -19,6 +19,7 @@ class ConfigError(UserError):
 
 LARGEST = 2**31 - 1  # of a whole number: arrays count in int32
 SMALLER = 1e31  # than this is a number: products with others still fit float32
+LONGEST = 4096  # characters of a text: the longest of them are paths
 
 
 def defaults() -> ConfigDict:
@@ -124,6 +125,8 @@ def _value(name: str, value: Any, wanted: type, check: Callable[[Any], str | Non
         value = float(value)
     if type(value) is not wanted:
         raise ConfigError(f"config.{name}={value!r} is of type {type(value).__name__}, wanted {wanted.__name__}")
+    if wanted is str:
+        _check_text(name, value)
     if wanted is int and abs(value) > LARGEST:
         raise ConfigError(f"config.{name}={value!r}, wanted at most {LARGEST}")
     problem = check(value) if check else None
@@ -133,6 +136,18 @@ def _value(name: str, value: Any, wanted: type, check: Callable[[Any], str | Non
     if wanted is float and not abs(value) < SMALLER:
         raise ConfigError(f"config.{name}={value!r}, wanted a number that float32 can hold")
     return value
+
+
+def _check_text(name: str, value: str) -> None:
+    """A text that files can be written with, and paths made of: a shell's bytes may be no UTF-8."""
+    if len(value) > LONGEST:
+        raise ConfigError(f"config.{name}={value[:80]!r}... has {len(value):,} characters, wanted at most {LONGEST:,}")
+    if "\0" in value:
+        raise ConfigError(f"config.{name}={value!r} has a null character, wanted a text without")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"config.{name}={value!r} isn't UTF-8, wanted a text that is") from error
 
 
 def _check_together(config: Config) -> None:
@@ -172,7 +187,12 @@ def _check_together(config: Config) -> None:
 
 
 def _check_rounds(config: Config) -> None:
-    """A learning rate for each round, or none."""
+    """As many steps as can be counted; a learning rate for each round, or none."""
+    if config.steps * config.rounds.count > LARGEST:
+        raise ConfigError(
+            f"config.steps={config.steps} in each of config.rounds.count={config.rounds.count} rounds, "
+            f"wanted at most {LARGEST} together"
+        )
     if not config.rounds.lr:
         return
     wanted = (

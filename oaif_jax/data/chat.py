@@ -7,12 +7,14 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import is_file, read_text
 from oaif_jax.data import rendering
 from oaif_jax.data.joining import continuation_ids
 from oaif_jax.data.special_tokens import CONFIG, read_json
 from oaif_jax.data.tokenizer import Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
+MOST_BYTES = 10**6  # of a template's file; the longest of released models have some ten thousand
 DATE = datetime.date(2024, 7, 26)  # what templates are told is today, so that a run's prompts are the same on any day
 ROLES = ("system", "user", "assistant")
 LABELS = {"user": "Human", "assistant": "Assistant"}  # as in the files of Anthropic HH
@@ -118,6 +120,8 @@ def open_template(tokenizer: Tokenizer, template: str = "auto", date: datetime.d
     path, source = _own(tokenizer.path.parent) if template == "auto" else (pathlib.Path(template), None)
     if source is None:
         source = _read(path)
+    if len(source) > MOST_BYTES:
+        raise UserError(f"chat template {path} has {len(source):,} characters, wanted at most {MOST_BYTES:,}")
     if not source.strip():
         raise UserError(f"chat template {path} is empty; template=none is the plain format")
     found = ChatTemplate(path, source, tuple(sorted(tokenizer.named.items())), date)
@@ -158,7 +162,7 @@ def plain(messages: Messages, add_generation_prompt: bool) -> str:
 
 def _own(directory: pathlib.Path) -> tuple[pathlib.Path, str | None]:
     """The file of a tokenizer's template, and its text unless it is the whole file."""
-    if (directory / TEMPLATE_FILE).exists():
+    if is_file(directory / TEMPLATE_FILE):
         return directory / TEMPLATE_FILE, None
     path = directory / CONFIG
     found = read_json(path).get("chat_template")
@@ -187,9 +191,9 @@ def _default(path: pathlib.Path, templates: list) -> str:
 
 
 def _read(path: pathlib.Path) -> str:
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"chat template {path}: no such file, wanted auto, none or the path of a .jinja file")
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path, MOST_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"chat template {path} can't be read ({error}), wanted UTF-8") from error

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import is_file
 
 KEYS = ("prompt", "chosen", "rejected")
 
@@ -27,7 +28,7 @@ def lines(path: pathlib.Path, name: str) -> Iterator[tuple[int, bytes]]:
 
     A file that can't be read raises UserError, in which `name` says what it was read as.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{name} {path}: no such file, wanted .jsonl or .jsonl.gz")
     opener = gzip.open if path.suffix == ".gz" else open
     try:

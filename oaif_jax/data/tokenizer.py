@@ -1,5 +1,6 @@
 """Tokenizers, from sentencepiece's `.model` files and Hugging Face's `tokenizer.json`; token ids laid out in arrays."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -9,11 +10,13 @@ from typing import SupportsInt
 import numpy as np
 
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import is_dir, is_file
 from oaif_jax.data import special_tokens
 from oaif_jax.data.special_tokens import CONFIG, GENERATION, NOTHING, SpecialTokens
-from oaif_jax.data.vocabularies import SentencePiece, TokenizerJson, Vocabulary, cuts
+from oaif_jax.data.vocabularies import SentencePiece, TokenizerJson, Vocabulary, cuts, failing, quiet
 
 FILES = ("tokenizer.json", "tokenizer.model")  # of a directory, the first that is there
+TRIED = "A text, 1 of 2:\n\n\tna\u00efve \u6f22\u5b57 \U0001f642"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +41,13 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids; no BOS or EOS is added. With `special`, the text of a special token is that token."""
-        return self._vocabulary.encode(text, special)
+        with failing(self.path, "can't encode a text"):
+            return self._vocabulary.encode(text, special)
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
         """The text of token ids; special ones (BOS, stop ids and the like) have none."""
-        return self._vocabulary.decode([int(i) for i in ids])
+        with failing(self.path, "can't decode its ids"):
+            return self._vocabulary.decode([int(i) for i in ids])
 
     def single(self, text: str) -> int:
         """The id of a text that must be one token."""
@@ -124,12 +129,12 @@ def open_tokenizer(path: pathlib.Path) -> Tokenizer:
     """The tokenizer of a directory (tokenizer.json, else tokenizer.model), or of one such file, with the ids of the
     special tokens from tokenizer_config.json, special_tokens_map.json and generation_config.json beside it."""
     file = path
-    if path.is_dir():
-        there = [path / name for name in FILES if (path / name).is_file()]
+    if is_dir(path):
+        there = [path / name for name in FILES if is_file(path / name)]
         if not there:
             raise UserError(f"tokenizer {path}: no {' or '.join(FILES)} in this directory")
         file = there[0]
-    if not file.is_file():
+    if not is_file(file):
         raise UserError(
             f"tokenizer {path}: no such file or directory, wanted {', '.join(FILES)} or a directory with one"
         )
@@ -137,7 +142,12 @@ def open_tokenizer(path: pathlib.Path) -> Tokenizer:
         raise UserError(f"tokenizer {path}: unknown ending {file.suffix!r}, wanted .json or .model")
     tokenizer = Tokenizer(file, special_tokens.read(file.parent))
     # All that can be wrong with the files is said now.
-    _ = tokenizer.stop_ids, tokenizer.pad_id, tokenizer.bos_id, tokenizer.encode("")
+    with quiet(), failing(file, "can't be used"):
+        _ = tokenizer.stop_ids, tokenizer.pad_id, tokenizer.bos_id, tokenizer.adds_bos, tokenizer.encode("")
+        with contextlib.suppress(
+            Exception
+        ):  # a character that it has no id for is for the data to mend; a panic is no Exception
+            tokenizer._vocabulary.decode(tokenizer._vocabulary.encode(TRIED, special=False))
     return tokenizer
 
 

@@ -21,8 +21,9 @@ from oaif_jax.data.dataset import DataSet
 from oaif_jax.data.voice import Voice
 from oaif_jax.methods.base import Method, Models
 from oaif_jax.models import sharding
-from oaif_jax.models.config import ComputeConfig, Kernel
+from oaif_jax.models.config import ComputeConfig, Kernel, ModelConfig
 from oaif_jax.rollout import Sampler
+from oaif_jax.run import sizes
 from oaif_jax.step import Frozen
 from oaif_jax.stored.open import (
     POLICY,
@@ -33,6 +34,7 @@ from oaif_jax.stored.open import (
     open_frozen,
     open_model,
     read_run,
+    shape_of,
     source_of,
     step_of,
     voice_of,
@@ -98,6 +100,7 @@ def open_setup(cfg: Config, mesh: Mesh) -> Setup:
     check(cfg, kind, mesh)
     source = source_of(POLICY, cfg.policy)
     voice = voice_of(source, cfg.policy.chat)
+    sizes.check(cfg, kind, _shapes(cfg, kind, source, voice), mesh)
     data = _data(cfg, kind, source, voice)
     method = kind.of(cfg, data)
     compute = compute_of(cfg, mesh)
@@ -198,6 +201,22 @@ def eval_chunk(cfg: Config) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ data and models
+
+
+def _shapes(cfg: Config, kind: type[Method], source: Source, voice: Voice) -> dict[str, ModelConfig]:
+    """Of the models that a run reads, by the key of the config, as their files say them: no parameter is read."""
+    vocab_size = voice.tokenizer.vocab_size
+    found = {"policy": shape_of(source, vocab_size, cfg.policy.shape)}
+    if not kind.has_reference:
+        return found
+    if cfg.reference.init != "policy":
+        found["reference"] = shape_of(source_of("reference", cfg.reference), vocab_size)
+    is_asked = kind.asks or cfg.judge.init == "annotator"
+    if is_asked and not cfg.annotator.init.startswith(python.PREFIX):
+        found["annotator"] = shape_of(source_of("annotator", cfg.annotator), vocab_size)
+    if cfg.judge.init not in ("annotator", "none"):
+        found["judge"] = shape_of(source_of("judge", cfg.judge), vocab_size)
+    return found
 
 
 def _data(cfg: Config, kind: type[Method], source: Source, voice: Voice) -> DataSet:

@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from oaif_jax import config
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import is_dir, is_file
 from oaif_jax.config import Config
 from oaif_jax.data.chat import open_template
 from oaif_jax.data.tokenizer import Tokenizer, open_tokenizer
@@ -70,7 +71,7 @@ def source_of(key: str, section) -> Source:
 def home(source: Source) -> pathlib.Path | None:
     """The Hugging Face directory that a model came from, through any number of runs; None in the tiny world."""
     if source.init == "hf":
-        if not pathlib.Path(source.path).is_dir() or not source.path:
+        if not source.path or not is_dir(pathlib.Path(source.path)):
             raise UserError(f"{source}: no such directory, wanted one with config.json, safetensors and a tokenizer")
         return pathlib.Path(source.path)
     if source.init == "scratch" or source.init.startswith("tiny:"):
@@ -95,15 +96,29 @@ def voice_of(source: Source, chat: str) -> Voice:
 # ------------------------------------------------------------------------------------------------ parameters
 
 
+def shape_of(source: Source, vocab_size: int, shape: config.Shape | None = None) -> ModelConfig:
+    """The shape of the model that `source` names, without its parameters; `vocab_size` and `shape` are for one from scratch."""
+    if source.init == "scratch":
+        if shape is None:
+            raise UserError(f"{source}: wanted a trained model (tiny:NAME, hf or a run's workdir)")
+        return ModelConfig(vocab_size=vocab_size, **dataclasses.asdict(shape))
+    if source.init == "hf":
+        directory = home(source)
+        assert directory is not None
+        return hf.read(directory).cfg
+    if source.init.startswith("tiny:"):
+        return single.shape(asset(source.init.removeprefix("tiny:")))
+    policy = run_config(source).policy
+    return shape_of(source_of(POLICY, policy), vocab_size, policy.shape)
+
+
 def open_model(
     source: Source, voice: Voice, mesh: Mesh, dtype: str, *, shape: config.Shape | None = None, seed: int = 0
 ) -> Model:
     """The whole model that `source` names; from a directory in `dtype` on the mesh, else on the host as it is stored."""
     vocab_size = voice.tokenizer.vocab_size
     if source.init == "scratch":
-        if shape is None:
-            raise UserError(f"{source}: wanted a trained model (tiny:NAME, hf or a run's workdir)")
-        cfg = ModelConfig(vocab_size=vocab_size, **dataclasses.asdict(shape))
+        cfg = shape_of(source, vocab_size, shape)
         return Model(cfg, jax.jit(transformer.init, static_argnums=1)(jax.random.key(seed), cfg), voice, source)
     if source.init == "hf":
         found = _directory(source, voice.tokenizer)
@@ -181,7 +196,7 @@ def run_config(source: Source) -> Config:
     """The config of the run that a source names."""
     workdir = pathlib.Path(source.init.partition("@")[0])
     path = workdir / "config.json"
-    if not (workdir / "checkpoints").is_dir() or not path.is_file():
+    if not is_dir(workdir / "checkpoints") or not is_file(path):
         raise UserError(f"{source}: no run there ({workdir / 'checkpoints'} doesn't exist), {WANTED}")
     return config.read(path)[0]
 
@@ -191,9 +206,9 @@ def read_run(workdir: str | pathlib.Path, which: str) -> tuple[Config, PyTree, S
     the source that names that checkpoint. UserError where there is none, or it is damaged."""
     workdir = pathlib.Path(workdir)
     path = workdir / "config.json"
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"--workdir={workdir}: no run there (no config.json)")
-    if not (workdir / "checkpoints").is_dir():
+    if not is_dir(workdir / "checkpoints"):
         raise UserError(f"--workdir={workdir}: this run has no checkpoint yet")
     params, meta = checkpoint.load_params(workdir / "checkpoints", which)
     return config.read(path)[0], params, Source(POLICY, f"{workdir}@{meta['step']}", "")

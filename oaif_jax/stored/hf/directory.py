@@ -7,10 +7,12 @@ import jax
 from jaxtyping import PyTree
 
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import is_file
 from oaif_jax.models import transformer
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.stored.hf.config import model_config
 from oaif_jax.stored.hf.families import family
+from oaif_jax.stored.hf.tensors import layers
 from oaif_jax.stored.hf.values import Values, read_json
 
 REWARD, LANGUAGE = "ForSequenceClassification", ("ForCausalLM", "ForConditionalGeneration")
@@ -34,7 +36,7 @@ class HFModel:
 def read(directory: str | pathlib.Path) -> HFModel:
     """Reads config.json and generation_config.json; raises where the model isn't one that can be computed here."""
     directory = pathlib.Path(directory)
-    if not (directory / "config.json").is_file():
+    if not is_file(directory / "config.json"):
         raise UserError(
             f"model {directory}: no config.json there, wanted a directory with a model of Hugging Face's form"
         )
@@ -42,7 +44,12 @@ def read(directory: str | pathlib.Path) -> HFModel:
     text = text_config(values)
     labels = _labels(values)
     name = values.text("model_type")
-    cfg = model_config(text, family(values.where, name), labels)
+    known = family(values.where, name)
+    # Before anything is made of a size: all else is compared with the weights when they are read.
+    there, count = layers(directory, known.prefixes), text.size("num_hidden_layers")
+    if there is not None and count > there:
+        raise text.error("num_hidden_layers", f"the {there} that the weights beside it have")
+    cfg = model_config(text, known, labels)
     return HFModel(directory, name, cfg, _stop_ids(directory, values, text), labels)
 
 
@@ -76,7 +83,7 @@ def _labels(values: Values) -> int:
 
 def _stop_ids(directory: pathlib.Path, *configs: Values) -> tuple[int, ...]:
     generation = directory / "generation_config.json"
-    for values in ((read_json(generation),) if generation.is_file() else ()) + configs:
+    for values in ((read_json(generation),) if is_file(generation) else ()) + configs:
         found = values.entries.get("eos_token_id")
         if found is None:
             continue
