@@ -202,6 +202,8 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, began: float) 
         def evaluate(number: int) -> float | None:
             """An evaluation on validation examples; returns what "best" is chosen by (higher is better)."""
             metrics, records = evaluations.validate(training.params, thorough=number in (0, steps))
+            if number == 0:
+                evaluations.check(metrics)
             flat = log.write(number, "eval", metrics)
             log.write_samples(f"step_{number:06d}", records)
             progress.update(number, flat)

@@ -125,7 +125,7 @@ def _value(name: str, value: Any, wanted: type, check: Callable[[Any], str | Non
         value = float(value)
     if type(value) is not wanted:
         raise ConfigError(f"config.{name}={value!r} is of type {type(value).__name__}, wanted {wanted.__name__}")
-    if wanted is str:
+    if isinstance(value, str):
         _check_text(name, value)
     if wanted is int and abs(value) > LARGEST:
         raise ConfigError(f"config.{name}={value!r}, wanted at most {LARGEST}")

@@ -89,7 +89,10 @@ def evaluate(
         "kl": float(joined["kl"].mean()),
     }
     if judge is not None:
-        metrics["judge"] = verdicts.summarise(verdicts.by_orders(joined["judge"], joined["same"]))
+        judged = joined["judge"]
+        metrics["judge"] = verdicts.summarise(verdicts.by_orders(judged, joined["same"])) | verdicts.share_unknown(
+            judged
+        )
     if data.gold:
         ours, theirs, most = joined["gold_policy"], joined["gold_reference"], joined["gold_most"].sum()
         metrics |= {
@@ -122,4 +125,5 @@ def _records(data: DataSet, examples, texts, their_texts, part: dict[str, np.nda
     for i, (example, ours, theirs) in enumerate(zip(examples, texts, their_texts, strict=True)):
         record: dict = {"prompt": context_of(example), "reference": theirs, "policy": ours}
         record |= {name: float(part[name][i]) for name in ("gold_reference", "gold_policy") if name in part}
-        yield record | ({"judge": float(part["judge"][i].mean())} if "judge" in part else {})
+        is_judged = "judge" in part and not verdicts.unknown(part["judge"])[i]
+        yield record | ({"judge": float(part["judge"][i].mean())} if is_judged else {})

@@ -1,18 +1,22 @@
 """When a run is evaluated, and by what: on validation examples while it trains, on the final split at its end."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
 from oaif_jax.annotate.base import Annotator, asks_of
+from oaif_jax.base.errors import UserError
 from oaif_jax.data.records import Example
 from oaif_jax.evals import agreement, comparison, likelihood, verdicts
 from oaif_jax.evals.comparison import Cache, Evaluation
 from oaif_jax.rollout import named_key
 from oaif_jax.run.setup import Setup, eval_chunk, name_of
 
+NUMBERS = "wanted a model whose answers are numbers (config.compute.dtype=float32 has the widest range)"
 GREEDY = ("gold", "judge", "mean_length", "words", "gold_mean", "gold_share")  # what is said of greedy samples
 
 
@@ -36,6 +40,25 @@ class Evaluations:
         return self._evaluate(
             params, "validation", self._setup.cfg.eval.prompts, thorough=thorough, cache=self._cache, temperature=None
         )
+
+    def check(self, metrics: Mapping[str, Any]) -> None:
+        """UserError, with the model's name, where a model's answers in an evaluation weren't numbers: before any training, nothing
+        but the model is to blame."""
+        setup, asked = self._setup, metrics.get("annotator", {})
+        who = str(setup.policy.source)
+        broken = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+        if setup.method.evaluation == "agreement":  # it is the annotator
+            broken += ["annotator"] if any("unknown" in each for each in asked.values()) else []
+        if broken:
+            other = "" if setup.reference is None else f", or {setup.reference.source} as its reference,"
+            raise UserError(f"{who}{other} gives {', '.join(broken)} that are NaN in evaluation 0, {NUMBERS}")
+        said = {"judge": (setup.judged_by, metrics.get("judge", {}))}
+        said |= {
+            "annotator": (f"{setup.annotated_by}, {name}", each) for name, each in asked.items() if "unknown" in each
+        }
+        for key, (model, found) in said.items():
+            if share := found.get("unknown"):
+                raise UserError(f"the {key} {model} gives NaN in {share:.0%} of evaluation 0's comparisons, {NUMBERS}")
 
     def finish(self, params: PyTree) -> Evaluation:
         """The same on the final split, and of greedy samples."""

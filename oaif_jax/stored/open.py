@@ -17,7 +17,7 @@ from oaif_jax.data.tokenizer import Tokenizer, open_tokenizer
 from oaif_jax.data.voice import Voice
 from oaif_jax.models import lora, quant, sharding, transformer
 from oaif_jax.models.config import ModelConfig
-from oaif_jax.stored import checkpoint, hf, single
+from oaif_jax.stored import checkpoint, finite, hf, single
 from oaif_jax.tiny.data import asset, plain_voice, policy_voice
 
 WANTED = "wanted tiny:NAME, hf, scratch, or WORKDIR[@best | @last | @STEP]"
@@ -124,7 +124,9 @@ def open_model(
         found = _directory(source, voice.tokenizer)
         return Model(found.cfg, hf.load(found, mesh, dtype), voice, source, found)
     if source.init.startswith("tiny:"):
-        params, cfg = single.load(asset(source.init.removeprefix("tiny:")))
+        path = asset(source.init.removeprefix("tiny:"))
+        params, cfg = single.load(path)
+        finite.check(params, path)
         model = Model(cfg, params, voice, source)
     else:
         model = _of_run(source, voice, mesh)
@@ -211,6 +213,7 @@ def read_run(workdir: str | pathlib.Path, which: str) -> tuple[Config, PyTree, S
     if not is_dir(workdir / "checkpoints"):
         raise UserError(f"--workdir={workdir}: this run has no checkpoint yet")
     params, meta = checkpoint.load_params(workdir / "checkpoints", which)
+    finite.check(params, workdir / "checkpoints" / str(meta["step"]))
     return config.read(path)[0], params, Source(POLICY, f"{workdir}@{meta['step']}", "")
 
 
@@ -223,6 +226,7 @@ def _of_run(source: Source, voice: Voice, mesh: Mesh) -> Model:
     cfg = run_config(source)
     workdir, _, which = source.init.partition("@")
     params, meta = checkpoint.load_params(pathlib.Path(workdir) / "checkpoints", which or "best")
+    finite.check(params, f"{source}: {pathlib.Path(workdir) / 'checkpoints' / str(meta['step'])}")
     model = ModelConfig.from_json(meta["model"])
     first = source_of(POLICY, cfg.policy)
     directory = home(first)
