@@ -125,7 +125,7 @@ def _value(name: str, value: Any, wanted: type, check: Callable[[Any], str | Non
         value = float(value)
     if type(value) is not wanted:
         raise ConfigError(f"config.{name}={value!r} is of type {type(value).__name__}, wanted {wanted.__name__}")
-    if isinstance(value, str):
+    if wanted is str:
         _check_text(name, value)
     if wanted is int and abs(value) > LARGEST:
         raise ConfigError(f"config.{name}={value!r}, wanted at most {LARGEST}")
@@ -138,7 +138,7 @@ def _value(name: str, value: Any, wanted: type, check: Callable[[Any], str | Non
     return value
 
 
-def _check_text(name: str, value: str) -> None:
+def _check_text(name: str, value: Any) -> None:
     """A text that files can be written with, and paths made of: a shell's bytes may be no UTF-8."""
     if len(value) > LONGEST:
         raise ConfigError(f"config.{name}={value[:80]!r}... has {len(value):,} characters, wanted at most {LONGEST:,}")

@@ -42,23 +42,25 @@ class Evaluations:
         )
 
     def check(self, metrics: Mapping[str, Any]) -> None:
-        """UserError, with the model's name, where a model's answers in an evaluation weren't numbers: before any training, nothing
+        """UserError, with the model's name, where a model's answers in an evaluation aren't numbers. Before any training, nothing
         but the model is to blame."""
         setup, asked = self._setup, metrics.get("annotator", {})
-        who = str(setup.policy.source)
         broken = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
-        if setup.method.evaluation == "agreement":  # it is the annotator
-            broken += ["annotator"] if any("unknown" in each for each in asked.values()) else []
+        if setup.method.evaluation == "agreement":  # the policy is who answers
+            broken += [f"answers to {name!r}" for name, found in asked.items() if "unknown" in found]
+            asked = {}
         if broken:
-            other = "" if setup.reference is None else f", or {setup.reference.source} as its reference,"
-            raise UserError(f"{who}{other} gives {', '.join(broken)} that are NaN in evaluation 0, {NUMBERS}")
-        said = {"judge": (setup.judged_by, metrics.get("judge", {}))}
-        said |= {
-            "annotator": (f"{setup.annotated_by}, {name}", each) for name, each in asked.items() if "unknown" in each
-        }
-        for key, (model, found) in said.items():
+            both = str(setup.policy.source)
+            if setup.reference is not None and setup.reference.source != setup.policy.source:
+                both += f", or the reference, {setup.reference.source},"
+            raise UserError(f"evaluation 0: {both} gives {', '.join(broken)} that are no numbers (NaN), {NUMBERS}")
+        said = [("judge", setup.judged_by, metrics.get("judge", {}))]
+        said += [("annotator", f"{setup.annotated_by}, {name}", found) for name, found in asked.items()]
+        for who, name, found in said:
             if share := found.get("unknown"):
-                raise UserError(f"the {key} {model} gives NaN in {share:.0%} of evaluation 0's comparisons, {NUMBERS}")
+                raise UserError(
+                    f"evaluation 0: the {who}, {name}, gives NaN in {share:.0%} of the comparisons, {NUMBERS}"
+                )
 
     def finish(self, params: PyTree) -> Evaluation:
         """The same on the final split, and of greedy samples."""

@@ -37,7 +37,7 @@ def by_scores(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def unknown(p_orders: np.ndarray) -> np.ndarray:
     """Where a model's answer is no number in one order or the other, [B]: of those nothing is known."""
-    return ~np.isfinite(p_orders).all(axis=1)
+    return np.asarray(~np.isfinite(p_orders).all(axis=1))
 
 
 def share_unknown(p_orders: np.ndarray) -> dict[str, float]:
@@ -55,7 +55,7 @@ def by_orders(p_orders: np.ndarray, identical: np.ndarray) -> np.ndarray:
 
 
 def agreement(p_orders: np.ndarray, gold_difference: np.ndarray | None, identical: np.ndarray) -> dict:
-    """How an annotator does on pairs: agreement of its two orders (identical pairs left out, and unknown ones), agreement of its averaged
+    """How an annotator does on pairs, identical and unknown ones left out: agreement of its two orders, agreement of its averaged
     preference with gold (gold's ties left out too), and the numbers of pairs these are shares of (a share of none is
     absent, and what is about gold where its difference isn't known)."""
     different = ~identical & ~unknown(p_orders)
