@@ -14,9 +14,7 @@ DATA = (
 )  # fmt: skip
 DTYPES = ("float32", "bfloat16")
 QUANT = ("none", "int8", "nf4")
-MANY = (
-    1_000_000  # rows, tokens or columns: more can't be meant; whether a run fits into memory is counted in run/sizes.py
-)
+MANY = 1_000_000  # rows, tokens or columns: more can't be meant; run/sizes.py counts whether a run fits
 CPU_DEVICES = 1024  # parts of a CPU: each has a thread of its own
 
 
@@ -87,9 +85,7 @@ class Annotator:
     chat: str = "auto"  # as policy.chat
     quant: Annotated[str, one_of(*QUANT)] = "none"  # none, int8, nf4
     instruction: str = "helpful"  # tiny: helpful, short, very_short; else see annotate/instructions; or a path
-    question_tokens: Annotated[int, within(0, MANY)] = (
-        0  # limit of instruction and prompt; 0: the longest that there is
-    )
+    question_tokens: Annotated[int, within(0, MANY)] = 0  # limit of instruction and prompt; 0: the longest there is
     missing_eos: Annotated[str, one_of("loses", "ignore")] = "loses"  # a response cut at the limit: loses, or is let be
 
 
@@ -155,9 +151,7 @@ class Optimizer:
 class Mesh:
     """Devices along each axis; their product is the number of devices."""
 
-    cpu_devices: Annotated[int, within(0, CPU_DEVICES)] = (
-        2  # without accelerators: parts that the CPU is made; 0: left as it is
-    )
+    cpu_devices: Annotated[int, within(0, CPU_DEVICES)] = 2  # without accelerators: parts of the CPU; 0: as it is
     data: int = -1  # copies of the parameters, over which the batch is split; -1: what is left
     fsdp: Annotated[int, at_least(1)] = 1  # parts of each parameter, over which the batch is split as well
     tensor: Annotated[int, at_least(1)] = 1  # parts of heads, mlp and vocabulary
