@@ -190,8 +190,8 @@ def test_a_judge_that_gives_nan_is_known_at_evaluation_0(tmp_path):
     before = run_of(tmp_path / "judge", "judge", too_large)
     shape = {"width": 16, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 8, "mlp": 32}
     values = {
-        "method": "offline", "steps": 2, "policy": {"init": "scratch", "shape": shape}, "judge": {"init": before}, "data": {"batch": 8},
-        "eval": {"every": 2, "prompts": 8, "final_prompts": 8}, "checkpoint": {"every": 2},
+        "method": "offline", "steps": 2, "policy": {"init": "scratch", "shape": shape}, "judge": {"init": before},
+        "data": {"batch": 8}, "eval": {"every": 2, "prompts": 8, "final_prompts": 8}, "checkpoint": {"every": 2},
     }  # fmt: skip
     said = rf"^evaluation 0: the judge, {before}, helpful, gives NaN in 100% of the comparisons"
     with pytest.raises(UserError, match=said):
