@@ -34,7 +34,6 @@ def run(workdir: str | pathlib.Path, *, split: str = "test", prompts: int = 256,
     stored, trained, source = read_run(workdir, which)
     evaluation = dataclasses.replace(stored.eval, prompts=prompts, final_prompts=prompts, final_split=split)
     cfg = dataclasses.replace(stored, eval=evaluation)
-    sharding.use_cpu_devices(cfg.mesh.cpu_devices)
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
     sharding.check_batch(prompts, 1, mesh)
     setup, step = open_setup(cfg, mesh), step_of(source)

@@ -205,16 +205,18 @@ def run_config(source: Source) -> Config:
 
 def read_run(workdir: str | pathlib.Path, which: str) -> tuple[Config, PyTree, Source]:
     """A run's config, what it has trained (numpy; under LoRA the additions) by checkpoint `which` (best, last or a step), and
-    the source that names that checkpoint. UserError where there is none, or it is damaged."""
+    the source that names that checkpoint; JAX starts on the run's devices. UserError where there is none, or it is damaged."""
     workdir = pathlib.Path(workdir)
     path = workdir / "config.json"
     if not is_file(path):
         raise UserError(f"--workdir={workdir}: no run there (no config.json)")
     if not is_dir(workdir / "checkpoints"):
         raise UserError(f"--workdir={workdir}: this run has no checkpoint yet")
+    cfg = config.read(path)[0]
+    sharding.use_cpu_devices(cfg.mesh.cpu_devices)  # before Orbax, which starts JAX
     params, meta = checkpoint.load_params(workdir / "checkpoints", which)
     finite.check(params, workdir / "checkpoints" / str(meta["step"]))
-    return config.read(path)[0], params, Source(POLICY, f"{workdir}@{meta['step']}", "")
+    return cfg, params, Source(POLICY, f"{workdir}@{meta['step']}", "")
 
 
 def step_of(source: Source) -> int:
