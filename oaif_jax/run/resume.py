@@ -24,7 +24,8 @@ FIRST = ("lock", inputs.FILE, f".{inputs.FILE}.partial", ".config.json.partial")
 SETTINGS = (
     "jax_default_prng_impl", "jax_threefry_partitionable", "jax_threefry_gpu_kernel_lowering", "jax_random_seed_offset",
     "jax_high_dynamic_range_gumbel", "jax_enable_x64", "jax_numpy_dtype_promotion", "jax_default_matmul_precision",
-    "jax_allow_f16_reductions", "jax_softmax_custom_jvp", "jax_disable_jit", "jax_disable_most_optimizations",
+    "jax_allow_f16_reductions", "jax_softmax_custom_jvp", "jax_disable_jit", "jax_debug_nans", "jax_debug_infs",
+    "jax_disable_most_optimizations",
     "jax_optimization_level", "jax_exec_time_optimization_effort", "jax_use_shardy_partitioner",
 )  # fmt: skip
 VARIABLES = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
