@@ -249,6 +249,11 @@ def test_json_without_end(tmp_path):
             given = fakes.ByteTokenizer(tmp_path / "tokenizer.json")
         with pytest.raises(UserError, match=rf"{name} is too large \(1,000,000,000,000 bytes\)"):
             read(given)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(UserError, match=r"tokenizer\.json is too large \(1,000,000,000,000 bytes\)"):
+        open_tokenizer(tmp_path)
 
 
 # --- config.json against the weights
@@ -292,13 +297,14 @@ def test_layers_that_the_weights_have_not(tmp_path, layers, sharded):
         ("hidden_size", 2**24, r"embed_tokens\.weight has shape \[99, 32\], wanted \[99, 16777216\]"),
         ("hidden_size", 2 * 10**9, r"hidden_size is 2000000000, wanted at most 16,777,216"),
         ("vocab_size", 10**18, r"vocab_size is 1000000000000000000, wanted at most 16,777,216"),
+        ("sliding_window", 10**12, r"sliding_window is 1000000000000, wanted at most 2,147,483,647"),
         ("vocab_size", 10**6, r"wanted \[1000000, 32\]"),
         ("intermediate_size", 2**24, r"gate_proj\.weight has shape \[40, 32\], wanted \[16777216, 32\]"),
         ("head_dim", 2**24, r"q_proj\.weight has shape \[32, 32\], wanted \[67108864, 32\]"),
     ],
 )
 def test_other_sizes_that_the_weights_have_not(tmp_path, key, value, wanted):
-    made = directory(tmp_path / "model", **{key: value})
+    made = directory(tmp_path / "model", **{key: value}, model_type="mistral" if key == "sliding_window" else "llama")
     with pytest.raises(UserError, match=wanted):
         hf.load(hf.read(made), sharding.make_mesh(1, 1, 1, jax.devices()[:1]), "float32")
 

@@ -15,6 +15,7 @@ from oaif_jax.data import special_tokens
 from oaif_jax.data.special_tokens import CONFIG, GENERATION, NOTHING, SpecialTokens
 from oaif_jax.data.vocabularies import SentencePiece, TokenizerJson, Vocabulary, cuts, failing, quiet
 
+MOST_BYTES = 5 * 10**8  # of a file: vocabularies of a quarter million have some tens of millions
 FILES = ("tokenizer.json", "tokenizer.model")  # of a directory, the first that is there
 TRIED = "A text, 1 of 2:\n\n\tna\u00efve \u6f22\u5b57 \U0001f642"
 
@@ -138,6 +139,8 @@ def open_tokenizer(path: pathlib.Path) -> Tokenizer:
         raise UserError(
             f"tokenizer {path}: no such file or directory, wanted {', '.join(FILES)} or a directory with one"
         )
+    if (size := file.stat().st_size) > MOST_BYTES:
+        raise UserError(f"tokenizer {file} is too large ({size:,} bytes), wanted at most {MOST_BYTES:,}")
     if file.suffix not in (".json", ".model"):
         raise UserError(f"tokenizer {path}: unknown ending {file.suffix!r}, wanted .json or .model")
     tokenizer = Tokenizer(file, special_tokens.read(file.parent))

@@ -40,7 +40,7 @@ def check(cfg: Config, kind: type[Method], shapes: Mapping[str, ModelConfig], me
     if kept + max(passing) > there > 0:
         listed = ", ".join(f"{name} {_gib(size)}" for name, size in needs.items())
         raise UserError(
-            f"a run of these sizes takes more memory than the {_gib(there)} that there are: {listed} or more"
+            f"a run of these sizes takes more memory than the {_gib(there)} that there are: {listed} or more, wanted smaller ones"
         )
 
 

@@ -28,6 +28,8 @@ class Values:
         found = self._of_type(key, (int,), "an integer", default)
         if found < 0:
             raise self.error(key, "an integer that isn't negative")
+        if found >= 2**31:  # arrays count in int32
+            raise self.error(key, f"at most {2**31 - 1:,}")
         return found
 
     def size(self, key: str, default: int | None = None, most: int = MOST) -> int:
