@@ -231,6 +231,8 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             metrics, records = interrupts.work(
                 functools.partial(evaluations.validate, training.params, thorough=is_thorough)
             )
+            if number == 0:
+                evaluations.check(metrics)
             for line in low_masses(setup, metrics) if number == 0 else ():
                 say(line)
             flat = log.write(number, "eval", metrics)
@@ -271,10 +273,11 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
 
         def compiled():
             """The step for these very arguments; jax 0.10 makes four-bit ones in another layout than it then wants, and
-            looks at that only here: with those the step compiles when it is first taken."""
+            looks at that only here: with those the step compiles when it is first taken. With JAX_DISABLE_JIT it never does."""
             has_codes = any(leaf.dtype == jnp.uint4 for leaf in jax.tree.leaves(frozen))
+            as_it_comes = has_codes or begin == steps or jax.config.jax_disable_jit  # type: ignore[attr-defined]
             with phase("compiling the step"):
-                return train_step if has_codes or begin == steps else train_step.lower(*abstract).compile()
+                return train_step if as_it_comes else train_step.lower(*abstract).compile()
 
         try:
             # Two programs at a time: LLVM uses one core for each, and the first evaluation compiles its own meanwhile.

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from tensorboardX import SummaryWriter
 from test_train import (
@@ -684,3 +685,43 @@ def test_environment_is_named_where_it_differs():
         f"device: {here['device']} before, 1 x abacus now",
         f"numpy: {here['versions']['numpy']} before, 9 now",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "now"),
+    [
+        ("jax_default_prng_impl", "rbg", "rbg"),
+        ("jax_enable_x64", True, "True"),
+        ("jax_threefry_partitionable", False, "False"),
+        ("jax_default_matmul_precision", "bfloat16", "bfloat16"),
+        ("jax_numpy_dtype_promotion", "strict", "strict"),
+        ("jax_disable_jit", True, "True"),
+    ],
+)
+def test_settings_of_jax_are_named_where_they_differ(name, there, now):
+    before = resume.environment()
+    with getattr(jax, name.removeprefix("jax_"))(there):
+        found = resume.differences(json.loads(json.dumps(before)), resume.environment())
+    assert len(found) == 1
+    assert found[0].startswith(f"{name}: ")
+    assert found[0].endswith(f" before, {now} now")
+    assert resume.differences(json.loads(json.dumps(before)), resume.environment()) == []
+
+
+def test_flags_of_xla_are_named_where_they_differ(monkeypatch):
+    """But for those that change no numbers, and in whatever order they are given."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_force_host_platform_device_count=8 --xla_b=2")
+    before = resume.environment()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_b=2 --xla_dump_to=somewhere --xla_a=1")
+    assert resume.differences(before, resume.environment()) == []
+    monkeypatch.setenv("XLA_FLAGS", "--xla_b=2 --xla_a=1 --xla_cpu_enable_fast_math=true")
+    said = "--xla_a=1 --xla_b=2 before, --xla_a=1 --xla_b=2 --xla_cpu_enable_fast_math=true now"
+    assert resume.differences(before, resume.environment()) == [f"XLA_FLAGS: {said}"]
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    assert "NVIDIA_TF32_OVERRIDE: not set before, 0 now" in resume.differences(before, resume.environment())
+
+
+def test_a_run_of_an_earlier_version_knows_no_settings():
+    here = resume.environment()
+    earlier = {name: value for name, value in here.items() if name != "settings"}
+    assert resume.differences(earlier, here) == []

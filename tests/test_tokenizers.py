@@ -2,8 +2,10 @@
 
 import copy
 import json
+import pathlib
 import pickle
 import random
+import re
 from collections.abc import Sequence
 
 import fakes
@@ -440,3 +442,61 @@ def test_joining_behind_special_tokens(made):
     prompts, responses = ["fox<|eot_id|>", "fox<|end_of_text|>\n"], [" brown", "dog"]
     assert joining.joining_report(made["llama3"], prompts, responses, special=True).differing == 0
     assert joining.joining_report(made["phi3"], ["a<|end|>"], ["b"], special=True).differing == 1
+
+
+# --- files that make the library panic
+
+
+def changed(directory: pathlib.Path, **changes: object) -> pathlib.Path:
+    """A Llama tokenizer, parts of whose tokenizer.json are others."""
+    path = files.llama3(directory) / "tokenizer.json"
+    files.write_json(path, json.loads(path.read_text()) | changes)
+    return path
+
+
+PANICS = {
+    "when it is read": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "when it encodes": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAAA="}},
+    "when it cuts": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "when it adds": {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "zz", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("when", PANICS)
+def test_panics_are_one_line_with_the_path(tmp_path, capfd, when):
+    """And what Rust writes of it stays away from the terminal."""
+    path = changed(tmp_path, **PANICS[when])
+    with pytest.raises(UserError, match=re.escape(str(path))) as caught:
+        open_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_panics_at_some_texts(tmp_path):
+    """Of an expression that gives up where it would have to try too much."""
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    path = changed(tmp_path, pre_tokenizer=split)
+    tokenizer = open_tokenizer(tmp_path)
+    with pytest.raises(UserError, match=f"{re.escape(str(path))} can't encode a text .*retry-limit"):
+        tokenizer.encode("a" * 60 + "b")
+    with pytest.raises(UserError, match=f"{re.escape(str(path))} can't decode its ids"):
+        tokenizer.decode([-1])
+    assert tokenizer.decode(tokenizer.encode("aab")) == "aab"
+
+
+def test_an_interrupt_is_none_of_a_tokenizers_failures(tmp_path, monkeypatch):
+    tokenizer = open_tokenizer(files.llama3(tmp_path))
+
+    def interrupted(*_: object):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(tokenizer._vocabulary), "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode("a")

@@ -478,6 +478,50 @@ def test_a_quantised_annotator(base, tmp_path):
     assert summary["steps"] == STEPS
 
 
+@pytest.fixture
+def without_evaluations(monkeypatch):
+    """Runs that are evaluated in no time."""
+    for name in ("validate", "finish"):
+        monkeypatch.setattr(Evaluations, name, lambda *_, **__: ({"validation_loss": 1.0}, []))
+
+
+def with_setting(setting: str, value: bool, workdir) -> dict:
+    """What a run of two steps has trained, under a setting of JAX."""
+    jax.config.update(setting, value)
+    try:
+        values = configured("tldr,sft", **TINY | {"steps": 2, "policy.init": "scratch"})
+        train.run(values, workdir, console=Console(file=io.StringIO()))
+    finally:
+        jax.config.update(setting, False)
+    return load_params(workdir / "checkpoints", "last")[0]
+
+
+@pytest.mark.usefixtures("without_evaluations")
+def test_debug_nans(tmp_path):
+    """JAX looks at each number: the same ones, to rounding, since it keeps what is donated else."""
+    found = [with_setting("jax_debug_nans", value, tmp_path / str(value)) for value in (False, True)]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), *found)
+
+
+@pytest.mark.usefixtures("without_evaluations")
+def test_disable_jit(tmp_path, monkeypatch):
+    """The step runs as Python. It is a short one here: without compilation, eight devices take a minute for a real one."""
+    seen = []
+
+    def halve(state, frozen, batch, key, *, step, tx):
+        del frozen, key, step, tx
+        seen.append(isinstance(batch.rollout.tokens if batch.rollout else batch.data.tokens, jax.core.Tracer))
+        halved = jax.tree.map(lambda leaf: leaf / 2, state.params)
+        return dataclasses.replace(state, step=state.step + 1, params=halved), {"loss": jnp.float32(1.0)}, {}
+
+    monkeypatch.setattr(steps_of, "train_step", halve)
+    found = with_setting("jax_disable_jit", True, tmp_path / "eager")
+    assert seen == [False, False]
+    traced = with_setting("jax_disable_jit", False, tmp_path / "traced")
+    assert seen[2:] == [True]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, traced)
+
+
 def test_an_update_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
     """The loss of the step is fine: it is of the parameters before the update."""
     workdir = tmp_path / "run"

@@ -23,6 +23,7 @@ import difflib
 import pathlib
 import re
 
+from oaif_jax.base import files
 from oaif_jax.base.errors import UserError, near
 
 DIRECTORY = pathlib.Path(__file__).parent / "instructions"
@@ -31,6 +32,7 @@ KNOWN = ("tldr", "helpful", "helpful_judge", "harmless", "harmless_judge", "shor
 CONTEXT, FIRST, SECOND = PLACEHOLDERS = ("{context}", "{first}", "{second}")
 HEADERS = ("inverted", "answers")
 SEPARATOR = "---"
+MOST_BYTES = 100_000  # of an instruction's file: it stands before every question, in tokens of about four bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +66,26 @@ def read_instruction(name_or_path: str) -> Instruction:
     """An instruction by its name, one of KNOWN, or from a text file; UserError for one that can't be used."""
     path = path_of(name_or_path)
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
+        text = read_text(path, name_or_path)
     except FileNotFoundError as error:
         close = difflib.get_close_matches(path.stem, KNOWN, n=1)
         raise UserError(
             f"instruction {name_or_path!r} doesn't exist, wanted {', '.join(KNOWN)} or the path of a text file"
             + (f"; did you mean {close[0]!r}?" if close else "")
         ) from error
+    return _parse(text, name_or_path, path)
+
+
+def read_text(path: pathlib.Path, name_or_path: str) -> str:
+    """What the file of an instruction says; FileNotFoundError where there is none, and UserError where it can't be read, isn't
+    UTF-8 or has more bytes than an instruction can."""
+    try:
+        return files.read_text(path, MOST_BYTES, "utf-8-sig")  # some editors put a byte order mark first
+    except (FileNotFoundError, UserError):
+        raise
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no path at all
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"instruction {name_or_path!r} can't be read ({reason}), wanted a UTF-8 text file") from error
-    return _parse(text, name_or_path, path)
 
 
 def _parse(text: str, name: str, path: pathlib.Path) -> Instruction:

@@ -3,6 +3,7 @@
 import fcntl
 import fnmatch
 import hashlib
+import io
 import json
 import math
 import os
@@ -105,6 +106,44 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise UserError(f"{path} can't be read ({str(error).splitlines()[0]}), wanted JSON") from error
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; UserError for a path that can't be looked at: too long, or behind a closed directory."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def is_dir(path: Path) -> bool:
+    """Whether there is such a directory; UserError as of `is_file`."""
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """The error that a path can't be read; of a very long one both ends."""
+    text = str(path)
+    shown = text if len(text) <= 300 else f"{text[:100]}...{text[-100:]} ({len(text):,} characters)"
+    return UserError(f"{shown} can't be read ({error.strerror or error})")
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """What a file holds; OSError where it can't be read, and UserError, before more is read, where it holds more bytes than
+    could be meant."""
+    with path.open("rb") as file:
+        found = file.read(most + 1)
+    if len(found) > most:
+        raise UserError(f"{path} is too large ({path.stat().st_size:,} bytes), wanted at most {most:,}")
+    return found
+
+
+def read_text(path: Path, most: int, encoding: str = "utf-8") -> str:
+    """The same as text with "\n" at the ends of lines; also UnicodeDecodeError."""
+    return io.TextIOWrapper(io.BytesIO(read_bytes(path, most)), encoding).read()
 
 
 def _leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -24,4 +24,5 @@ def above(low: float) -> Check:
 
 def within(low: float, high: float) -> Check:
     """A check that a number lies in [low, high]."""
-    return lambda value: None if low <= value <= high else f"a number from {low:g} to {high:g}"
+    said = " to ".join(f"{each:,}" if isinstance(each, int) else f"{each:g}" for each in (low, high))
+    return lambda value: None if low <= value <= high else f"a number from {said}"

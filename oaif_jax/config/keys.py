@@ -14,6 +14,8 @@ DATA = (
 )  # fmt: skip
 DTYPES = ("float32", "bfloat16")
 QUANT = ("none", "int8", "nf4")
+MANY = 1_000_000  # rows, tokens or columns: more can't be meant; run/sizes.py counts whether a run fits
+CPU_DEVICES = 1024  # parts of a CPU: each has a thread of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,19 +39,19 @@ class Loss:
 class Shape:
     """A model from scratch; others bring their own."""
 
-    width: Annotated[int, at_least(1)] = 96  # of the residual stream
-    layers: Annotated[int, at_least(1)] = 3  # blocks of attention and mlp
-    heads: Annotated[int, at_least(1)] = 4  # query heads
-    kv_heads: Annotated[int, at_least(1)] = 4  # key/value heads, of which `heads` is a multiple
-    head_dim: Annotated[int, at_least(2)] = 24  # width of a head, even
-    mlp: Annotated[int, at_least(1)] = 288  # width inside the gated mlp
+    width: Annotated[int, within(1, 65_536)] = 96  # of the residual stream
+    layers: Annotated[int, within(1, 1000)] = 3  # blocks of attention and mlp
+    heads: Annotated[int, within(1, 4096)] = 4  # query heads
+    kv_heads: Annotated[int, within(1, 4096)] = 4  # key/value heads, of which `heads` is a multiple
+    head_dim: Annotated[int, within(2, 4096)] = 24  # width of a head, even
+    mlp: Annotated[int, within(1, MANY)] = 288  # width inside the gated mlp
 
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
     """Low-rank additions, trained in place of the parameters; the base is then the reference."""
 
-    rank: Annotated[int, at_least(0)] = 0  # 0: off, all parameters are trained
+    rank: Annotated[int, within(0, 65_536)] = 0  # at most the model's width; 0: off, all parameters are trained
     alpha: Annotated[float, above(0)] = 16.0  # the additions are scaled by alpha / rank
     targets: str = "q,k,v,out,gate,up,down"  # the projections that get one
 
@@ -85,7 +87,7 @@ class Annotator:
     chat_args: str = ""  # as policy.chat_args
     quant: Annotated[str, one_of(*QUANT)] = "none"  # none, int8, nf4
     instruction: str = "helpful"  # tiny: helpful, short, very_short; else see annotate/instructions; or a path
-    question_tokens: Annotated[int, at_least(0)] = 0  # limit of instruction and prompt; 0: the longest that there is
+    question_tokens: Annotated[int, within(0, MANY)] = 0  # limit of instruction and prompt; 0: the longest there is
     missing_eos: Annotated[str, one_of("loses", "ignore")] = "loses"  # a response cut at the limit: loses, or is let be
 
 
@@ -114,9 +116,9 @@ class Data:
     on_error: Annotated[str, one_of("raise", "skip")] = "raise"  # a line that can't be read: raise, skip (and count)
     seed: Annotated[int, at_least(0)] = 0  # of the examples and their order
     train_posts: Annotated[int, at_least(0)] = 20000  # training examples, in a new order each epoch; 0: all there are
-    batch: Annotated[int, at_least(1)] = 32  # prompts, pairs or references a step, over all devices
-    prompt_tokens: Annotated[int, at_least(1)] = 56  # limit of a prompt; longer ones are left out
-    response_tokens: Annotated[int, at_least(1)] = 16  # limit of a response, with its end
+    batch: Annotated[int, within(1, MANY)] = 32  # prompts, pairs or references a step, over all devices
+    prompt_tokens: Annotated[int, within(1, MANY)] = 56  # limit of a prompt; longer ones are left out
+    response_tokens: Annotated[int, within(1, MANY)] = 16  # limit of a response, with its end
     writer: Annotated[str, one_of("reference", "careless", "careful")] = "reference"  # tiny, sft: of references
     pairs: str = "tiny:pairs"  # tiny, offline: tiny:NAME (an asset), or a path to JSONL
 
@@ -152,7 +154,7 @@ class Optimizer:
 class Mesh:
     """Devices along each axis; their product is the number of devices."""
 
-    cpu_devices: Annotated[int, at_least(0)] = 2  # without accelerators: parts that the CPU is made; 0: left as it is
+    cpu_devices: Annotated[int, within(0, CPU_DEVICES)] = 2  # without accelerators: parts of the CPU; 0: as it is
     data: int = -1  # copies of the parameters, over which the batch is split; -1: what is left
     fsdp: Annotated[int, at_least(1)] = 1  # parts of each parameter, over which the batch is split as well
     tensor: Annotated[int, at_least(1)] = 1  # parts of heads, mlp and vocabulary
@@ -177,8 +179,8 @@ class Eval:
     """Evaluation on held-out examples, policy against reference."""
 
     every: Annotated[int, at_least(1)] = 40  # steps; a multiple of checkpoint.every
-    prompts: Annotated[int, at_least(1)] = 128  # validation examples
-    final_prompts: Annotated[int, at_least(1)] = 256  # examples at the end
+    prompts: Annotated[int, within(1, MANY)] = 128  # validation examples
+    final_prompts: Annotated[int, within(1, MANY)] = 256  # examples at the end
     final_split: Annotated[str, one_of("validation", "test")] = "test"  # of these; validation is for tuning
     final: Annotated[str, one_of("best", "last")] = "best"  # parameters at the end: best (by the next key), last
     best: Annotated[str, one_of("judge.score", "gold.score", "validation_loss")] = "judge.score"  # which step is best

@@ -20,6 +20,7 @@ class ConfigError(UserError):
 
 LARGEST = 2**31 - 1  # of a whole number: arrays count in int32
 SMALLER = 1e31  # than this is a number: products with others still fit float32
+LONGEST = 4096  # characters of a text: the longest of them are paths
 
 
 def defaults() -> ConfigDict:
@@ -139,11 +140,16 @@ def _value(name: str, value: Any, wanted: type, check: Callable[[Any], str | Non
 
 
 def _text(name: str, value: str) -> str:
-    """The text, a path in the home directory in full: shells leave the tilde of --config.policy.path=~/model as it is."""
+    """A text that files can be written with, and paths made of: a shell's bytes may be no UTF-8. A path in the home directory is
+    given in full, since shells leave the tilde of --config.policy.path=~/model as it is."""
+    if len(value) > LONGEST:
+        raise ConfigError(f"config.{name}={value[:80]!r}... has {len(value):,} characters, wanted at most {LONGEST:,}")
+    if "\0" in value:
+        raise ConfigError(f"config.{name}={value!r} has a null character, wanted a text without")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"config.{name}={value!r}, wanted a text in UTF-8") from error
+        raise ConfigError(f"config.{name}={value!r} isn't UTF-8, wanted a text that is") from error
     return os.path.expanduser(value)  # of texts that begin with a tilde
 
 
@@ -183,7 +189,12 @@ def _check_together(config: Config) -> None:
 
 
 def _check_rounds(config: Config) -> None:
-    """A learning rate for each round, or none."""
+    """As many steps as can be counted; a learning rate for each round, or none."""
+    if config.steps * config.rounds.count > LARGEST:
+        raise ConfigError(
+            f"config.steps={config.steps} in each of config.rounds.count={config.rounds.count} rounds, "
+            f"wanted at most {LARGEST} together"
+        )
     if not config.rounds.lr:
         return
     wanted = (

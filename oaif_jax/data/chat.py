@@ -8,18 +8,15 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from oaif_jax.base.errors import UserError, near
+from oaif_jax.base.files import is_file, read_text
+from oaif_jax.data import rendering
 from oaif_jax.data.joining import continuation_ids
 from oaif_jax.data.special_tokens import CONFIG, read_json
 from oaif_jax.data.tokenizer import Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
+MOST_BYTES = 10**6  # of a template's file; the longest of released models have some ten thousand
 DATE = datetime.date(2024, 7, 26)  # what templates are told is today, so that a run's prompts are the same on any day
 ROLES = ("system", "user", "assistant")
 LABELS = {"user": "Human", "assistant": "Assistant"}  # as in the files of Anthropic HH
@@ -51,7 +48,8 @@ class ChatTemplate:
     text is put before the first user message's, an empty line between them.
 
     path: for error messages; named: texts of bos_token and the like; date: what strftime_now says; arguments: values of
-    other names that the template reads, such as enable_thinking.
+    other names that the template reads, such as enable_thinking; is_ours: it comes with this package, others are strangers'
+    programs and have bounds in time and memory (see rendering).
     """
 
     path: pathlib.Path
@@ -59,6 +57,7 @@ class ChatTemplate:
     named: tuple[tuple[str, str], ...] = ()
     date: datetime.date = DATE
     arguments: tuple[tuple[str, object], ...] = ()
+    is_ours: bool = False
 
     def render(self, messages: Messages, *, add_generation_prompt: bool = True, cues: bool = False) -> str:
         """The text of messages; by default up to where the assistant's answer begins.
@@ -162,22 +161,20 @@ class ChatTemplate:
             return False  # whatever else is wrong with it, it says again without the system message
 
     def _text(self, messages: Messages, add_generation_prompt: bool) -> str:
+        variables = {
+            **dict(self.named),
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None,
+            "documents": None,
+            **dict(self.arguments),
+        }
         try:
-            text = _compiled(self.source, self.date).render(
-                dict(self.named),
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **dict(self.arguments),
-            )
-            text.encode()  # half a surrogate pair is no text
-            return text
-        except Exception as error:  # a template is a program: whatever it raises is to be said in the same way
-            where = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise UserError(
-                f"chat template {self.path} fails{where}: {' '.join(str(error).split()) or type(error).__name__}"
-            ) from error
+            render = rendering.render_here if self.is_ours else rendering.render
+            return render(self.source, self.date, variables)
+        except rendering.RenderError as error:
+            where = f" (line {error.line})" if error.line is not None else ""
+            raise UserError(f"chat template {self.path} fails{where}: {error}") from error
 
 
 def open_template(
@@ -196,6 +193,8 @@ def open_template(
     path, source = _own(tokenizer.path.parent) if template == "auto" else (pathlib.Path(template), None)
     if source is None:
         source = _read(path)
+    if len(source) > MOST_BYTES:
+        raise UserError(f"chat template {path} has {len(source):,} characters, wanted at most {MOST_BYTES:,}")
     if not source.strip():
         raise UserError(f"chat template {path} is empty; template=none is the plain format")
     found = ChatTemplate(
@@ -219,9 +218,11 @@ def _arguments(text: str, path: pathlib.Path, source: str) -> tuple[tuple[str, o
         if name in found or name in GIVEN:
             reason = "is there twice" if name in found else "can't be given"
             raise UserError(f"chat arguments {text!r}: {name} {reason}, wanted other names, each once")
-        known = _names_read(source)
-        if known is not None and name not in known:
-            raise UserError(f"chat arguments {text!r}: chat template {path} doesn't read {name}{near(name, known)}")
+        known = rendering.names_read(source)
+        if known is not None and name not in known - {*GIVEN}:
+            raise UserError(
+                f"chat arguments {text!r}: chat template {path} doesn't read {name}{near(name, known - {*GIVEN})}"
+            )
         try:
             found[name] = json.loads(value)
         except ValueError:
@@ -229,17 +230,6 @@ def _arguments(text: str, path: pathlib.Path, source: str) -> tuple[tuple[str, o
         if isinstance(found[name], list | dict):
             raise UserError(f"chat arguments {text!r}: {each!r}, wanted a text, a number, true, false or null")
     return tuple(found.items())
-
-
-@functools.lru_cache(maxsize=8)
-def _names_read(source: str) -> frozenset[str] | None:
-    """Names of values that a template reads, its own variables among them; None of what is no template, as rendering it will
-    say."""
-    try:
-        tree = _environment(DATE).parse(source)
-    except jinja2.TemplateSyntaxError:
-        return None
-    return frozenset(each.name for each in tree.find_all(jinja2.nodes.Name) if each.ctx == "load") - {*GIVEN}
 
 
 def without_special(tokenizer: Tokenizer, messages: Messages) -> tuple[list[dict[str, str]], str]:
@@ -295,7 +285,7 @@ def plain(messages: Messages, add_generation_prompt: bool, *, cues: bool = False
 
 def _own(directory: pathlib.Path) -> tuple[pathlib.Path, str | None]:
     """The file of a tokenizer's template, and its text unless it is the whole file."""
-    if (directory / TEMPLATE_FILE).exists():
+    if is_file(directory / TEMPLATE_FILE):
         return directory / TEMPLATE_FILE, None
     path = directory / CONFIG
     found = read_json(path).get("chat_template")
@@ -324,46 +314,9 @@ def _default(path: pathlib.Path, templates: list) -> str:
 
 
 def _read(path: pathlib.Path) -> str:
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"chat template {path}: no such file, wanted auto, none or the path of a .jinja file")
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path, MOST_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"chat template {path} can't be read ({error}), wanted UTF-8") from error
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %}...{% endgeneration %} is what is inside: it marks the assistant's text for other programs."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(source: str, date: datetime.date) -> jinja2.Template:
-    return _environment(date).from_string(source)
-
-
-def _environment(date: datetime.date) -> ImmutableSandboxedEnvironment:
-    """The environment that transformers gives templates, but for the date. They are programs of strangers: the sandbox keeps
-    them from the interpreter and from changing what they are given."""
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    # The filter of jinja2 writes for HTML.
-    def tojson(value: object, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.datetime.combine(date, datetime.time()).strftime(form),
-    }
-    return environment

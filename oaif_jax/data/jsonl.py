@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import is_file
 from oaif_jax.data.records import RecordError
 
 KEYS = ("prompt", "chosen", "rejected")
@@ -31,7 +32,7 @@ def lines(path: pathlib.Path, name: str) -> Iterator[tuple[int, bytes]]:
     Of a line longer than LONGEST, its first LONGEST + 1 bytes: the rest is passed over, and never in memory. A file that can't
     be read raises UserError, in which `name` says what it was read as.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{name} {path}: no such file, wanted .jsonl or .jsonl.gz")
     opener = gzip.open if path.suffix == ".gz" else open
     try:

@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import is_file
 from oaif_jax.config import Data, Eval
 from oaif_jax.data import readers, records, splits
 from oaif_jax.data.dataset import DataSet
@@ -24,6 +25,7 @@ def texts(section: Data, evaluation: Eval, voice: Voice, reads: str, *, portions
         raise UserError(f"config.data.name={section.name!r} has no {reads} pairs, wanted 'tiny'")
     if not section.path:
         raise UserError(f"config.data.path='': wanted the file or directory of config.data.name={section.name!r}")
+    is_file(pathlib.Path(section.path))  # what can't be looked at is said now
     if section.validation and section.validation == section.test:
         raise UserError(
             f"config.data.validation and test are both {section.test!r}, wanted two splits, or one of them ''"

@@ -5,6 +5,7 @@ import json
 import pathlib
 
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import is_file, read_bytes
 
 CONFIG, MAP, GENERATION, ADDED = (
     "tokenizer_config.json",
@@ -12,6 +13,8 @@ CONFIG, MAP, GENERATION, ADDED = (
     "generation_config.json",
     "added_tokens.json",
 )
+
+MOST_BYTES = 10**8  # of a file: those of vocabularies of a million have tens of millions
 
 Json = dict[str, object]
 
@@ -73,10 +76,12 @@ def read(directory: pathlib.Path) -> SpecialTokens:
 
 def read_json(path: pathlib.Path) -> Json:
     """The object of a JSON file; {} if there is no such file."""
-    if not path.exists():
+    if not is_file(path):
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_bytes(path, MOST_BYTES))
+    except UserError:
+        raise
     except (OSError, ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise UserError(f"{path} can't be read ({error}), wanted JSON") from error
     if not isinstance(found, dict):

@@ -1,5 +1,6 @@
 """Tokenizers, from sentencepiece's `.model` files and Hugging Face's `tokenizer.json`; token ids laid out in arrays."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -10,11 +11,14 @@ from typing import SupportsInt
 import numpy as np
 
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import is_dir, is_file
 from oaif_jax.data import special_tokens
 from oaif_jax.data.special_tokens import CONFIG, GENERATION, NOTHING, SpecialTokens
-from oaif_jax.data.vocabularies import SentencePiece, TokenizerJson, Vocabulary, cuts
+from oaif_jax.data.vocabularies import SentencePiece, TokenizerJson, Vocabulary, cuts, failing, quiet
 
+MOST_BYTES = 5 * 10**8  # of a file: vocabularies of a quarter million have some tens of millions
 FILES = ("tokenizer.json", "tokenizer.model")  # of a directory, the first that is there
+TRIED = "A text, 1 of 2:\n\n\tna\u00efve \u6f22\u5b57 \U0001f642"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Tokenizer:
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids; no BOS or EOS is added. With `special`, the text of a special token is that token; UserError if it is one
         without a row."""
-        ids = self._vocabulary.encode(text, special)
+        with failing(self.path, "can't encode a text"):
+            ids = self._vocabulary.encode(text, special)
         return [self._row(token) for token in ids] if special and self.rows else ids
 
     def _row(self, token: int) -> int:
@@ -57,7 +62,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
         """The text of token ids; special ones (BOS, stop ids and the like) have none."""
-        return self._vocabulary.decode([int(i) for i in ids])
+        with failing(self.path, "can't decode its ids"):
+            return self._vocabulary.decode([int(i) for i in ids])
 
     def single(self, text: str) -> int:
         """The id of a text that must be one token."""
@@ -188,25 +194,31 @@ def open_tokenizer(path: pathlib.Path, rows: int = 0) -> Tokenizer:
     special tokens from tokenizer_config.json, special_tokens_map.json and generation_config.json beside it. `rows` are
     those of the model's embedding, 0: unknown."""
     file = path
-    if path.is_dir():
-        there = [path / name for name in FILES if (path / name).is_file()]
+    if is_dir(path):
+        there = [path / name for name in FILES if is_file(path / name)]
         if not there:
             raise UserError(f"tokenizer {path}: no {' or '.join(FILES)} in this directory")
         file = there[0]
-    if not file.is_file():
+    if not is_file(file):
         raise UserError(
             f"tokenizer {path}: no such file or directory, wanted {', '.join(FILES)} or a directory with one"
         )
+    if (size := file.stat().st_size) > MOST_BYTES:
+        raise UserError(f"tokenizer {file} is too large ({size:,} bytes), wanted at most {MOST_BYTES:,}")
     if file.suffix not in (".json", ".model"):
         raise UserError(f"tokenizer {path}: unknown ending {file.suffix!r}, wanted .json or .model")
     tokenizer = Tokenizer(file, special_tokens.read(file.parent), rows)
     # All that can be wrong with the files is said now.
-    if tokenizer.lacks_rows:
-        raise UserError(
-            f"tokenizer {path} has {max(tokenizer.known_ids) + 1} ids, the embedding {rows} rows; wanted a row for each id, but "
-            "for those of added tokens"
-        )
-    _ = tokenizer.stop_ids, tokenizer.pad_id, tokenizer.bos_id, tokenizer.encode("")
+    with quiet(), failing(file, "can't be used"):
+        if tokenizer.lacks_rows:
+            raise UserError(
+                f"tokenizer {path} has {max(tokenizer.known_ids) + 1} ids, the embedding {rows} rows; wanted a row for each id, "
+                "but for those of added tokens"
+            )
+        _ = tokenizer.stop_ids, tokenizer.pad_id, tokenizer.bos_id, tokenizer.adds_bos, tokenizer.encode("")
+        # A character that it has no id for is for the data to mend; a panic is no Exception.
+        with contextlib.suppress(Exception):
+            tokenizer._vocabulary.decode(tokenizer._vocabulary.encode(TRIED, special=False))
     return tokenizer
 
 

@@ -1,18 +1,21 @@
 """Text to token ids and back, by the two kinds of file: sentencepiece's `.model` and Hugging Face's `tokenizer.json`."""
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import itertools
+import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import is_file
 from oaif_jax.data.special_tokens import CONFIG, AddedToken, SpecialTokens
 
 
@@ -96,6 +99,39 @@ def cuts(text: str, pieces: Sequence[str]) -> list[str]:
     return [text[start:end] for start, end in itertools.pairwise(ends)]
 
 
+@contextlib.contextmanager
+def failing(path: pathlib.Path, how: str) -> Iterator[None]:
+    """UserError with the tokenizer's path for whatever its library raises. Panics of Rust are among it: BaseExceptions, of a
+    class that can't be imported."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"tokenizer {path} {how} ({reason}), wanted a tokenizer that can be used") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what Rust writes about a panic, past Python, from the terminal."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is no stderr
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def check_added(path: pathlib.Path, token: AddedToken, found: str | None) -> None:
     """A token that two files know under one id is the same token."""
     if token.text != found:
@@ -112,7 +148,7 @@ class SentencePiece(Vocabulary):
 
     @functools.cached_property
     def _model(self) -> sentencepiece.SentencePieceProcessor:
-        if not self.path.is_file():
+        if not is_file(self.path):
             raise UserError(f"tokenizer {self.path}: no such file, wanted a sentencepiece .model")
         try:
             model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
@@ -214,7 +250,7 @@ class TokenizerJson(Vocabulary):
     @functools.cached_property
     def _file(self) -> tokenizers.Tokenizer:
         """As it is in the file."""
-        if not self.path.is_file():
+        if not is_file(self.path):
             raise UserError(f"tokenizer {self.path}: no such file, wanted a tokenizer.json")
         try:
             found = tokenizers.Tokenizer.from_file(str(self.path))

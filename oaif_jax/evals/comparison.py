@@ -104,8 +104,11 @@ def evaluate(
         "log_ratio": float(joined["log_ratio"].mean()),
     }
     if judge is not None:
-        metrics["judge"] = verdicts.summarise(verdicts.by_orders(joined["judge"], joined["same"])) | answer_mass(
-            "judge_mass"
+        judged = joined["judge"]
+        metrics["judge"] = (
+            verdicts.summarise(verdicts.by_orders(judged, joined["same"]))
+            | verdicts.share_unknown(judged)
+            | answer_mass("judge_mass")
         )
     if data.gold:
         ours, theirs, most = joined["gold_policy"], joined["gold_reference"], joined["gold_most"].sum()
@@ -145,4 +148,5 @@ def _records(data: DataSet, examples, texts, their_texts, part: dict[str, np.nda
     for i, (example, ours, theirs) in enumerate(zip(examples, texts, their_texts, strict=True)):
         record: dict = {"prompt": context_of(example), "reference": theirs, "policy": ours}
         record |= {name: float(part[name][i]) for name in ("gold_reference", "gold_policy") if name in part}
-        yield record | ({"judge": float(part["judge"][i].mean())} if "judge" in part else {})
+        is_judged = "judge" in part and not verdicts.unknown(part["judge"])[i]
+        yield record | ({"judge": float(part["judge"][i].mean())} if is_judged else {})

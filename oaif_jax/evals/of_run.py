@@ -1,5 +1,6 @@
 """When a run is evaluated, and by what: on validation examples while it trains, on the final split at its end."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from oaif_jax.annotate.base import Annotator, asks_of
+from oaif_jax.base.errors import UserError
 from oaif_jax.data.records import Example
 from oaif_jax.evals import agreement, comparison, likelihood, verdicts
 from oaif_jax.evals.comparison import Cache, Evaluation
@@ -17,6 +19,7 @@ from oaif_jax.run import compiling
 from oaif_jax.run.setup import Setup, eval_chunk
 
 LOW_MASS = 0.1  # of an annotator's probability on its two answers
+NUMBERS = "wanted a model whose answers are numbers (config.compute.dtype=float32 has the widest range)"
 # What is said of greedy samples.
 GREEDY = ("gold", "judge", "mean_length", "finished", "words", "gold_mean", "gold_share")
 
@@ -43,6 +46,27 @@ class Evaluations:
         found = self._evaluate(params, "validation", count, thorough=thorough, cache=self._cache, temperature=None)
         self.seconds = max(time.monotonic() - compiling.seconds() - began, 0.0)
         return found
+
+    def check(self, metrics: Mapping[str, Any]) -> None:
+        """UserError, with the model's name, where a model's answers in an evaluation aren't numbers. Before any training, nothing
+        but the model is to blame."""
+        setup, asked = self._setup, metrics.get("annotator", {})
+        broken = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+        if setup.method.evaluation == "agreement":  # the policy is who answers
+            broken += [f"answers to {name!r}" for name, found in asked.items() if "unknown" in found]
+            asked = {}
+        if broken:
+            both = str(setup.policy.source)
+            if setup.reference is not None and setup.reference.source != setup.policy.source:
+                both += f", or the reference, {setup.reference.source},"
+            raise UserError(f"evaluation 0: {both} gives {', '.join(broken)} that are no numbers (NaN), {NUMBERS}")
+        said = [("judge", setup.judged_by, metrics.get("judge", {}))]
+        said += [("annotator", f"{setup.annotated_by}, {name}", found) for name, found in asked.items()]
+        for who, name, found in said:
+            if share := found.get("unknown"):
+                raise UserError(
+                    f"evaluation 0: the {who}, {name}, gives NaN in {share:.0%} of the comparisons, {NUMBERS}"
+                )
 
     def finish(self, params: PyTree, *, split: str = "", count: int = 0) -> Evaluation:
         """The same on the final split, and of greedy samples; or on another split, and any number of its examples."""

@@ -36,20 +36,32 @@ def by_scores(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.where(np.abs(first - second) < 1e-9, 0.5, (first > second).astype(float))
 
 
+def unknown(p_orders: np.ndarray) -> np.ndarray:
+    """Where a model's answer is no number in one order or the other, [B]: of those nothing is known."""
+    return np.asarray(~np.isfinite(p_orders).all(axis=1))
+
+
+def share_unknown(p_orders: np.ndarray) -> dict[str, float]:
+    """The share of pairs of which nothing is known, where there are any."""
+    share = float(unknown(p_orders).mean())
+    return {"unknown": share} if share else {}
+
+
 def by_orders(p_orders: np.ndarray, identical: np.ndarray) -> np.ndarray:
     """Verdicts of a judge that compares, [B] from P(first is better) by each order [B, 2]: what both orders say, and a tie
-    where they contradict each other or there is no difference."""
+    where they contradict each other, where nothing is known or there is no difference."""
+    p_orders = np.where(unknown(p_orders)[:, None], 0.5, p_orders)
     votes = np.sign(p_orders - 0.5).sum(axis=1)
     return np.where(identical, 0.5, (np.sign(votes) + 1) / 2)
 
 
 def agreement(p_orders: np.ndarray, gold_difference: np.ndarray | None, identical: np.ndarray) -> dict:
-    """How an annotator does on pairs: agreement of its two orders (identical pairs left out), agreement of its averaged
+    """How an annotator does on pairs, identical and unknown ones left out: agreement of its two orders, agreement of its averaged
     preference with gold (gold's ties left out too), and the numbers of pairs these are shares of (a share of none is
     absent, and what is about gold where its difference isn't known)."""
-    different = ~identical
+    different = ~identical & ~unknown(p_orders)
     orders = (p_orders[:, 0] > 0.5) == (p_orders[:, 1] > 0.5)
-    found: dict[str, float] = {"pairs": int(different.sum())}
+    found: dict[str, float] = {"pairs": int(different.sum()), **share_unknown(p_orders)}
     if different.any():
         found["order_agreement"] = float(orders[different].mean())
     if gold_difference is None:

@@ -108,6 +108,13 @@ class ModelConfig:
         return self.heads // self.kv_heads
 
     @property
+    def parameters(self) -> int:
+        """Numbers in the embedding, the head and all projections; norms and biases aren't counted."""
+        attention = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        mlp = (3 if self.gated else 2) * self.width * self.mlp
+        return self.layers * (attention + mlp) + self.padded_vocab_size * self.width * (1 if self.tied else 2)
+
+    @property
     def has_windows(self) -> bool:
         """Whether any layer is local."""
         return any(self.local_layers)

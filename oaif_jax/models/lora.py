@@ -43,12 +43,30 @@ def check_targets(text: str, cfg: ModelConfig) -> tuple[str, ...]:
     return targets
 
 
+def check_rank(rank: int, cfg: ModelConfig) -> None:
+    """UserError for a rank beyond the model's width: such an addition has more numbers than what it is added to."""
+    if rank > cfg.width:
+        raise UserError(f"config.policy.lora.rank={rank}, wanted at most the model's width, {cfg.width}")
+
+
+def _shapes(cfg: ModelConfig, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of a projection's input and output."""
+    sizes = {"D": cfg.width, "K": cfg.kv_heads, "G": cfg.groups, "H": cfg.head_dim, "F": cfg.mlp}
+    shape_in, shape_out = (tuple(sizes[d] for d in dims) for dims in TARGETS[name])
+    return shape_in, shape_out
+
+
+def parameters(cfg: ModelConfig, rank: int, targets: tuple[str, ...]) -> int:
+    """Numbers in the additions of a model."""
+    shapes = [_shapes(cfg, name) for name in targets]
+    return cfg.layers * rank * sum(math.prod(shape_in) + math.prod(shape_out) for shape_in, shape_out in shapes)
+
+
 def init(key: Array, cfg: ModelConfig, rank: int, targets: tuple[str, ...]) -> PyTree:
     """New float32 additions: a [L, *in, rank] normal with variance 1 / in, b [L, rank, *out] zero."""
-    sizes = {"D": cfg.width, "K": cfg.kv_heads, "G": cfg.groups, "H": cfg.head_dim, "F": cfg.mlp}
     added = {}
     for name, each in zip(targets, jax.random.split(key, len(targets)), strict=True):
-        shape_in, shape_out = (tuple(sizes[d] for d in dims) for dims in TARGETS[name])
+        shape_in, shape_out = _shapes(cfg, name)
         a = jax.random.normal(each, (cfg.layers, *shape_in, rank)) * math.prod(shape_in) ** -0.5
         added[name] = {"a": a, "b": jnp.zeros((cfg.layers, rank, *shape_out))}
     return added

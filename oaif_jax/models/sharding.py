@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from oaif_jax.base.errors import UserError
+from oaif_jax.config.keys import CPU_DEVICES
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -55,21 +56,40 @@ class ShardingError(UserError):
 
 
 def use_cpu_devices(count: int) -> None:
-    """Makes the CPU `count` devices (0: leaves it as it is), unless JAX has started or XLA_FLAGS says how many.
+    """Makes the CPU `count` devices (0: leaves it as it is), unless JAX has started or XLA_FLAGS says how many, and starts JAX.
+    UserError for more than XLA can be asked for, and where JAX can't start on the platforms that it is told to.
 
     Two devices of one core each, with half of the batch each, are faster than one device of two cores: XLA on CPU has much
     in a step that it doesn't split among threads.
     """
-    is_said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    said = re.findall(r"xla_force_host_platform_device_count=(\S*)", os.environ.get("XLA_FLAGS", ""))
+    is_said = bool(said)
     devices = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # made at run time
+    for name, asked in (("XLA_FLAGS=--xla_force_host_platform_device_count", said[-1] if said else "0"),
+                        ("JAX_NUM_CPU_DEVICES", str(devices))):  # fmt: skip
+        if asked.isdecimal() and int(asked) > CPU_DEVICES:  # XLA has no error for what it can't make: it crashes
+            raise ShardingError(f"{name}={asked}, wanted at most {CPU_DEVICES}")
     if count and not is_said and devices != count:
         with contextlib.suppress(RuntimeError):  # JAX has started, and its devices are what they are
             jax.config.update("jax_num_cpu_devices", count)
+    devices_there()
+
+
+def devices_there() -> list:
+    """JAX's devices; UserError where it can't start on the platforms that it is told to use."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # it asserts that a plugin is there
+        platforms = jax.config.jax_platforms  # type: ignore[attr-defined]  # made at run time
+        reason = f" ({' '.join(str(error).split())[:300]})" if str(error) else ""
+        raise ShardingError(
+            f"JAX_PLATFORMS={platforms}: JAX can't start{reason}, wanted a platform of this machine, such as cpu"
+        ) from error
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
     """A mesh of data x fsdp x tensor over all devices; data=-1 takes what is left."""
-    devices = jax.devices() if devices is None else devices
+    devices = devices_there() if devices is None else devices
     if data == -1:
         if len(devices) % (fsdp * tensor):
             raise ShardingError(

@@ -22,6 +22,16 @@ from oaif_jax.run import inputs
 
 # What a kill in a run's first moment leaves: no other program's files.
 FIRST = ("lock", inputs.FILE, f".{inputs.FILE}.partial", ".config.json.partial")
+# Settings of JAX that change the numbers of a program, or the random ones that it draws.
+SETTINGS = (
+    "jax_default_prng_impl", "jax_threefry_partitionable", "jax_threefry_gpu_kernel_lowering", "jax_random_seed_offset",
+    "jax_high_dynamic_range_gumbel", "jax_enable_x64", "jax_numpy_dtype_promotion", "jax_default_matmul_precision",
+    "jax_allow_f16_reductions", "jax_softmax_custom_jvp", "jax_disable_jit", "jax_debug_nans", "jax_debug_infs",
+    "jax_disable_most_optimizations",
+    "jax_optimization_level", "jax_exec_time_optimization_effort", "jax_use_shardy_partitioner",
+)  # fmt: skip
+VARIABLES = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
+HARMLESS_FLAGS = ("--xla_dump_", "--xla_force_host_platform_device_count")  # the second is said as `device`
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -37,14 +47,33 @@ def environment() -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "device": f"{jax.device_count()} x {device.device_kind}",
         "cores": cores(),
+        "settings": settings(),
     }
 
 
+def settings() -> dict[str, Any]:
+    """What JAX and XLA are told that changes numbers, by the names under which they are told it."""
+    of_jax = {name: getattr(jax.config, name) for name in SETTINGS if hasattr(jax.config, name)}
+    of_jax = {name: getattr(value, "value", value) for name, value in of_jax.items()}  # enums by what they are set to
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    of_xla = sorted(flag for flag in flags if not flag.startswith(HARMLESS_FLAGS))
+    return of_jax | {"XLA_FLAGS": " ".join(of_xla)} | {name: os.environ.get(name, "") for name in VARIABLES}
+
+
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`cores: 2 before, 4 now`, ... of two environments."""
-    flat = lambda env: {**{k: v for k, v in env.items() if k != "versions"}, **env["versions"]}  # noqa: E731
-    before, now = flat(old), flat(new)
-    return [f"{name}: {before.get(name)} before, {now[name]} now" for name in now if before.get(name) != now[name]]
+    """`cores: 2 before, 4 now`, ... of two environments; a run of an earlier version may not know all of it."""
+    before, now = _flat(old), _flat(new)
+    shown = lambda value: "not set" if value in ("", None) else value  # noqa: E731
+    return [
+        f"{name}: {shown(before[name])} before, {shown(now[name])} now"
+        for name in now
+        if name in before and before[name] != now[name]
+    ]
+
+
+def _flat(environment: dict[str, Any]) -> dict[str, Any]:
+    inner = {name: value for each in environment.values() if isinstance(each, dict) for name, value in each.items()}
+    return {name: value for name, value in environment.items() if not isinstance(value, dict)} | inner
 
 
 def nested(cfg: Config) -> dict[str, Any]:

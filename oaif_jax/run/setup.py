@@ -23,8 +23,9 @@ from oaif_jax.data.dataset import DataSet
 from oaif_jax.data.voice import Voice
 from oaif_jax.methods.base import Method, Models
 from oaif_jax.models import sharding
-from oaif_jax.models.config import ComputeConfig, Kernel
+from oaif_jax.models.config import ComputeConfig, Kernel, ModelConfig
 from oaif_jax.rollout import Sampler
+from oaif_jax.run import sizes
 from oaif_jax.step import Frozen
 from oaif_jax.stored.open import (
     POLICY,
@@ -35,6 +36,7 @@ from oaif_jax.stored.open import (
     open_frozen,
     open_model,
     read_run,
+    shape_of,
     source_of,
     step_of,
     voice_of,
@@ -106,6 +108,7 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
     check(cfg, kind, mesh)
     source = source_of(POLICY, cfg.policy)
     voice = voice_of(source, cfg.policy.chat, cfg.policy.chat_args)
+    sizes.check(cfg, kind, _shapes(cfg, kind, source, voice), mesh)
     section, data = cfg.data, _data(cfg, kind, source, voice)
     examples = len(data.splits["train"]) if kind.reads != "judged" else 0
     if cfg.rounds.portions and examples < cfg.rounds.count:
@@ -247,6 +250,21 @@ def eval_chunk(cfg: Config) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ data and models
+
+
+def _shapes(cfg: Config, kind: type[Method], source: Source, voice: Voice) -> dict[str, ModelConfig]:
+    """Of the models that a run reads, by the key of the config, as their files say them: no parameter is read."""
+    vocab_size = voice.tokenizer.vocab_size
+    found = {"policy": shape_of(source, vocab_size, cfg.policy.shape)}
+    is_compared = kind.evaluation == "comparison"
+    if (kind.has_reference or is_compared) and cfg.reference.init != "policy":
+        found["reference"] = shape_of(source_of("reference", cfg.reference), vocab_size)
+    is_asked = kind.asks or (is_compared and cfg.judge.init == "annotator")
+    if is_asked and not cfg.annotator.init.startswith(python.PREFIX):
+        found["annotator"] = shape_of(source_of("annotator", cfg.annotator), vocab_size)
+    if is_compared and cfg.judge.init not in ("annotator", "none"):
+        found["judge"] = shape_of(source_of("judge", cfg.judge), vocab_size)
+    return found
 
 
 @phase("reading the data")

@@ -11,14 +11,14 @@ from jaxtyping import Array, PyTree
 
 from oaif_jax import config
 from oaif_jax.base.errors import UserError
-from oaif_jax.base.files import reason
+from oaif_jax.base.files import is_dir, is_file, reason
 from oaif_jax.config import Config
 from oaif_jax.data.chat import open_template
 from oaif_jax.data.tokenizer import Tokenizer, open_tokenizer
 from oaif_jax.data.voice import Voice
 from oaif_jax.models import lora, quant, sharding, transformer
 from oaif_jax.models.config import ModelConfig
-from oaif_jax.stored import checkpoint, hf, single
+from oaif_jax.stored import checkpoint, finite, hf, single
 from oaif_jax.tiny.data import asset, plain_voice, policy_voice
 
 WANTED = "wanted tiny:NAME, hf, scratch, or WORKDIR[@best | @last | @STEP]"
@@ -78,7 +78,7 @@ def source_of(key: str, section) -> Source:
 def home(source: Source) -> pathlib.Path | None:
     """The Hugging Face directory that a model came from, through any number of runs; None in the tiny world."""
     if source.init == "hf":
-        if not pathlib.Path(source.path).is_dir() or not source.path:
+        if not source.path or not is_dir(pathlib.Path(source.path)):
             raise UserError(f"{source}: no such directory, wanted one with config.json, safetensors and a tokenizer")
         return pathlib.Path(source.path)
     if source.init == "scratch" or source.init.startswith("tiny:"):
@@ -123,6 +123,22 @@ def voice_of(source: Source, chat: str, arguments: str = "") -> Voice:
 # ------------------------------------------------------------------------------------------------ parameters
 
 
+def shape_of(source: Source, vocab_size: int, shape: config.Shape | None = None) -> ModelConfig:
+    """The shape of the model that `source` names, without its parameters; `vocab_size` and `shape` are for one from scratch."""
+    if source.init == "scratch":
+        if shape is None:
+            raise UserError(f"{source}: wanted a trained model (tiny:NAME, hf or a run's workdir)")
+        return ModelConfig(vocab_size=vocab_size, **dataclasses.asdict(shape))
+    if source.init == "hf":
+        directory = home(source)
+        assert directory is not None
+        return hf.read(directory).cfg
+    if source.init.startswith("tiny:"):
+        return single.shape(asset(source.init.removeprefix("tiny:")))
+    policy = run_config(source).policy
+    return shape_of(source_of(POLICY, policy), vocab_size, policy.shape)
+
+
 def open_model(
     source: Source, voice: Voice, mesh: Mesh, dtype: str, *, shape: config.Shape | None = None, seed: int = 0
 ) -> Model:
@@ -130,9 +146,7 @@ def open_model(
     trained additions, they and their base, which lies on the mesh as it did in that run."""
     vocab_size = voice.tokenizer.vocab_size
     if source.init == "scratch":
-        if shape is None:
-            raise UserError(f"{source}: wanted a trained model (tiny:NAME, hf or a run's workdir)")
-        cfg = ModelConfig(vocab_size=vocab_size, **dataclasses.asdict(shape))
+        cfg = shape_of(source, vocab_size, shape)
         _check_mesh(source, cfg, mesh)
         return Model(cfg, jax.jit(transformer.init, static_argnums=1)(jax.random.key(seed), cfg), voice, source)
     if source.init == "hf":
@@ -140,7 +154,9 @@ def open_model(
         _check_mesh(source, found.cfg, mesh)
         return Model(found.cfg, hf.load(found, mesh, dtype), voice, source, found)
     if source.init.startswith("tiny:"):
-        params, cfg = single.load(asset(source.init.removeprefix("tiny:")))
+        path = asset(source.init.removeprefix("tiny:"))
+        params, cfg = single.load(path)
+        finite.check(params, path)
         model = Model(cfg, params, voice, source)
     else:
         model = _of_run(source, voice, mesh, dtype)
@@ -284,7 +300,7 @@ def run_config(source: Source) -> Config:
     """The config of the run that a source names."""
     workdir, _ = run_of(source)
     path = workdir / "config.json"
-    if not (workdir / "checkpoints").is_dir() or not path.is_file():
+    if not is_dir(workdir / "checkpoints") or not is_file(path):
         raise UserError(f"{source}: no run there ({workdir / 'checkpoints'} doesn't exist), {WANTED}")
     return config.read(path)[0]
 
@@ -301,11 +317,12 @@ def read_run(workdir: str | pathlib.Path, which: str) -> tuple[Config, PyTree, S
         raise UserError(
             f"--workdir={workdir}: no run there ({'no config.json' if is_absent else reason(error)})"
         ) from error
-    if not (workdir / "checkpoints").is_dir():
+    if not is_dir(workdir / "checkpoints"):
         raise UserError(f"--workdir={workdir}: this run has no checkpoint yet")
     cfg, _ = config.read(path)
     sharding.use_cpu_devices(cfg.mesh.cpu_devices)  # as the run had them: JAX starts when a checkpoint is read
     params, meta = checkpoint.load_params(workdir / "checkpoints", which)
+    finite.check(params, workdir / "checkpoints" / str(meta["step"]))
     return cfg, params, Source(POLICY, f"{workdir}@{meta['step']}", "")
 
 
@@ -318,6 +335,7 @@ def _of_run(source: Source, voice: Voice, mesh: Mesh, dtype: str) -> Model:
     cfg = run_config(source)
     workdir, which = run_of(source)
     params, meta = checkpoint.load_params(workdir / "checkpoints", which)
+    finite.check(params, f"{source}: {workdir / 'checkpoints' / str(meta['step'])}")
     model = ModelConfig.from_json(meta["model"])
     first = source_of(POLICY, cfg.policy)
     directory = home(first)

@@ -1,8 +1,10 @@
 """A model in one safetensors file: its parameters, and in the header its shape and where it comes from."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import ml_dtypes
@@ -41,10 +43,19 @@ def save(path: pathlib.Path, params: PyTree, cfg: ModelConfig, recipe: str) -> N
 
 def load(path: pathlib.Path) -> tuple[PyTree, ModelConfig]:
     """Parameters as they are stored, and the model's shape."""
+    with _readable(path):
+        return unflatten(safetensors.numpy.load_file(path)), shape(path)
+
+
+def shape(path: pathlib.Path) -> ModelConfig:
+    """The model's shape, from the file's header."""
+    with _readable(path), safetensors.safe_open(path, "numpy") as file:  # type: ignore[attr-defined]
+        return ModelConfig.from_json(json.loads((file.metadata() or {})["model"]))
+
+
+@contextlib.contextmanager
+def _readable(path: pathlib.Path) -> Iterator[None]:
     try:
-        with safetensors.safe_open(path, "numpy") as file:  # type: ignore[attr-defined]
-            cfg = ModelConfig.from_json(json.loads((file.metadata() or {})["model"]))
-        flat = safetensors.numpy.load_file(path)
+        yield
     except (safetensors.SafetensorError, KeyError, TypeError, OSError) as error:  # type: ignore[attr-defined]
         raise UserError(f"model {path} can't be read ({error}), wanted a safetensors file made by oaif_jax") from error
-    return unflatten(flat), cfg

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from oaif_jax.annotate.prompts import CONTEXT, Instruction
+from oaif_jax.annotate.prompts import CONTEXT, Instruction, read_text
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import is_file
 from oaif_jax.data import jsonl
 from oaif_jax.data.chat import ChatTemplate
 from oaif_jax.data.dataset import Arrays, DataSet, Gold, Judged
@@ -31,11 +32,10 @@ LIST_STEPS, EARLY_LISTS, LATE_LISTS = 500, 0.75, 0.1
 
 def asset(name: str) -> pathlib.Path:
     """The file of an asset, by its name without ending."""
-    found = sorted(ASSETS.glob(f"{name}.*"))
-    if len(found) != 1:
-        known = sorted({path.name.split(".")[0] for path in ASSETS.glob("*.*")})
-        raise UserError(f"tiny:{name}: no such asset, there are {', '.join(known)}")
-    return found[0]
+    found = {path.name.split(".")[0]: path for path in sorted(ASSETS.glob("*.*"))}
+    if name not in found:
+        raise UserError(f"tiny:{name}: no such asset, there are {', '.join(found)}")
+    return found[name]
 
 
 # ------------------------------------------------------------------------------------------------ how its models speak
@@ -45,7 +45,7 @@ def asset(name: str) -> pathlib.Path:
 def policy_voice() -> Voice:
     """How the world's policies read a post; a summary begins with a space."""
     tokenizer, path = Tokenizer(asset("tokenizer")), pathlib.Path(__file__).parent / "chat_template.jinja"
-    return Voice(tokenizer, ChatTemplate(path, path.read_text()), tokenizer.stop_ids, spaced=True)
+    return Voice(tokenizer, ChatTemplate(path, path.read_text(), is_ours=True), tokenizer.stop_ids, spaced=True)
 
 
 @functools.cache
@@ -61,10 +61,10 @@ def instruction(name: str) -> Instruction:
         text = templates.instruction(name)
     else:
         path = pathlib.Path(name)
-        if not path.is_file():
+        if not is_file(path):
             known = ", ".join(templates.INSTRUCTIONS)
             raise UserError(f"instruction {name!r} doesn't exist: wanted {known} or the path of a text file")
-        text = path.read_text().strip()
+        text = read_text(path, name).strip()
     trunk = templates.annotation(CONTEXT, text)
     return Instruction(
         name, trunk, templates.FIRST, templates.SECOND, templates.CLOSING, inverted=False, answers=templates.ANSWERS

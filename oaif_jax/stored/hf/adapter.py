@@ -41,7 +41,8 @@ def save_adapter(directory: str | pathlib.Path, added: PyTree, cfg: ModelConfig,
     """
     directory = pathlib.Path(directory)
     family = FAMILIES[source.family]
-    if len(family.prefixes) > 1:
+    prefix, *others = family.prefixes
+    if others:
         raise UserError(
             f"{source.directory} is a model that also sees, whose modules have other names than a text model's: "
             "wanted the merged model instead of an adapter"
@@ -60,13 +61,13 @@ def save_adapter(directory: str | pathlib.Path, added: PyTree, cfg: ModelConfig,
             continue
         ranks[name.rpartition(".")[2]] = rank * len(there)
         for layer in range(cfg.layers):
-            key = f"base_model.model.{family.prefixes[0]}layers.{layer}.{name}"
+            key = f"base_model.model.{prefix}layers.{layer}.{name}"
             a = [low[target]["a"][layer].reshape(-1, rank).T for target in there]
             tensors[f"{key}.lora_A.weight"] = np.concatenate(a)
             b = [_outputs(row, low, there, rank, layer, cfg) for row in rows]
             tensors[f"{key}.lora_B.weight"] = np.concatenate(b)
     alpha = cfg.lora_scale * rank
-    others = {name: each for name, each in ranks.items() if each != rank}
+    larger = {name: each for name, each in ranks.items() if each != rank}
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -74,8 +75,8 @@ def save_adapter(directory: str | pathlib.Path, added: PyTree, cfg: ModelConfig,
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": sorted(ranks),
-        "rank_pattern": others,
-        "alpha_pattern": {name: cfg.lora_scale * each for name, each in others.items()},
+        "rank_pattern": larger,
+        "alpha_pattern": {name: cfg.lora_scale * each for name, each in larger.items()},
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -6,6 +6,7 @@ from oaif_jax.stored.hf.families import Family
 from oaif_jax.stored.hf.rope import GLOBAL, LOCAL, read_rope
 from oaif_jax.stored.hf.values import Values
 
+MOST_LAYERS = 10_000
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -34,7 +35,7 @@ def model_config(values: Values, family: Family, labels: int) -> ModelConfig:
             vocab_size=rows,
             embedding_rows=rows,
             width=width,
-            layers=values.size("num_hidden_layers"),
+            layers=values.size("num_hidden_layers", most=MOST_LAYERS),
             heads=heads,
             kv_heads=values.size("num_key_value_heads", heads),
             head_dim=head_dim,
@@ -81,7 +82,7 @@ def biases(values: Values, family: Family) -> str:
 
 def local_layers(values: Values, family: Family) -> tuple[bool, ...]:
     """Which layers see a window only; empty if none does."""
-    layers = values.size("num_hidden_layers")
+    layers = values.size("num_hidden_layers", most=MOST_LAYERS)
     by_rule = _local_by_rule(values, family, layers)
     types = values.texts("layer_types")
     if types and (len(types) != layers or not set(types) <= {LOCAL, GLOBAL}):

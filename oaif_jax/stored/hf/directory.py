@@ -9,11 +9,12 @@ import numpy as np
 from jaxtyping import PyTree
 
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import is_file
 from oaif_jax.models import transformer
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.stored.hf.config import model_config
 from oaif_jax.stored.hf.families import FAMILIES, family
-from oaif_jax.stored.hf.tensors import has_weights, open_tensors, weight_files
+from oaif_jax.stored.hf.tensors import has_weights, layers, open_tensors, weight_files
 from oaif_jax.stored.hf.values import Values, read_json
 
 ROWS = 4096  # of embedding and head that are compared at a time
@@ -42,7 +43,7 @@ def read(directory: str | pathlib.Path) -> HFModel:
     A config.json that says that the head is the embedding is believed as far as the files hold no other head.
     """
     directory = pathlib.Path(directory)
-    if not (directory / "config.json").is_file():
+    if not is_file(directory / "config.json"):
         raise UserError(
             f"model {directory}: no config.json there, wanted a directory with a model of Hugging Face's form"
         )
@@ -50,7 +51,12 @@ def read(directory: str | pathlib.Path) -> HFModel:
     text = text_config(values)
     labels = _labels(values)
     name = values.text("model_type")
-    cfg = model_config(text, family(values.where, name), labels)
+    known = family(values.where, name)
+    # Before anything is made of a size: all else is compared with the weights when they are read.
+    there, count = layers(directory, known.prefixes), text.size("num_hidden_layers")
+    if there is not None and count > there:
+        raise text.error("num_hidden_layers", f"the {there} that the weights beside it have")
+    cfg = model_config(text, known, labels)
     if cfg.tied and not labels and has_weights(directory):
         stamps = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in weight_files(directory))
         cfg = dataclasses.replace(cfg, tied=not _has_another_head(directory, name, stamps))
@@ -111,7 +117,7 @@ def _labels(values: Values) -> int:
 
 def _stop_ids(directory: pathlib.Path, *configs: Values) -> tuple[int, ...]:
     generation = directory / "generation_config.json"
-    for values in ((read_json(generation),) if generation.is_file() else ()) + configs:
+    for values in ((read_json(generation),) if is_file(generation) else ()) + configs:
         found = values.entries.get("eos_token_id")
         if found is None:
             continue

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from oaif_jax.base.errors import UserError
 from oaif_jax.models.sharding import param_shardings, path_name
+from oaif_jax.stored import finite
 from oaif_jax.stored.hf import pieces as geometry
 from oaif_jax.stored.hf.directory import HFModel, abstract_params
 from oaif_jax.stored.hf.families import FAMILIES, Family
@@ -26,7 +27,8 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 def load(model: HFModel, mesh: Mesh, dtype: str) -> PyTree:
     """The model's parameters in `dtype` (float32, bfloat16), each device with its part of the mesh.
 
-    Before anything is read, headers are checked: missing, unknown and repeated keys, shapes and files raise by name.
+    Before anything is read, headers are checked: missing, unknown and repeated keys, shapes and files raise by name. So do values
+    that aren't finite.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}, wanted one of {', '.join(DTYPES)}")
@@ -101,5 +103,10 @@ def _read_part(
         stacked = piece.layer is not None  # layers are never split: a device has all of them
         target = part[piece.layer] if stacked else part
         held = geometry.held_ranges(piece, ranges[stacked:], shape[stacked:])
-        geometry.put(target, piece, tensors[piece.key].read(geometry.region(piece, held)), held)
+        tensor = tensors[piece.key]
+        block = tensor.read(geometry.region(piece, held))
+        if count := finite.broken(block):
+            leaf = piece.leaf if piece.layer is None else f"{piece.leaf} in layer {piece.layer}"
+            raise finite.error(f"{tensor.path}: {piece.key} ({leaf})", count, block.size)
+        geometry.put(target, piece, block, held)
     return part

@@ -10,6 +10,7 @@ import numpy as np
 import safetensors
 
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import is_file
 from oaif_jax.stored.hf.values import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -72,20 +73,33 @@ def check(
 
 def has_weights(directory: pathlib.Path) -> bool:
     """Whether a directory holds parameters, and not only what is said about them."""
-    return (directory / SINGLE).is_file() or (directory / INDEX).is_file()
+    return is_file(directory / SINGLE) or is_file(directory / INDEX)
+
+
+def layers(directory: pathlib.Path, prefixes: Sequence[str]) -> int | None:
+    """How many layers the weights have, by the headers of model.safetensors or by the index; None where there are no weights."""
+    if is_file(directory / SINGLE):
+        with contextlib.ExitStack() as stack:
+            keys = list(_open(stack, directory / SINGLE).keys())
+    elif is_file(directory / INDEX):
+        keys = list(_weight_map(directory))
+    else:
+        return None
+    pattern = re.compile(rf"(?:{'|'.join(map(re.escape, prefixes))})layers\.(\d{{1,9}})\.")
+    return max((int(found[1]) + 1 for key in keys if (found := pattern.match(key))), default=0)
 
 
 def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
     """The files that hold a model's parameters; UserError where one is missing."""
-    if (directory / SINGLE).is_file():
+    if is_file(directory / SINGLE):
         return [directory / SINGLE]
-    if not (directory / INDEX).is_file():
+    if not is_file(directory / INDEX):
         raise UserError(
             f"model {directory}: neither {SINGLE} nor {INDEX} is there (other forms of weights aren't read)"
         )
     paths = [directory / name for name in sorted(set(_weight_map(directory).values()))]
     for path in paths:
-        if not path.is_file():
+        if not is_file(path):
             raise UserError(f"model {directory}: {path.name} is missing, which {INDEX} names")
     return paths
 
@@ -99,7 +113,7 @@ def _weight_map(directory: pathlib.Path) -> Mapping[str, str]:
 
 
 def _check_index(directory: pathlib.Path, found: Mapping[str, Tensor]) -> None:
-    if (directory / SINGLE).is_file():
+    if is_file(directory / SINGLE):
         return
     for key, name in _weight_map(directory).items():
         if key not in found or found[key].path.name != name:

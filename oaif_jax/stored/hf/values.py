@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import read_bytes
+
+MOST = 2**24  # of an axis: with that, a leaf's elements can still be counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +28,17 @@ class Values:
         found = self._of_type(key, (int,), "an integer", default)
         if found < 0:
             raise self.error(key, "an integer that isn't negative")
+        if found >= 2**31:  # arrays count in int32
+            raise self.error(key, f"at most {2**31 - 1:,}")
         return found
 
-    def size(self, key: str, default: int | None = None) -> int:
-        """An integer of at least 1."""
+    def size(self, key: str, default: int | None = None, most: int = MOST) -> int:
+        """An integer from 1 to `most`."""
         found = self._of_type(key, (int,), "an integer", default)
         if found < 1:
             raise self.error(key, "at least 1")
+        if found > most:
+            raise self.error(key, f"at most {most:,}")
         return found
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -81,12 +88,15 @@ class Values:
 
 
 LARGEST = 1e30
+MOST_BYTES = 10**8  # of a file: the index of the largest models has a million
 
 
 def read_json(path: pathlib.Path) -> Values:
     """The object in a file."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(read_bytes(path, MOST_BYTES).decode())
+    except UserError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read ({error}), wanted a JSON file") from error
     except (ValueError, RecursionError) as error:
