@@ -8,9 +8,9 @@ import jax
 _seconds: dict[int, float] = collections.defaultdict(float)  # by thread
 
 
-def _heard(event: str, seconds: float, **_: object) -> None:
+def _heard(event: str, duration_secs: float, **_: str | int) -> None:
     if event.startswith("/jax/core/compile/"):
-        _seconds[threading.get_ident()] += seconds
+        _seconds[threading.get_ident()] += duration_secs
 
 
 jax.monitoring.register_event_duration_secs_listener(_heard)
