@@ -3,10 +3,12 @@
 import io
 import math
 import re
+import time
 
 import pytest
 from rich.console import Console
 
+from oaif_jax.base import phases
 from oaif_jax.run.progress import Progress
 
 TRAINING = {"loss": 0.4321, "annotator.order_agreement": 0.9, "tokens_per_second": 12345.0, "kl": 3.0}
@@ -199,3 +201,57 @@ def test_a_terminal_keeps_the_bar_and_the_messages():
     assert "checkpoint [saved]" in text
     assert "2/2" in text
     assert "took 0:0" in text
+
+
+def test_steps_and_time_are_estimated_before_the_first_step(clock):
+    console = log()
+    progress = Progress(240, 0, "online dpo", console=console, clock=clock)
+    progress.expect(150.0, "by evaluation 0", " of 32 and 7 evaluations")
+    assert console.file.getvalue() == "240 steps of 32 and 7 evaluations: about 2.5 minutes by evaluation 0\n"
+    assert "about 2:30 left" in " ".join(shown(progress, 120))
+    clock.now += 10
+    assert "about 2:20 left" in " ".join(shown(progress, 120))
+    for step in (1, 2):
+        clock.now += 1
+        progress.update(step, TRAINING)
+    assert "3:58 left" in " ".join(shown(progress, 120))  # as it was measured
+    assert "about" not in " ".join(shown(progress, 120))
+
+
+def test_an_unknown_time_is_not_guessed(clock):
+    console = log()
+    Progress(1, 0, "sft", console=console, clock=clock).expect(None, "")
+    assert console.file.getvalue() == "1 step: how long, the first steps tell\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(5, "half a minute"), (45, "a minute"), (90, "1.5 minutes"), (5400, "1.5 hours"), (36000, "10 hours")],
+)
+def test_estimates_have_two_figures(clock, seconds, shown):
+    console = log()
+    Progress(9, 0, "sft", console=console, clock=clock).expect(seconds, "by evaluation 0")
+    assert f"about {shown} by" in console.file.getvalue()
+
+
+def test_a_long_step_and_a_long_phase_are_named_in_a_log(monkeypatch):
+    monkeypatch.setattr(phases, "SOON", 0.05)
+    monkeypatch.setattr(phases, "OFTEN", 0.2)
+    console = log()
+    with Progress(9, 2, "online dpo", console=console):
+        time.sleep(0.8)
+        with phases.phase("evaluating", total=64) as under_way:
+            under_way.at(32)
+            time.sleep(0.8)
+    lines = console.file.getvalue().splitlines()
+    assert any(line.startswith("online dpo 2/9: step 3, 0:0") for line in lines)
+    assert any(line.startswith("online dpo 2/9: evaluating 32/64, 0:0") for line in lines)
+
+
+def test_the_bar_names_the_phase(clock):
+    progress = Progress(9, 0, "online dpo", console=terminal(140), clock=clock)
+    with phases.phase("compiling the step"):
+        assert "compiling the step, 0:0" in " ".join(shown(progress, 140))
+    progress.update(1, TRAINING)
+    with phases.phase("evaluating", total=64):
+        assert "evaluating 0/64" in " ".join(shown(progress, 140))

@@ -62,7 +62,8 @@ def evaluation(step: int, progress: float) -> dict[str, float]:
     line = {"step": step, "kind": "eval"}
     line |= {f"gold.{key}": value for key, value in judged(0.5 + 0.4 * progress).items()}
     line |= {f"judge.{key}": value for key, value in judged(0.5 + 0.36 * progress).items()}
-    line |= {"mean_length": 3.9 + 3.2 * progress, "reference_length": 3.9, "kl": 12.3 * progress**1.5}
+    line |= {"mean_length": 3.9 + 3.2 * progress, "reference_length": 3.9, "log_ratio": 12.3 * progress**1.5}
+    line |= {"finished": 0.975, "reference_finished": 0.88}
     line |= {"gold_mean": 0.9 + 2.1 * progress, "reference_gold_mean": 0.9, "words": 2.9 + 3.2 * progress}
     line |= {"gold_share": 0.22 + 0.53 * progress, "reference_gold_share": 0.22}
     for name, agreement in (("helpful", 0.92), ("short", 0.9), ("very_short", 0.88)):
@@ -81,7 +82,7 @@ def training(step: int, progress: float, rng: np.random.Generator) -> dict[str, 
         "annotator.gold_agreement": min(1.0, 0.93 - 0.03 * progress + 0.04 * rng.normal()),
         "annotator.order_agreement": min(1.0, 0.9 + 0.02 * progress + 0.04 * rng.normal()),
         "annotator.confidence": 0.86 + 0.01 * rng.normal(),
-        "kl": 12.0 * progress**1.5 + 0.5 * rng.random(),
+        "log_ratio": 12.0 * progress**1.5 + 0.5 * rng.random(),
         "length": 3.9 + 3.2 * progress,
         "tokens_per_second": 12345.0,
         "seconds": 0.9,
@@ -98,14 +99,24 @@ def summary_of(last: dict[str, float], first: dict[str, float]) -> dict:
         return {name: {key: line[f"annotator.{name}.{key}"] for key in measures} for name in templates.INSTRUCTIONS}
 
     verdicts = {"gold": nested("gold"), "judge": nested("judge")}
-    own = {key: last[key] for key in ("mean_length", "words", "gold_mean", "gold_share")}
-    against = {key: last[key] for key in ("reference_length", "kl", "reference_gold_mean", "reference_gold_share")}
+    own = {key: last[key] for key in ("mean_length", "finished", "words", "gold_mean", "gold_share")}
+    against = {
+        key: last[key]
+        for key in (
+            "reference_length",
+            "reference_finished",
+            "log_ratio",
+            "reference_gold_mean",
+            "reference_gold_share",
+        )
+    }
     return {
         "method": "online", "loss": "dpo", "beta": 0.1, "instruction": "helpful", "seed": 0, "steps": STEPS,
         "split": "test", "prompts": PROMPTS, "versions": {"jax": "0.10.2", "python": "3.12.3"}, "device": "2 x cpu",
         "cores": 2, **verdicts, **own, **against, "greedy": {**verdicts, **own},
         "annotator": {
-            "order_agreement": 0.91, "gold_agreement": 0.924, "start": agreements(first), "end": agreements(last)
+            "order_agreement": 0.91, "gold_agreement": 0.924, "pairs": 1903, "decided": 812,
+            "start": agreements(first), "end": agreements(last),
         },
         "evaluated_step": STEPS, "seconds": 161.2, "params_sha256": "0123456789abcdef" * 4,
         "command": "python -m oaif_jax.train --config=experiments/tiny.py:tldr,online,dpo --workdir=runs/online_dpo",
@@ -125,7 +136,7 @@ def write_online_run(workdir: pathlib.Path, steps: int = STEPS, every: int = EVE
     write_lines(workdir / "metrics.jsonl", lines)
     write_samples(workdir / "samples" / "final.jsonl", prompts, 1.0)
     config = {"method": "online", "seed": 0, "loss": {"name": "dpo", "beta": 0.1}, "sample": {"temperature": 0.9}}
-    config |= {"policy": {"init": "sft", "shape": {"width": 96}}}
+    config |= {"policy": {"init": "sft", "shape": {"width": 96}}, "data": {"name": "tiny", "response_tokens": 16}}
     (workdir / "config.json").write_text(json.dumps(config))
     (workdir / "summary.json").write_text(json.dumps(summary_of(lines[-1], lines[0])))
 
@@ -224,7 +235,7 @@ def test_an_unfinished_run_is_read_only_on_request(online, tmp_path):
     run, finished = report.load(unfinished, finished=False), report.load(online)
     assert not run.finished
     assert run.last_samples == run.samples["step_000060"]
-    for key in ("kl", "mean_length", "reference_gold_mean"):
+    for key in ("log_ratio", "mean_length", "reference_gold_mean"):
         assert run.standing[key] == finished.summary[key]
     assert run.standing["gold"]["interval"] == finished.summary["gold"]["interval"]
     assert run.standing["annotator"]["start"] == finished.summary["annotator"]["start"]
@@ -447,9 +458,10 @@ def test_the_final_tables_hold_the_results(online):
         ("mean gold score", "gold_mean", "0.90"),
     ):
         assert f"| {name} | {run.summary[key]:.2f} | {run.summary['greedy'][key]:.2f} | {theirs} |" in text
-    assert f"| KL to the reference (nats) | {run.summary['kl']:.2f} | - | - |" in text
-    assert "| whole run | 92.4 % | 91.0 % |" in text
-    assert "| very short, start | 88.0 % | 85.0 % |" in text
+    assert f"| log-ratio to the reference (nats) | {run.summary['log_ratio']:.2f} | - | - |" in text
+    assert "| whole run | 92.4 % of 812 | 91.0 % of 1,903 |" in text
+    assert "| very short, start | 88.0 % of 50 | 85.0 % of 60 |" in text
+    assert "| cut at the limit of 16 tokens | 2.5 % | 2.5 % | 12.0 % |" in text
     assert "| parameters (SHA-256) | 0123456789ab |" in text
     assert "| time | 2 min 41 s |" in text
     assert "0123456789abc" not in text
@@ -485,7 +497,7 @@ def test_runs_of_other_kinds_show_what_is_there(workdir):
     write_plain_run(workdir, "annotator", annotator_lines(), ANNOTATOR_RESULTS)
     text = tables.final_table_markdown(report.load(workdir))
     assert "**Annotator, on held-out pairs**" in text
-    assert "| very short | 90.0 % | 88.0 % |" in text
+    assert "| very short | 90.0 % of 50 | 88.0 % of 60 |" in text
     assert "| accuracy | 0.924 |" in text
     assert tables.side_by_side_markdown(report.load(workdir)) == ""
     assert printed(tables.side_by_side(report.load(workdir))).strip() == ""
@@ -541,10 +553,10 @@ def test_texts_are_shown_as_they_are(workdir):
 
 
 def test_comparison_gives_means_and_student_intervals():
-    seeds = [{"gold": {"score": score}, "kl": 1.0} for score in (0.86, 0.88, 0.93)]
+    seeds = [{"gold": {"score": score}, "log_ratio": 1.0} for score in (0.86, 0.88, 0.93)]
     table = tables.comparison([("online", seeds), ("offline", [{"gold": {"score": 0.6}}]), ("none", [])])
     half = 4.3027 * statistics.stdev([86, 88, 93]) / math.sqrt(3)
-    assert table.columns == ("Run", "Seeds", "Gold", "KL (nats)")
+    assert table.columns == ("Run", "Seeds", "Gold", "Log-ratio (nats)")
     assert table.rows[0] == ("online", "3", f"89.0 ± {half:.1f} %", "1.00 ± 0.00")
     assert table.rows[1] == ("offline", "1", "60.0 %", "-")
     assert table.rows[2] == ("none", "0", "-", "-")
@@ -564,8 +576,8 @@ def test_comparison_of_other_kinds_shows_their_numbers():
 
 
 def test_comparison_refuses_seeds_that_lack_a_number():
-    with pytest.raises(report.ReportError, match="online: 1 of 2 summaries have no kl"):
-        tables.comparison([("online", [{"kl": 1.0}, {}])])
+    with pytest.raises(report.ReportError, match="online: 1 of 2 summaries have no log_ratio"):
+        tables.comparison([("online", [{"log_ratio": 1.0}, {}])])
 
 
 @pytest.mark.parametrize(
@@ -596,7 +608,7 @@ def test_panels_are_those_that_were_measured(online, workdir):
         "Loss",
         "Gold score",
         "Length",
-        "KL to the reference, in nats",
+        "Log-ratio to the reference, in nats",
         "Annotator on the policy's pairs",
     ]
     assert panel_titles(report.load(workdir)) == ["Loss", "Gold score", "Length"]
@@ -677,7 +689,7 @@ def test_the_page_loads_nothing(online):
     assert not re.findall(r"url\((?!['\"]?#)", text)
     assert "@import" not in text
     assert not {"link", "iframe", "object", "embed", "img", "base"} & set(page.tags)
-    assert page.tags.count("svg") == 1
+    assert page.tags.count("svg") == 2  # for desktops, and for phones
 
 
 def test_the_page_admits_its_own_script_only(online):
@@ -772,3 +784,132 @@ def test_drawing_leaves_pyplot_alone(workdir):
     program = f"""import sys, oaif_jax.report as report; report.write({str(workdir)!r})
 assert "matplotlib.figure" in sys.modules and "matplotlib.pyplot" not in sys.modules"""
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+# ------------------------------------------------------------------------------------------------ what is said of a run
+
+SETTING = {
+    "method": "online", "steps": 100, "loss": {"name": "ipo", "beta": 0.5}, "sample": {"temperature": 0.7},
+    "policy": {"init": "hf", "path": "models/mine", "quant": "none", "lora": {"rank": 16, "alpha": 32.0, "targets": "q,v"}},
+    "reference": {"init": "policy"}, "data": {"name": "prompts", "batch": 8, "response_tokens": 128},
+    "annotator": {"init": "hf", "path": "models/other", "quant": "nf4", "instruction": "mine/brief.txt"},
+    "judge": {"init": "annotator", "instruction": "helpful_judge"},
+    "optimizer": {"name": "adamw", "lr": 2e-4, "schedule": "constant", "warmup": 10, "accumulate": 2},
+}  # fmt: skip
+
+
+def run_of(config: dict, **changes) -> report.Run:
+    """A run without files."""
+    summary = {"method": "online", "steps": 100, "reference_length": 9.0, "mean_length": 8.0, "finished": 0.75}
+    summary |= {"judge": {"win": 0.5, "tie": 0.25, "loss": 0.25, "score": 0.625, "interval": [0.4, 0.8], "pairs": 32}}
+    summary |= {"log_ratio": 1.5, "prompts": 32, "split": "test"}
+    sample = report.Sample("Why?", "Because.", "So.", judge=0.6)
+    return report.Run(pathlib.Path("runs/mine"), config, (), (), {"final": (sample,)}, summary | changes)
+
+
+def test_what_was_trained_who_annotated_and_who_judged_are_there():
+    text = tables.final_table_markdown(run_of(SETTING))
+    for row in (
+        "| policy | models/mine |",
+        "| LoRA | rank 16, alpha 32, on q,v |",
+        "| reference | the policy's start |",
+        "| annotator | models/other, nf4, mine/brief.txt |",
+        "| judge | models/other, nf4, helpful_judge |",
+        "| learning rate | 0.0002, constant, 10 steps of warm-up, adamw |",
+        "| batch | 8 a step, in 2 parts |",
+        "| cut at the limit of 128 tokens | 25.0 % | - |",
+    ):
+        assert row in text, row
+    assert "judged by" not in text
+    rounds = SETTING | {"rounds": {"count": 3, "lr": "5e-7,3e-7,1e-7"}}
+    assert "| learning rate | 5e-7,3e-7,1e-7 by round, constant" in tables.final_table_markdown(run_of(rounds))
+
+
+def test_a_function_that_annotates_was_given_no_instruction():
+    python = SETTING | {"annotator": {"init": "python:mine.longer_wins", "instruction": "helpful"}}
+    text = tables.final_table_markdown(run_of(python))
+    assert "| annotator | python:mine.longer_wins |" in text
+    assert "| judge | python:mine.longer_wins |" in text
+    assert "helpful |" not in text
+
+
+def test_words_of_the_tiny_world_stay_there():
+    """Of other data nothing is a post, and nobody is SFT."""
+    run = run_of(SETTING)
+    shown = [html.report(run), tables.final_table_markdown(run), tables.side_by_side_markdown(run)]
+    shown += [printed(tables.side_by_side(run)), tables.to_markdown(tables.comparison([("a", [run.summary])]))]
+    for text in shown:
+        words = re.sub(r"<style>.*?</style>|<script>.*?</script>|<[^>]*>", " ", text, flags=re.DOTALL)
+        assert not re.findall(r"\b(posts?|summar\w+|SFT|[Gg]old)\b", words), words
+        assert not re.findall(r'"Filter [^"]*(posts|summaries)', text)
+    assert "Filter prompts and responses" in shown[0]
+
+
+def test_a_tiny_policy_that_began_elsewhere_is_not_compared_with_sft(online):
+    run = report.load(online)
+    assert run.opponent == "SFT"
+    other = dataclasses.replace(run, config=run.config | {"policy": {"init": "runs/x@best"}})
+    assert other.opponent == "the reference"
+    assert other.words == ("post", "summaries")
+
+
+@pytest.mark.parametrize(
+    ("loss", "start"),
+    [
+        ({"name": "dpo", "beta": 0.3}, "0.6931"),
+        ({"name": "ipo", "beta": 0.5}, "1"),
+        ({"name": "slic", "beta": 0.002}, "1"),
+    ],
+)
+def test_one_line_says_what_a_normal_loss_looks_like(loss, start):
+    run = run_of(SETTING | {"loss": loss})
+    (line,) = [line for line in tables.final_table_markdown(run).splitlines() if line.startswith("A normal loss")]
+    assert f"starts at {start}," in line
+    assert html.report(run).count("A normal loss") == 1
+    assert "nats a token" in report.setting.normal_loss(run_of(SETTING | {"method": "sft"}))
+
+
+def test_a_finished_run_says_how_to_go_on_longer():
+    said = printed(tables.to_rich(tables.Table("", ("", ""), (("", report.setting.longer(run_of(SETTING))),))), 200)
+    assert "--config.steps=200" in said
+    for change in ({"optimizer": {"schedule": "linear"}}, {"async_steps": 1}, {"rounds": {"count": 2}}):
+        said = report.setting.longer(run_of(SETTING | change))
+        assert "--config.steps" not in said
+        assert "--config.policy.init=runs/mine@last" in said
+    console = Console(width=200, file=io.StringIO(), color_system=None)
+    report.show(run_of(SETTING), console)
+    assert "longer  the same command with --config.steps=200" in console.file.getvalue()
+
+
+def test_metrics_of_earlier_versions_are_read_by_their_names_of_today(online, tmp_path):
+    """`kl` never was one: it is read as the log-ratio that it was."""
+    old = tmp_path / "old"
+    shutil.copytree(online, old)
+    for path in (old / "metrics.jsonl", old / "summary.json"):
+        path.write_text(path.read_text().replace('"log_ratio"', '"kl"'))
+    run, same = report.load(old), report.load(online)
+    assert (run.train, run.evals, run.summary) == (same.train, same.evals, same.summary)
+    assert tables.final_table_markdown(run) == tables.final_table_markdown(same)
+    read_anew = [json.loads((old / "summary.json").read_text())]
+    assert tables.comparison([("a", read_anew)]) == tables.comparison([("a", [same.summary])])
+
+
+def test_an_annotator_whose_name_has_dots_is_in_an_unfinished_runs_table(online, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(online, workdir)
+    (workdir / "summary.json").unlink()
+    path = workdir / "metrics.jsonl"
+    path.write_text(path.read_text().replace("annotator.very_short.", "annotator.python:mine.longer_wins."))
+    text = tables.final_table_markdown(report.load(workdir, finished=False))
+    assert "| python:mine, longer wins, start | 88.0 % of 50 | 85.0 % of 60 |" in text
+
+
+def test_the_page_has_a_figure_and_tables_for_phones(online):
+    text = html.report(report.load(online))
+    assert text.count('<figure class="broad"') == text.count('<figure class="narrow"') == 1
+    widths = [float(width) for width in re.findall(r'<svg[^>]*width="([\d.]+)pt"', text)]
+    assert widths == [720.0, 360.0]
+    ids = re.findall(r'<clipPath id="([^"]+)"', text)
+    assert len(ids) == len(set(ids)) > 0
+    assert 'data-name="95 % interval"' in text
+    assert "@media (max-width: 640px)" in text

@@ -223,13 +223,13 @@ def _sample_browser(run: Run) -> str:
 
 
 def _sample_row(number: int, sample: Sample, columns: Sequence[str]) -> str:
-    prompt, theirs, ours = (f' data-name="{name}"' for name in columns[:3])
+    theirs, ours = (f' data-name="{name}"' for name in columns[1:3])
     difference = sample.gold_difference
     hidden = " hidden" if number >= SHOWN_FIRST else ""
     order = "" if difference is None else f' data-gain="{difference:.6g}"'
     judge = "" if sample.judge is None else f"{100 * sample.judge:.0f} %"
     return (
-        f"<tr{hidden}{order}><td class=post{prompt}><small>{number + 1}</small>{escape(sample.prompt.strip())}</td>"
+        f"<tr{hidden}{order}><td class=post><small>{number + 1}</small>{escape(sample.prompt.strip())}</td>"
         f"{_response(theirs, sample.reference, sample.gold_reference)}{_response(ours, sample.policy, sample.gold_policy)}"
         + (f'<td data-name="Gold">{_difference(difference)}</td>' if "Gold" in columns else "")
         + (f'<td data-name="Judge">{judge}</td></tr>' if "Judge" in columns else "</tr>")

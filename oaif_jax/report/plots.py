@@ -24,6 +24,7 @@ CSS_NAMES = {
 
 WIDTH, PANEL_HEIGHT, DPI = 10.0, 3.0, 100  # inches, inches, pixels an inch: 1000 pixels wide
 NARROW_WIDTH = 5.0  # of the figure that phones show: its letters are as large as those of the page
+LONGEST_NAME = 26  # letters of a line's name, which a phone's figure has room for
 LABEL_GAP = 0.085  # least distance of two line names, as a share of a panel's height
 
 
@@ -242,6 +243,7 @@ def _name_ends(ax, ends: Sequence[tuple[float, str, str]]) -> None:
     low, high = ax.get_ylim()
     places = spread([(value - low) / (high - low) for value, _, _ in ends], LABEL_GAP)
     for place, (_, name, colour) in zip(places, ends, strict=True):
+        name = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
         ax.text(1.02, place, name, transform=ax.transAxes, color=colour, va="center", fontsize=9.5)
 
 

@@ -90,11 +90,10 @@ def _win_table(run: Run) -> Table:
     ):
         for judge, name in JUDGES.items():
             if judge in found:
-                pairs = found[judge].get("pairs", run.standing.get("prompts"))
-                rows.append((name, decoding, *_verdict(found[judge], judge), plain(pairs)))
-    of = posts(run) if run.finished else f"step {run.standing.get('evaluated_step')}"
+                rows.append((name, decoding, *_verdict(found[judge], judge)))
+    of = posts(run) if run.finished else f"step {run.standing.get('evaluated_step')}{_pairs(run)}"
     title = f"Against {run.opponent}, {of}"
-    columns = ("Judge", "Decoding", "Win", "Tie", "Loss", "Win + tie/2", "95 % interval", "Pairs")
+    columns = ("Judge", "Decoding", "Win", "Tie", "Loss", "Win + tie/2", "95 % interval")
     who = setting.judge(run) if any("judge" in each for each in (run.standing, run.standing.get("greedy", {}))) else ""
     return Table(title, columns, tuple(rows), f"The language model that judges: {who}." if who else "")
 
@@ -126,6 +125,12 @@ def _measure_table(run: Run) -> Table:
     return Table("Responses", ("Measure", *columns, theirs), tuple(rows))
 
 
+def _pairs(run: Run) -> str:
+    """How many pairs were judged, where that is known: ", 128 posts"."""
+    counts = [run.standing[judge]["pairs"] for judge in JUDGES if "pairs" in run.standing.get(judge, {})]
+    return f", {max(counts):g} {run.words[0]}s" if counts else ""
+
+
 def _limit(run: Run) -> str:
     limit = run.key("data.response_tokens")
     return f" of {limit} {LENGTH_UNIT}" if limit else ""
@@ -133,7 +138,7 @@ def _limit(run: Run) -> str:
 
 def _share(at: Mapping[str, Any], kind: str) -> str:
     """A share and how many pairs it is of: "98.4 % of 412"."""
-    if kind not in at:
+    if at.get(kind) is None:
         return NONE
     count = at.get({"gold_agreement": "decided", "order_agreement": "pairs"}[kind])
     return percent(at[kind]) + ("" if count is None else f" of {count:,.0f}")

@@ -8,7 +8,7 @@ import jax
 _seconds: dict[int, float] = collections.defaultdict(float)  # by thread
 
 
-def _heard(event: str, duration_secs: float, **_: object) -> None:
+def _heard(event: str, duration_secs: float, **_: str | int) -> None:
     if event.startswith("/jax/core/compile/"):
         _seconds[threading.get_ident()] += duration_secs
 
