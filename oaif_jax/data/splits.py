@@ -35,12 +35,13 @@ def part(
     a sample; train has all examples of its prompts in the order of the files, at most `train_posts` (0: all), of which
     `portions` equal ones are trained on in turn.
     """
-    splits, said, taken = {}, {}, dict[bytes, str]()  # of each prompt that is evaluated on, the split
+    splits, said = {}, {}
+    taken: set[bytes] = set()  # prompts that are evaluated on
     for name in EVALUATED:
         if name in read:
             fresh = [example for example in read[name] if key(example) not in taken]
             splits[name] = sample(fresh, key, seed)
-            taken |= dict.fromkeys(map(key, fresh), name)
+            taken |= set(map(key, fresh))
             more = len(fresh) - len(splits[name])
             left = {"with prompts of test": len(read[name]) - len(fresh), "with another response to a prompt": more}
             said[name] = _said(name, len(splits[name]), left)
@@ -53,7 +54,7 @@ def part(
         raise UserError(f"config.data.held_out={held_out}: {there}, wanted more than {held_out * len(missing)}")
     for i, name in enumerate(missing):
         splits[name] = ranked[i * held_out : (i + 1) * held_out]
-        taken |= dict.fromkeys(map(key, splits[name]), name)
+        taken |= set(map(key, splits[name]))
         said[name] = _said(name, len(splits[name]), {}) + " held out from train"
     rest = [example for example in read["train"] if key(example) not in taken]
     some = rest[: train_posts or None]
