@@ -25,7 +25,7 @@ PROGRAMS = {
         "samples temperature seed checkpoint",
         ("--workdir=x", "--prompt=x"),
     ),
-    "oaif_jax.export": ("oaif_jax/export.py", "workdir out", "dtype checkpoint", ("--workdir=x", "--out=x")),
+    "oaif_jax.export": ("oaif_jax/export.py", "workdir out", "dtype form checkpoint", ("--workdir=x", "--out=x")),
     "oaif_jax.report": ("oaif_jax/report/__main__.py", "", "workdir markdown", ("x",)),
     "oaif_jax.data": ("oaif_jax/data/__main__.py", "format path out", "on_error split", ()),
     "oaif_jax.data show": (
@@ -196,7 +196,7 @@ def test_required(program):
         ("sample", ("--temperature=-1",), ("--temperature=-1: wanted a number from 0 to 100",)),
         ("sample", ("--seed=4294967296",), ("--seed=4294967296: wanted a whole number from 0 to 2147483647",)),
         ("sample", ("--prompt=\udc80",), ("wanted a text in UTF-8",)),
-        ("export", ("--dtype=float16",), ("--dtype=float16: wanted one of bfloat16, float32",)),
+        ("export", ("--dtype=float16",), ("--dtype=float16: wanted one of float32, bfloat16",)),
         ("export", ("--out=",), ("--out=: wanted the directory to write",)),
         ("report", (), ("DIR is missing, wanted the workdir of a run",)),
         ("report", ("",), ("DIR is '', wanted the workdir of a run",)),
