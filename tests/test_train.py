@@ -380,10 +380,9 @@ def test_recipes_run_twenty_steps_from_scratch(tmp_path, name):
     assert all(line["changed"] > 0.5 for line in lines(tmp_path / "run", "train"))
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_run_of_one_step_trains(base, tmp_path, schedule):
+def test_a_run_of_one_step_trains(base, tmp_path):
     """Before its first evaluation; the start and the end of the annotator's agreement are both there."""
-    changes = {"steps": 1, "eval__every": 40, "checkpoint__every": 40, "optimizer__schedule": schedule}
+    changes = {"steps": 1, "eval__every": 40, "checkpoint__every": 40, "optimizer__schedule": "linear"}
     summary, _ = run(preference_config(base, "online", **changes, optimizer__warmup=0), tmp_path / "run")
     (line,) = lines(tmp_path / "run", "train")
     assert line["lr"] > 1e-4
@@ -406,12 +405,9 @@ def test_what_is_not_finite_is_not_in_the_summary(tmp_path, monkeypatch):
     assert "kl" not in summary
     assert summary["deep"] == {"good": 1.0}
     for name in ("summary.json", "samples/final.jsonl"):
-        for text in (
-            (tmp_path / "run" / name).read_text().splitlines()
-            if "samples" in name
-            else [(tmp_path / "run" / name).read_text()]
-        ):
-            json.loads(text, parse_constant=lambda found: pytest.fail(found))
+        text = (tmp_path / "run" / name).read_text()
+        assert "NaN" not in text
+        assert "Infinity" not in text
 
 
 # ------------------------------------------------------------------------------------------------ a loss that isn't finite

@@ -87,9 +87,12 @@ def owned(workdir: pathlib.Path) -> Iterator[None]:
     lets go of it. Whoever writes in a workdir does it in here: a second process must leave the run alone."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / "lock").open("a")
     except OSError as error:
         raise UserError(f"--workdir={workdir} can't be made ({error.strerror})") from error
+    try:
+        file = (workdir / "lock").open("a")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: {workdir / 'lock'} can't be opened ({error.strerror})") from error
     with file:
         for is_last in (False, True):
             try:
