@@ -295,7 +295,7 @@ def _measured(
     """The annotator under its own instruction, and under each other one that the gold judge knows, as far as it is of that
     world: its agreement is measured under them."""
     known = data.gold.instructions if data.gold is not None and home(model.source) is None else ()
-    found = {other: _asks(cfg, model, other, data, own.compute, EVALUATED) for other in known if other != name}
+    found = {other: own if other == name else _asks(cfg, model, other, data, own.compute, EVALUATED) for other in known}
     return {other: _on_host(each, data, mesh) for other, each in (found | {name: own}).items()}
 
 
