@@ -276,6 +276,7 @@ def _open_frozen(cfg: Config, key: str, section: config.Annotator | config.Judge
         return open_frozen(source, voice_of(source, section.chat), mesh, cfg.compute.frozen, quant)
 
 
+@phase("fitting questions")
 def _asks(
     cfg: Config, model: Model, instruction: str, data: DataSet, compute: ComputeConfig, splits: tuple[str, ...]
 ) -> LLMAnnotator:
