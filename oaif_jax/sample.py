@@ -26,6 +26,7 @@ import jax
 import numpy as np
 
 from oaif_jax import methods
+from oaif_jax.base.phases import phase
 from oaif_jax.data.open import has_conversations
 from oaif_jax.data.records import Example, Message
 from oaif_jax.data.tokenizer import left_pad
@@ -53,15 +54,16 @@ def run(
     tokens, valid = left_pad([row], cfg.data.prompt_tokens, voice.tokenizer.pad_id, "--prompt", limit)
     pairs = (samples + 1) // 2  # two responses to a row
     repeated = (np.repeat(each, pairs, axis=0) for each in (tokens, valid))
-    made = drawing.draw(
-        model.whole(model.params),
-        Prompts(*repeated, np.arange(pairs, dtype=np.int32)),  # type: ignore[arg-type]  # numpy's
-        jax.random.key(seed),
-        voice=voice,
-        sampler=sampler_of(cfg, voice, temperature),
-        cfg=model.cfg,
-        compute=compute_of(cfg),
-    )
+    with phase("sampling"):
+        made = drawing.draw(
+            model.whole(model.params),
+            Prompts(*repeated, np.arange(pairs, dtype=np.int32)),  # type: ignore[arg-type]  # numpy's
+            jax.random.key(seed),
+            voice=voice,
+            sampler=sampler_of(cfg, voice, temperature),
+            cfg=model.cfg,
+            compute=compute_of(cfg),
+        )
     return [text for two in made.texts for text in two][:samples]
 
 

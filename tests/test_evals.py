@@ -244,3 +244,19 @@ def test_greedy_samples_must_not_meet_sampled_ones_of_the_reference():
     assert metrics["gold"]["tie"] == 1.0
     mixed, _ = evaluate(make_params(MODEL), jax.random.key(0), temperature=0.0, cache=shared)
     assert mixed["gold"]["tie"] < 1.0
+
+
+def test_what_was_cut_at_the_limit_is_counted():
+    """A response that ends has a stop token as its last one; the others were cut."""
+    metrics, _ = evaluated(OTHER)
+    examples = DATA.examples("validation", np.arange(COUNT))
+    prompts = place(DATA.prompts(examples, np.arange(COUNT)))
+    of = {"voice": VOICE, "sampler": sampler(0.9), "cfg": MODEL, "compute": COMPUTE}
+    drawn = drawing.draw(make_params(MODEL, OTHER), prompts, jax.random.key(0), **of)
+    last = np.take_along_axis(drawn.tokens, drawn.mask.sum(-1, keepdims=True) - 1, axis=-1)[..., 0]
+    ends = np.isin(last, VOICE.stop_ids)
+    assert np.array_equal(drawn.finished, ends)
+    assert metrics["finished"] == pytest.approx(ends[:, 0].mean())
+    assert 0 <= metrics["reference_finished"] <= 1
+    for judge in ("gold", "judge"):
+        assert metrics[judge]["pairs"] == COUNT

@@ -163,7 +163,7 @@ def test_three_completions_by_their_writers():
         ([0.5, 0.5, 0.5], [True, True, True], 0, 1, 0.0),
         ([0.1, 0.5, None], [True, True, False], 1, 2, 1.0),  # what isn't scored has still lost
         ([0.1, 0.5, None], [True, False, True], 0, 1, 1.0),  # and isn't chosen where another that ends is scored
-        ([None, 0.5, None], [True, True, True], 1, 0, 0.0),
+        ([None, 0.5, None], [True, True, True], 1, 2, 0.0),
     ],
 )
 def test_a_missing_end_among_three(value, ends, chosen, rejected, weight):

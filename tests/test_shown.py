@@ -1,7 +1,6 @@
 """Metrics are named for what they are, with the counts behind them; what a run is told before it begins."""
 
 import dataclasses
-import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +12,7 @@ from oaif_jax.evals import verdicts
 from oaif_jax.losses import PairLoss
 from oaif_jax.methods import base, pairs
 from oaif_jax.run import setup
-from oaif_jax.stored.open import Model, Source
+from oaif_jax.stored.open import Source
 from oaif_jax.tiny import data as tiny
 from oaif_jax.tiny import templates
 from oaif_jax.types import Logps, Prompts, Rollout, Scores
@@ -45,7 +44,8 @@ def test_log_ratios_of_chosen_and_rejected_stand_apart():
 
 def test_the_pairs_behind_an_annotators_shares_are_counted():
     tokens = jnp.array([[[1, 2, 3], [1, 2, 3]], [[1, 2, 3], [1, 2, 4]], [[4, 4, 4], [5, 5, 5]], [[1, 1, 1], [1, 1, 1]]])
-    rollout = Rollout(Prompts(None, None, None), tokens, jnp.ones((P, C, R), bool), jnp.ones((P, C), bool))  # type: ignore[arg-type]
+    prompt = Prompts(jnp.ones((P, 1), jnp.int32), jnp.ones((P, 1), bool), jnp.arange(P))
+    rollout = Rollout(prompt, tokens, jnp.ones((P, C, R), bool), jnp.ones((P, C), bool), ("policy", "policy"))
     orders = jnp.full((P, 1, 2), 0.9)
     scores = Scores(jnp.tile(jnp.array([1.0, 0.0]), (P, 1)), jnp.ones((P, C), bool), orders)
     chosen = pairs.best_and_worst(rollout, scores, missing_eos="ignore")
@@ -69,32 +69,27 @@ def test_verdicts_say_of_how_many_pairs_they_are():
 # ------------------------------------------------------------------------------------------------ instructions
 
 
-def called(instruction: prompts.Instruction, source: Source) -> str:
-    asked = types.SimpleNamespace(questions=types.SimpleNamespace(instruction=instruction))
-    return setup.name_of(asked, types.SimpleNamespace(source=source))  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("name", templates.INSTRUCTIONS)
 def test_an_instruction_by_path_is_measured_as_by_name(tmp_path, name):
     world = Source("annotator", "tiny:annotator", "")
     copied = tmp_path / "mine.txt"
     copied.write_text(templates.instruction(name) + "\n")
-    assert called(tiny.instruction(name), world) == name
-    assert called(tiny.instruction(str(copied)), world) == name
+    assert setup.name_of(tiny.instruction(name), world) == name
+    assert setup.name_of(tiny.instruction(str(copied)), world) == name
     copied.write_text("name one topic")
-    assert called(tiny.instruction(str(copied)), world) == "mine"
+    assert setup.name_of(tiny.instruction(str(copied)), world) == "mine"
     # Another text in a file of that name isn't that instruction.
     named = tmp_path / f"{name}.txt"
     named.write_text("name one topic")
-    assert called(tiny.instruction(str(named)), world) == str(named)
+    assert setup.name_of(tiny.instruction(str(named)), world) == str(named)
 
 
 def test_an_instruction_of_other_models_by_path(tmp_path):
     directory = Source("annotator", "hf", str(tmp_path))
     copied = tmp_path / "copied.txt"
     copied.write_text(prompts.path_of("short").read_text())
-    assert called(prompts.read_instruction(str(copied)), directory) == "short"
-    assert called(prompts.read_instruction("helpful_judge"), directory) == "helpful_judge"
+    assert setup.name_of(prompts.read_instruction(str(copied)), directory) == "short"
+    assert setup.name_of(prompts.read_instruction("helpful_judge"), directory) == "helpful_judge"
 
 
 # ------------------------------------------------------------------------------------------------ notes and estimates
@@ -129,8 +124,3 @@ def test_what_is_to_come_is_estimated_from_what_is_known():
     seconds, by = train.expected_seconds(cfg, 0.0, 40, 120.0)
     assert seconds == pytest.approx(180.0)
     assert "steps before" in by
-
-
-def test_a_model_is_a_model():
-    """The stubs above have what `name_of` reads of the real ones."""
-    assert {"source"} <= {field.name for field in dataclasses.fields(Model)}

@@ -169,7 +169,7 @@ class Progress:
     def _numbers_text(self, *, short: bool) -> Text:
         doing = phases.text()
         if self._first is None:
-            return Text(doing or "compiling", style="dim")
+            return Text(doing or f"step {self.step + 1}", style="dim")
         text = Text()
         for i, (name, short_name, value) in enumerate(self._numbers()):
             text.append("  " if i else "").append(f"{short_name if short else name} ", style="dim").append(value)

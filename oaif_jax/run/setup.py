@@ -141,7 +141,7 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
             on_the_mesh = asked if annotator.reads_policy_ids else None
             control_ids |= model.voice.tokenizer.special_ids if annotator.reads_policy_ids else frozenset()
             notes = notes if on_the_mesh is not None or not kind.asks else (*notes, OVER_THE_HOST)
-            measured_as = name_of(asked, model)
+            measured_as = name_of(asked.questions.instruction, model.source)
             measured = _measured(cfg, asked, measured_as, model, data, mesh, evaluated)
     judge, judged_by = None, ""
     if is_compared and cfg.judge.init != "none":
@@ -327,6 +327,7 @@ def _open_frozen(cfg: Config, key: str, section: config.Annotator | config.Judge
         return open_frozen(source, voice, mesh, cfg.compute.frozen, quant)
 
 
+@phase("fitting questions")
 def _asks(
     cfg: Config, model: Model, instruction: str, data: DataSet, compute: ComputeConfig, splits: tuple[str, ...]
 ) -> LLMAnnotator:
@@ -353,22 +354,22 @@ def _measured(
     """The annotator under its own instruction, and under each other one that the gold judge knows, as far as it is of that
     world: its agreement is measured under them."""
     known = data.gold.instructions if data.gold is not None and home(model.source) is None else ()
-    found = {other: _asks(cfg, model, other, data, own.compute, evaluated) for other in known if other != name}
+    found = {other: own if other == name else _asks(cfg, model, other, data, own.compute, evaluated) for other in known}
     return {other: _on_host(each, data, mesh) for other, each in (found | {name: own}).items()}
 
 
-def name_of(asked: LLMAnnotator, model: Model) -> str:
-    """What its instruction is called: by the name that its text is known by, wherever it was read; else "brief" of
+def name_of(instruction: prompts.Instruction, source: Source) -> str:
+    """What a model's instruction is called: by the name that its text is known by, wherever it was read; else "brief" of
     "mine/brief.txt". A file that is called as a known one but says something else keeps its whole path."""
-    own, text = asked.questions.instruction.name, dataclasses.replace(asked.questions.instruction, name="")
     world, read = templates.INSTRUCTIONS, tiny.instruction
-    if home(model.source) is not None:
+    if home(source) is not None:
         world, read = prompts.KNOWN, prompts.read_instruction
-    if own in world:
-        return own
+    if instruction.name in world:
+        return instruction.name
+    text = dataclasses.replace(instruction, name="")
     same = [name for name in world if dataclasses.replace(read(name), name="") == text]
-    stem = pathlib.Path(own).stem
-    return same[0] if same else own if stem in world else stem
+    stem = pathlib.Path(instruction.name).stem
+    return same[0] if same else instruction.name if stem in world else stem
 
 
 def _judge(
@@ -388,7 +389,7 @@ def _judge(
         model = _open_frozen(cfg, "judge", cfg.judge, mesh, "none")
     assert model is not None
     judge = _asks(cfg, model, cfg.judge.instruction, data, compute, evaluated)
-    judged_by = f"{_said(model.source)}, {name_of(judge, model)}"
+    judged_by = f"{_said(model.source)}, {name_of(judge.questions.instruction, model.source)}"
     return _on_host(judge, data, mesh), judged_by
 
 
