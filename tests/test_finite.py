@@ -3,6 +3,10 @@
 import dataclasses
 import io
 import json
+import os
+import pathlib
+import subprocess
+import sys
 import types
 
 import jax
@@ -27,6 +31,7 @@ from oaif_jax.stored.open import Source, read_run
 from oaif_jax.tiny.data import asset
 from oaif_jax.types import Scores
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAN, INF = float("nan"), float("inf")
 TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -119,6 +124,19 @@ def test_a_run_with_a_nan(tmp_path, key):
         read_run(before, "best")
 
 
+def test_a_run_is_read_on_its_own_devices(tmp_path):
+    """In a process of its own, where JAX hasn't started: Orbax would start it on one."""
+    before = run_of(tmp_path / "before", "sft", lambda params: None)
+    code = f"""import jax
+from oaif_jax.stored.open import read_run
+cfg, _, _ = read_run({before!r}, "last")
+print(jax.device_count(), cfg.mesh.cpu_devices)
+"""
+    environment = {key: text for key, text in os.environ.items() if key != "XLA_FLAGS"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == "2 2\n", done.stderr
+
+
 # --- of answers
 
 
@@ -186,7 +204,8 @@ def too_large(params: dict) -> None:
     params["final_norm"]["scale"][:] = 3e38
 
 
-def test_a_judge_that_gives_nan_is_known_at_evaluation_0(tmp_path):
+def test_a_judge_that_gives_nan_is_known_at_evaluation_0(tmp_path, monkeypatch):
+    monkeypatch.setattr("oaif_jax.step.train_step", lambda state, *_, **__: (state, {}, {}))  # none is taken
     before = run_of(tmp_path / "judge", "judge", too_large)
     shape = {"width": 16, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 8, "mlp": 32}
     values = {

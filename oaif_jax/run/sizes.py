@@ -53,8 +53,8 @@ def models(cfg: Config, kind: type[Method], shapes: Mapping[str, ModelConfig], m
         if rank
         else policy.parameters
     )
-    moments = 4 + jnp.dtype(cfg.optimizer.moments).itemsize if cfg.optimizer.name == "adamw" else 0
     itemsize = jnp.dtype(cfg.compute.trained).itemsize
+    moments = jnp.dtype(cfg.optimizer.moments).itemsize + itemsize if cfg.optimizer.name == "adamw" else 0
     total = trained * (2 * itemsize + moments)
     total += policy.parameters * (BITS[cfg.policy.quant] or 8 * frozen) // 8 if rank else 0
     if kind.has_reference and not rank and "reference" not in shapes:
