@@ -23,7 +23,10 @@ def listing(name: str) -> list[str]:
 
 def main() -> None:
     """Prints the families that are named, or all."""
-    named = [word for word in sys.argv[1:] if not word.startswith("-")] or list(FAMILIES)
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        print(__doc__)
+        return
+    named = sys.argv[1:] or list(FAMILIES)
     unknown = [name for name in named if name not in FAMILIES]
     if unknown:
         raise UserError(f"{unknown[0]!r} is no family, wanted {', '.join(FAMILIES)}")

@@ -37,7 +37,7 @@ from oaif_jax.report import Run, Sample, tables
 from oaif_jax.run import resume
 from oaif_jax.run.log import json_lines
 from oaif_jax.run.setup import EVALUATED, open_setup
-from oaif_jax.stored.open import read_run, step_of
+from oaif_jax.stored.open import checkpoint_step, read_run
 
 MOST = 1_000_000  # prompts
 
@@ -60,7 +60,7 @@ def run(
     cfg, trained, source = read_run(workdir, which)
     resume.check_data(workdir, cfg)
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
-    setup, step = open_setup(cfg, mesh, tuple(dict.fromkeys((*EVALUATED, split)))), step_of(source)
+    setup, step = open_setup(cfg, mesh, tuple(dict.fromkeys((*EVALUATED, split)))), checkpoint_step(source)
     data = open_data.evaluated(setup.data, split, cfg.data.seed)
     there = len(data.splits[split])
     count = min(cfg.eval.final_prompts, there) if prompts is None else prompts

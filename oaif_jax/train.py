@@ -35,7 +35,6 @@ import numpy as np
 from jaxtyping import PyTree
 
 from oaif_jax import collect, config, export, report, step
-from oaif_jax.annotate import python
 from oaif_jax.base.files import atomic_write_json, finite, sha256_of_tree
 from oaif_jax.base.output import Lasting
 from oaif_jax.base.phases import Watch, phase
@@ -434,8 +433,6 @@ def summarise(
     cfg, summary = setup.cfg, described(setup, metrics, environment)
     if not setup.method.asks:
         return summary
-    summary |= {"annotated_by": setup.annotated_by}
-    summary |= {} if setup.annotated_by.startswith(python.PREFIX) else {"instruction": cfg.annotator.instruction}
     averages = {
         name.removeprefix("annotator."): history[name][0] / history[name][1]
         for name in HISTORY

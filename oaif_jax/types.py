@@ -1,4 +1,4 @@
-"""The arrays that flow through a step, in the order in which they are made; no other arrays cross files.
+"""The arrays that flow through a step, in the order in which they are made.
 
     prompts -> rollout -> scores -> target -> loss of log-probabilities -> update
 

@@ -12,7 +12,7 @@ from fakes import COMPUTE, make_params
 from oaif_jax.annotate.llm import LLMAnnotator, on_host
 from oaif_jax.annotate.questions import Questions, fitted
 from oaif_jax.data.dataset import context_of
-from oaif_jax.evals import agreement, comparison, drawing, likelihood
+from oaif_jax.evals import agreement, comparison, drawing, likelihood, verdicts
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.rollout import Sampler, score
 from oaif_jax.stored.open import Model, Source
@@ -171,11 +171,13 @@ def test_without_an_annotator_there_is_no_agreement():
 
 
 def test_an_annotator_that_scores_decides_by_its_scores():
-    """In both orders alike; and by nothing where it doesn't know."""
+    """It has no orders; and it decides nothing where it doesn't know or its scores are equal."""
     value, known = np.array([[2.0, 1.0], [1.0, 2.0], [1.0, 1.0], [2.0, 1.0]]), np.ones((4, 2), bool)
     known[3, 1] = False
     said = comparison.orders(Scores(value, known))
-    np.testing.assert_array_equal(said, [[1, 1], [0, 0], [0.5, 0.5], [0.5, 0.5]])
+    np.testing.assert_array_equal(said, [[1], [0], [0.5], [0.5]])
+    gold, different = np.array([1.0, -1.0, -1.0, 1.0]), np.zeros(4, bool)
+    assert verdicts.agreement(said, gold, different) == {"pairs": 4, "decided": 2, "gold_agreement": 1.0}
 
 
 # ------------------------------------------------------------------------------------------------ supervised runs

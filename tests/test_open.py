@@ -15,7 +15,7 @@ from oaif_jax.data.voice import Voice
 from oaif_jax.models import sharding
 from oaif_jax.stored import checkpoint, single
 from oaif_jax.stored.checkpoint import Checkpoints
-from oaif_jax.stored.open import Model, Source, open_model, read_run, step_of
+from oaif_jax.stored.open import Model, Source, checkpoint_step, open_model, read_run
 from oaif_jax.tiny import data
 
 SHAPE = config.Shape(width=16, layers=1, heads=2, kv_heads=2, head_dim=8, mlp=24)
@@ -84,7 +84,7 @@ def test_what_a_run_has_trained(workdir, which, seed):
     cfg, params, source = read_run(workdir, which)
     assert cfg == config.Config()
     assert same(params, seed)
-    assert step_of(source) == seed
+    assert checkpoint_step(source) == seed
 
 
 def test_a_runs_devices_are_made_before_jax_starts(workdir, monkeypatch):

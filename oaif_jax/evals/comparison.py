@@ -129,13 +129,12 @@ def evaluate(
 
 
 def orders(scores: Scores) -> np.ndarray:
-    """P(the first completion is better than the second) by each presentation order, [B, 2]; of an annotator that scores, what its
-    scores say, twice, and 1/2 where it doesn't know."""
+    """P(the first completion is better than the second) by each presentation order, [B, 2]; of an annotator that scores, which
+    has no orders, what its scores say, [B, 1], and 1/2 where it doesn't know."""
     if scores.orders is not None:  # of all pairs, the first of which that is
         return np.asarray(scores.orders)[:, 0]
     value, known = np.asarray(scores.value), np.asarray(scores.known)
-    said = np.where(known.all(-1), 0.5 + 0.5 * np.sign(value[:, 0] - value[:, 1]), 0.5)
-    return np.stack([said, said], axis=-1)
+    return np.where(known.all(-1), 0.5 + 0.5 * np.sign(value[:, 0] - value[:, 1]), 0.5)[:, None]
 
 
 def mass_of(scores: Scores, name: str) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from oaif_jax.annotate import python
 from oaif_jax.annotate.base import Annotator, asks_of
 from oaif_jax.base.errors import UserError
 from oaif_jax.data.records import Example
@@ -156,7 +157,9 @@ def described(setup: Setup, metrics: Mapping[str, Any], environment: Mapping[str
     }
     found |= {"judged_by": setup.judged_by} if setup.judged_by else {}
     if setup.method.asks:
-        found |= {"instruction": cfg.annotator.instruction, "annotated_by": setup.annotated_by}
+        found |= {"annotated_by": setup.annotated_by}
+        is_python = setup.annotated_by.startswith(python.PREFIX)  # a function reads no instruction
+        found |= {} if is_python else {"instruction": cfg.annotator.instruction}
     return found
 
 

@@ -48,7 +48,7 @@ def share_unknown(p_orders: np.ndarray) -> dict[str, float]:
 
 
 def by_orders(p_orders: np.ndarray, identical: np.ndarray) -> np.ndarray:
-    """Verdicts of a judge that compares, [B] from P(first is better) by each order [B, 2]: what both orders say, and a tie
+    """Verdicts of a judge, [B] from P(first is better) by each order [B, 2 or 1]: what all orders say, and a tie
     where they contradict each other, where nothing is known or there is no difference."""
     p_orders = np.where(unknown(p_orders)[:, None], 0.5, p_orders)
     votes = np.sign(p_orders - 0.5).sum(axis=1)
@@ -57,17 +57,18 @@ def by_orders(p_orders: np.ndarray, identical: np.ndarray) -> np.ndarray:
 
 def agreement(p_orders: np.ndarray, gold_difference: np.ndarray | None, identical: np.ndarray) -> dict:
     """How an annotator does on pairs, identical and unknown ones left out: agreement of its two orders, agreement of its averaged
-    preference with gold (gold's ties left out too), and the numbers of pairs these are shares of (a share of none is
-    absent, and what is about gold where its difference isn't known)."""
+    preference with gold (gold's ties and its own, 1/2, left out too), and the numbers of pairs these are shares of (a share of
+    none is absent, and what is about gold where its difference isn't known). p_orders: [B, 2], or [B, 1] of one that scores."""
     different = ~identical & ~unknown(p_orders)
-    orders = (p_orders[:, 0] > 0.5) == (p_orders[:, 1] > 0.5)
     found: dict[str, float] = {"pairs": int(different.sum()), **share_unknown(p_orders)}
-    if different.any():
+    if different.any() and p_orders.shape[1] == 2:
+        orders = (p_orders[:, 0] > 0.5) == (p_orders[:, 1] > 0.5)
         found["order_agreement"] = float(orders[different].mean())
     if gold_difference is None:
         return found
-    decided = different & (np.abs(gold_difference) > 1e-9)
-    right = (p_orders.mean(axis=1) > 0.5) == (gold_difference > 0)
+    preference = p_orders.mean(axis=1)
+    decided = different & (np.abs(gold_difference) > 1e-9) & (preference != 0.5)
+    right = (preference > 0.5) == (gold_difference > 0)
     found["decided"] = int(decided.sum())
     if decided.any():
         found["gold_agreement"] = float(right[decided].mean())

@@ -60,7 +60,7 @@ class Method:
     reads: ClassVar[str] = "prompts"  # what it needs of the data: prompts, references, pairs, judged
     asks: ClassVar[bool] = False  # whether an annotator scores the completions
     has_reference: ClassVar[bool] = True  # whether policies are compared with a reference
-    evaluation: ClassVar[str] = "comparison"  # how it is measured: a name in evals.EVALUATIONS
+    evaluation: ClassVar[str] = "comparison"  # how it is measured: comparison, or another name that evals/of_run.py has
 
     @classmethod
     def of(cls, cfg: Config, data: DataSet) -> "Method":

@@ -32,13 +32,13 @@ from oaif_jax.stored.open import (
     Model,
     Source,
     as_one,
+    checkpoint_step,
     home,
     open_frozen,
     open_model,
     read_run,
     shape_of,
     source_of,
-    step_of,
     voice_of,
     with_lora,
 )
@@ -411,4 +411,4 @@ def stored_model(workdir: str | pathlib.Path, which: str) -> tuple[Config, int, 
     is_there = count == len(jax.devices())
     mesh = sharding.make_mesh(*(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor) if is_there else (-1, 1, 1))
     voice = voice_of(source, cfg.policy.chat, cfg.policy.chat_args)
-    return cfg, step_of(source), open_model(source, voice, mesh, cfg.compute.frozen)
+    return cfg, checkpoint_step(source), open_model(source, voice, mesh, cfg.compute.frozen)

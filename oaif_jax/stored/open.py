@@ -326,7 +326,7 @@ def read_run(workdir: str | pathlib.Path, which: str) -> tuple[Config, PyTree, S
     return cfg, params, Source(POLICY, f"{workdir}@{meta['step']}", "")
 
 
-def step_of(source: Source) -> int:
+def checkpoint_step(source: Source) -> int:
     """The checkpoint's step that `read_run` found."""
     return int(source.init.rpartition("@")[2])
 
