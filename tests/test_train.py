@@ -681,6 +681,7 @@ def test_an_annotator_of_the_users_own(base, tmp_path, outside, async_steps):
     )
     summary, _ = run(values, tmp_path / "run")
     assert summary["annotated_by"] == "python:mine_of_test.longer_wins"
+    assert "instruction" not in summary
     found = lines(tmp_path / "run", "train")
     assert len(found) == STEPS
     assert all("annotator.order_agreement" not in line and "annotator.gold_agreement" in line for line in found)
