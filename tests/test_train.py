@@ -12,6 +12,7 @@ import io
 import json
 import math
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -365,6 +366,15 @@ def test_evaluate_and_sample_programs(base):
     after = digest(workdir)
     assert {name: after[name] for name in before} == before
     assert {name.split("/")[0] for name in after.keys() - before.keys()} == {"evaluations"}
+
+
+def test_an_evaluation_that_cannot_be_kept_is_shown(base, tmp_path, capsys):
+    """Of somebody else's run, which may only be read: the metrics are there, and a line says what isn't."""
+    workdir = shutil.copytree(sft_run(base), tmp_path / "run")
+    (workdir / "evaluations").write_text("in its place")
+    found = evaluate.run(workdir, split="validation", prompts=8, which="last")
+    assert found["validation_loss"] == pytest.approx(lines(workdir, "eval")[-1]["validation_loss"], rel=1e-5)
+    assert capsys.readouterr().err == f"not kept in {workdir / 'evaluations'}: file exists\n"
 
 
 @pytest.mark.parametrize("name", ["tldr,sft", "annotator", "judge"])
