@@ -53,7 +53,7 @@ def run(
     repeated = (np.repeat(each, pairs, axis=0) for each in (tokens, valid))
     with phase("sampling"):
         made = drawing.draw(
-            model.params,
+            model.whole(model.params),
             Prompts(*repeated, np.arange(pairs, dtype=np.int32)),  # type: ignore[arg-type]  # numpy's
             jax.random.key(seed),
             voice=voice,

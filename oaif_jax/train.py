@@ -105,7 +105,7 @@ def _run(values: Any, workdir: str | pathlib.Path, console: Console) -> dict[str
     sharding.check_batch(cfg.data.batch, cfg.optimizer.accumulate, mesh)
     setup = open_setup(cfg, mesh)
     collect.host_batch(setup, 0)
-    if cfg.export.at_end:
+    if cfg.export.at_end or cfg.export.adapter:
         export.check(setup.policy)
     sharding.param_shardings(setup.policy.params, mesh)
 
@@ -289,9 +289,15 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, began: float) 
             params = sharding.place(stored, mesh, cfg.compute.trained)
         metrics, records = evaluations.finish(params)
         log.write_samples("final", records)
+        for name in ("export", "adapter"):
+            shutil.rmtree(workdir / name, ignore_errors=True)  # of fewer steps, or of a run that was killed since
         if cfg.export.at_end:
-            shutil.rmtree(workdir / "export", ignore_errors=True)  # of fewer steps, or of a run that was killed since
-            console.print(f"exported to {export.save(setup.policy, params, workdir / 'export', cfg.export.dtype)}")
+            console.print(export.save(setup.policy, params, workdir / "export", cfg.export.dtype))
+        if cfg.export.adapter:
+            console.print(export.save_adapter(setup.policy, params, workdir / "adapter"))
+        if cfg.export.check:
+            exported = export.load(setup.policy, workdir / "export", mesh, cfg.compute.trained)
+            metrics["exported"], _ = evaluations.finish(exported)
     summary = summarise(setup, metrics, history, environment) | {
         "evaluated_step": final_step,
         "seconds": seconds_before + time.monotonic() - began,

@@ -25,7 +25,7 @@ LOG_RATIO = "log-ratio to the reference"  # log pi(y) - log pi_ref(y) of the pol
 PLACED = (
     "gold", "judge", "greedy", "annotator", "versions", "mean_length", "reference_length", "words", "log_ratio", "gold_mean",
     "reference_gold_mean", "gold_share", "reference_gold_share", "method", "loss", "beta", "instruction", "seed",
-    "steps", "seconds", "params_sha256", "device", "cores", "evaluated_step", "split", "prompts", "command",
+    "steps", "seconds", "params_sha256", "device", "cores", "evaluated_step", "split", "prompts", "command", "exported",
     "finished", "reference_finished", "annotated_by", "judged_by",
 )  # fmt: skip
 
@@ -81,7 +81,13 @@ def posts(run: Run) -> str:
 
 def _win_table(run: Run) -> Table:
     rows = []
-    for decoding, found in ((sampled(run), run.standing), ("greedy", run.standing.get("greedy", {}))):
+    exported = run.standing.get("exported", {})
+    for decoding, found in (
+        (sampled(run), run.standing),
+        ("greedy", run.standing.get("greedy", {})),
+        (f"the export, {sampled(run)}", exported),
+        ("the export, greedy", exported.get("greedy", {})),
+    ):
         for judge, name in JUDGES.items():
             if judge in found:
                 rows.append((name, decoding, *_verdict(found[judge], judge)))
@@ -165,6 +171,8 @@ def _run_table(run: Run) -> Table:
     found = run.standing
     rows = [] if run.finished else [("state", f"not finished, at step {_last_step(run)}")]
     rows += [(name, plain(value)) for name, value in leftovers(found).items()]
+    if "validation_loss" in found.get("exported", {}):
+        rows.append(("validation loss of the export", plain(found["exported"]["validation_loss"])))
     rows += [("method", method(run))] if run.method else []
     rows += [("beta", plain(found["beta"]))] if "beta" in found else []
     rows += setting.rows(run)
