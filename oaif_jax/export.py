@@ -52,6 +52,7 @@ def save(model: Model, params: PyTree, directory: pathlib.Path, dtype: str) -> s
     return f"exported to {directory}; {dtype} can't hold {lost:.1%} of what training changed (float32 holds it all)"
 
 
+@phase("exporting")
 def save_adapter(model: Model, params: PyTree, directory: pathlib.Path) -> str:
     """Writes additions alone, as peft loads them. Returns what to say of it; UserError where there are none."""
     if model.base is None:

@@ -304,11 +304,11 @@ def test_what_was_exported_is_evaluated(home, added, tmp_path):
     """In float32 it gives what the policy gave; in bfloat16 what that rounds to, in the same tables."""
     _, summary = added
     assert summary["exported"]["judge"] == summary["judge"]
-    assert summary["exported"]["kl"] == pytest.approx(summary["kl"], abs=1e-3)
+    assert summary["exported"]["log_ratio"] == pytest.approx(summary["log_ratio"], abs=1e-3)
     changes = {"export__dtype": "bfloat16", "optimizer__lr": "1e-2", "data__response_tokens": "6"}
     assert "the export, greedy" in said_by(values(home, export__check="True", **changes), tmp_path / "low")
     found = json.loads((tmp_path / "low" / "summary.json").read_text())
-    assert found["exported"]["kl"] != found["kl"]
+    assert found["exported"]["log_ratio"] != found["log_ratio"]
     with pytest.raises(UserError, match=r"config.export.check=True: nothing is exported"):
         run(home, tmp_path / "none", export__check="True", export__at_end="False")
 

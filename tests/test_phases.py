@@ -14,7 +14,6 @@ from oaif_jax.base.phases import Watch, phase
 @pytest.fixture
 def quick(monkeypatch):
     """A watch that speaks after tenths of seconds."""
-    monkeypatch.setattr(phases, "SOON", 0.05)
     monkeypatch.setattr(phases, "OFTEN", 0.3)
 
 
@@ -23,7 +22,8 @@ def log() -> Console:
 
 
 def test_the_watch_speaks_before_ten_seconds_are_over():
-    assert phases.SOON < phases.OFTEN < 9.5
+    """Also where imports take three of them."""
+    assert phases.OFTEN <= 6.5
 
 
 def test_a_phase_has_its_name_count_and_time():
@@ -66,7 +66,7 @@ def test_phases_of_two_threads_are_both_named():
         assert [each.name for each in phases.under_way()] == ["evaluating"]
 
 
-def test_a_log_gets_a_line_soon_and_then_often(quick):
+def test_a_log_gets_a_line_again_and_again(quick):
     console = log()
     with Watch(console):
         with phase("reading the data"):
@@ -95,6 +95,20 @@ def test_the_watch_that_was_entered_last_shows(quick):
         assert outer.file.getvalue() == ""
         time.sleep(0.7)
     assert "training" in outer.file.getvalue()
+
+
+def test_what_ends_at_once_says_nothing():
+    """An error of the user's is the only line, whatever was being loaded."""
+    console = log()
+
+    @phase("loading the policy")
+    def fail() -> None:
+        time.sleep(0.6)
+        raise ValueError("wanted")
+
+    with Watch(console), pytest.raises(ValueError, match="wanted"):
+        fail()
+    assert console.file.getvalue() == ""
 
 
 def test_a_terminal_shows_a_line_that_goes_again():

@@ -235,7 +235,6 @@ def test_estimates_have_two_figures(clock, seconds, shown):
 
 
 def test_a_long_step_and_a_long_phase_are_named_in_a_log(monkeypatch):
-    monkeypatch.setattr(phases, "SOON", 0.05)
     monkeypatch.setattr(phases, "OFTEN", 0.2)
     console = log()
     with Progress(9, 2, "online dpo", console=console):

@@ -286,7 +286,7 @@ def test_a_policy_that_is_its_reference_has_no_log_ratio(dtype, lengths):
     found = jax.jit(lambda p, f, b: step.contribution(p, f, b, KEY, step=take))(
         params, frozen | {"reference": params}, prompts()
     )
-    for name in ("kl", "margin"):
+    for name in ("log_ratio", "margin"):
         assert found.metrics[name][0] == pytest.approx(0.0, abs=1e-6), name
 
 

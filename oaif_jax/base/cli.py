@@ -90,16 +90,17 @@ def parse(command: str = "") -> None:
         no_words(parse_flags(sys.argv[1:], words=command))
         if FLAGS["verbosity"].using_default_value:
             FLAGS.verbosity = logging.WARNING  # absl would set INFO, and Orbax would write into the progress bar
-    _starting.enter_context(_watch(is_live=False))
-    _starting.enter_context(phases.phase("starting"))
+    if sys.stderr is not None and sys.stderr.isatty():
+        _starting.enter_context(phases.Watch(Console(stderr=True), is_live=False))
+        _starting.enter_context(phases.phase("starting"))
 
 
 _starting = contextlib.ExitStack()  # from `parse` to `call`: what is imported between them takes seconds
 
 
-def _watch(*, is_live: bool = True) -> contextlib.AbstractContextManager:
+def watch() -> contextlib.AbstractContextManager:
     """Says on stderr what takes long: what a program is asked for goes to stdout."""
-    return contextlib.nullcontext() if sys.stderr is None else phases.Watch(Console(stderr=True), is_live=is_live)
+    return contextlib.nullcontext() if sys.stderr is None else phases.Watch(Console(stderr=True))
 
 
 def no_words(words: Sequence[str]) -> None:
@@ -122,7 +123,7 @@ def call(main: Callable[[], object]) -> None:
     _is_program = True
     _starting.close()
     try:
-        with user_errors(), _watch():
+        with user_errors(), watch():
             app.run(without_result, flags_parser=lambda argv: argv[:1])
     finally:
         _is_program = False

@@ -4,8 +4,9 @@
         ...
         under_way.at(96)
 
-Code names its phases and knows of no display. A Watch shows them: on a terminal as a line that goes again, elsewhere as plain
-lines, so that no program is silent for ten seconds.
+Code names its phases and knows of no display. A Watch shows them: on a terminal as a line that goes again, elsewhere as a plain
+line each time that nothing was said for a while, so that no program is silent for ten seconds, and one that ends with an error at
+once says nothing else.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
-SOON, OFTEN = 2.0, 8.0  # seconds after which a new phase is named, and after which something is said again
+OFTEN = 6.0  # seconds after which something is said; imports, before which no watch can begin, take the others of ten
 
 _lock = threading.Lock()
 _under_way: "list[Phase]" = []  # in the order in which they began
@@ -87,15 +88,16 @@ class Watch:
         self.console = console
         self._says = says
         self._said_at = time.monotonic()
-        self._named: list[Phase] = []
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         is_live = is_live and console.is_terminal and not console.is_dumb_terminal
         self._live = Live(self, console=console, refresh_per_second=4, transient=True) if is_live else None
 
     def __enter__(self) -> "Watch":
+        self._said_at = time.monotonic()
         if _watches:
             _watches[-1]._pause()
+            self._said_at = _watches[-1]._said_at
         _watches.append(self)
         self._resume()
         return self
@@ -104,6 +106,7 @@ class Watch:
         self._pause()
         _watches.remove(self)
         if _watches:
+            _watches[-1]._said_at = self._said_at
             _watches[-1]._resume()
 
     def said(self) -> None:
@@ -127,10 +130,8 @@ class Watch:
 
     def _speak(self, ended: threading.Event) -> None:
         while not ended.wait(0.25):
-            now, busy = time.monotonic(), under_way()
-            is_new = any(each not in self._named and now - each.began >= SOON for each in busy)
-            if (is_new or now - self._said_at >= OFTEN) and (words := self._says()):
-                self._named, self._said_at = busy, now
+            if time.monotonic() - self._said_at >= OFTEN and (words := self._says()):
+                self.said()
                 try:
                     self.console.print(Text(words), soft_wrap=True)
                 except (OSError, ValueError):  # nobody reads it any more; whoever prints what was asked for says so

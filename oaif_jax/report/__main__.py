@@ -53,7 +53,7 @@ def draw(workdirs: Sequence[str], markdown: bool) -> int:
 
 def main() -> None:
     """Draws what the command line asks for."""
-    with cli.user_errors():
+    with cli.user_errors(), cli.watch():
         sys.exit(draw(*parse_flags(sys.argv[1:])))
 
 
