@@ -108,7 +108,7 @@ def test_help_names_types_and_defaults():
     shown = run("oaif_jax.evaluate", "--help").stdout
     for line in (
         "  --split=train|validation|test  (default: test)\n",
-        "  --prompts=INTEGER  (a whole number of at least 1, default: 256)\n",
+        "  --prompts=INTEGER  (a whole number from 1 to 1000000, default: 256)\n",
         "  --checkpoint=best|last|STEP  (default: best)\n",
     ):
         assert line in shown
