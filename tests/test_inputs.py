@@ -387,6 +387,21 @@ def test_the_same_elsewhere_is_the_same(package, tmp_path):
     assert resume.check(tmp_path / "run", made()) == []
 
 
+def test_what_an_earlier_version_did_not_list_is_no_change(tmp_path):
+    """The instructions that an annotator learns from; once they are listed, they are compared."""
+    cfg = made(method="annotator", policy__init="scratch")
+    claimed(tmp_path / "run", cfg)
+    path = tmp_path / "run" / "inputs.json"
+    listed = json.loads(path.read_text())
+    path.write_text(json.dumps({key: each for key, each in listed.items() if not key.startswith("data.name ")}))
+    assert resume.check(tmp_path / "run", cfg) == []
+    claimed(tmp_path / "run", cfg)
+    assert json.loads(path.read_text()) == listed
+    listed["data.name short"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(listed))
+    assert "config.data.name='tiny' (short)" in refusal(tmp_path / "run", cfg)
+
+
 # ------------------------------------------------------------------------------------------------ runs and functions
 
 

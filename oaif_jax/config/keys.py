@@ -238,7 +238,7 @@ class Config:
 
 # What may differ when a run goes on in its workdir: nothing of it changes the steps already taken.
 MAY_CHANGE = (
-    "steps",  # where the schedule doesn't depend on it
+    "steps",  # where nothing depends on it: no schedule, no rounds, no pairs collected ahead
     "log.every",
     "eval.every",
     "eval.prompts",

@@ -36,6 +36,8 @@ BESIDE = (
     special_tokens.GENERATION, chat.TEMPLATE_FILE,
 )  # fmt: skip
 LARGE = 5 * 10**8  # bytes that take about a second to hash
+# What earlier versions didn't list: in a run of theirs, what there is now counts.
+UNLISTED = tuple(f"data.name {name}" for name in templates.INSTRUCTIONS)
 SHOWN = 80  # characters of a line
 ANOTHER_RULE = (
     "the version that the run began with holds out other examples of these files than this one, and trains on others"
@@ -327,9 +329,9 @@ def compare(before: Mapping[str, Input], now: Mapping[str, Input], cfg: Config) 
         said = f"config.{name}={flat.get(name)!r}{f' ({split})' if split else ''}"
         if key not in now:
             found.append(f"{said} doesn't name {before[key].path} any more")
-        elif key not in before:
+        elif key not in before and key not in UNLISTED:
             found.append(f"{said} didn't name {now[key].path} then")
-        elif before[key].sha256 != now[key].sha256:
+        elif key in before and before[key].sha256 != now[key].sha256:
             found.append(f"{said}: {_change(before[key], now[key])}")
     return found
 
