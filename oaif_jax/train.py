@@ -101,6 +101,8 @@ def _run(values: Any, workdir: str | pathlib.Path, console: Console) -> dict[str
     if os.path.lexists(workdir / "summary.json") and not changes:
         done = report.load(workdir)
         if done.summary["steps"] == total_steps(cfg):  # else it is of a run that goes on to more steps
+            for note in resume.stored_config(workdir)[1]:
+                say(note)
             say(f"finished before, in {workdir}")
             report.show(report.drawn(done), console)
             return dict(done.summary)

@@ -96,15 +96,22 @@ def test_a_runs_devices_are_made_before_jax_starts(workdir, monkeypatch):
     assert called == [config.Config().mesh.cpu_devices, "read"]
 
 
-def test_a_run_of_an_earlier_version_is_read(workdir, tmp_path):
-    """Without a section that came since, and with a key that went."""
+def test_a_run_of_an_earlier_version_is_read(workdir, tmp_path, capsys):
+    """Without a section that came since, and with a key that went; on stderr, and among what is said of a model, stands which."""
     values = config.defaults().to_dict()
     del values["rounds"]
     values["compute"]["unroll"] = 1
     (tmp_path / "checkpoints").symlink_to(workdir / "checkpoints")
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert read_run(tmp_path, "best")[0] == config.Config()
-    assert same(load(str(tmp_path)).params, 2)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "config.rounds.count isn't in" in said.err
+    assert said.err.count("\n") == 1
+    loaded = load(str(tmp_path))
+    assert same(loaded.params, 2)
+    assert any("config.rounds.count isn't in" in note for note in loaded.notes)
+    assert load(str(workdir)).notes == ()
 
 
 @pytest.mark.parametrize("which", ["@7", "@first", "@01", "@-1"])

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -307,7 +308,8 @@ def run_config(source: Source) -> Config:
 
 def read_run(workdir: str | pathlib.Path, which: str) -> tuple[Config, PyTree, Source]:
     """A run's config, what it has trained (numpy; under LoRA the additions) by checkpoint `which` (best, last or a step), and
-    the source that names that checkpoint. UserError where there is none, or it is damaged. Makes the run's CPU devices."""
+    the source that names that checkpoint. UserError where there is none, or it is damaged. Makes the run's CPU devices, and says
+    on stderr which keys came or went since the run was made."""
     workdir = pathlib.Path(workdir).expanduser()
     path = workdir / "config.json"
     try:
@@ -319,7 +321,9 @@ def read_run(workdir: str | pathlib.Path, which: str) -> tuple[Config, PyTree, S
         ) from error
     if not is_dir(workdir / "checkpoints"):
         raise UserError(f"--workdir={workdir}: this run has no checkpoint yet")
-    cfg, _ = config.read(path)
+    cfg, notes = config.read(path)
+    if notes:  # on stderr: what a program is asked for goes to stdout
+        print("; ".join(notes), file=sys.stderr)
     sharding.use_cpu_devices(cfg.mesh.cpu_devices)  # as the run had them: JAX starts when a checkpoint is read
     params, meta = checkpoint.load_params(workdir / "checkpoints", which)
     finite.check(params, workdir / "checkpoints" / str(meta["step"]))
@@ -348,4 +352,5 @@ def _of_run(source: Source, voice: Voice, mesh: Mesh, dtype: str) -> Model:
         base = with_lora(below, cfg.policy, mesh, frozen, cfg.seed).base
         assert base is not None
         base = base if "scales" in base or dtype == frozen else sharding.place(base, mesh, dtype)
-    return Model(model, params, voice, source, form, base)
+    notes = tuple(f"{source}: {note}" for note in config.read(workdir / "config.json")[1])
+    return Model(model, params, voice, source, form, base, notes=notes)
