@@ -44,6 +44,7 @@ from oaif_jax.stored.open import (
 )
 from oaif_jax.tiny import data as tiny
 from oaif_jax.tiny import templates
+from oaif_jax.types import REFERENCE
 
 EVALUATED = ("validation", "test")
 PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}  # kernel -> what runs it
@@ -83,7 +84,7 @@ class Setup:
         """The parameters that a step reads. Under LoRA the base is the reference, unless that is another model, or will be: where
         rounds move it, or additions go on, it is the base with a copy of the additions."""
         frozen = {} if self.policy.base is None else {"base": self.policy.base}
-        if self.reference is None or not self.method.has_reference:
+        if self.reference is None or not (self.method.has_reference or REFERENCE in self.method.by):
             pass
         elif self.reference.params is not self.policy.base:
             frozen["reference"] = self.reference.params
@@ -125,7 +126,8 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
         f"config.data.prompt_tokens={section.prompt_tokens} and config.data.response_tokens={section.response_tokens}",
     )
     is_compared = kind.evaluation == "comparison"
-    reference = _reference(cfg, policy, mesh) if kind.has_reference or is_compared else None
+    reads_reference = kind.has_reference or is_compared or REFERENCE in kind.by
+    reference = _reference(cfg, policy, mesh) if reads_reference else None
 
     notes = (*data.notes, *policy.notes, *lora_notes(cfg))
     control_ids = voice.tokenizer.special_ids
