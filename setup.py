@@ -31,6 +31,7 @@ EXTRAS = {
     # torch and transformers: what models from released directories are compared with.
     "test": [
         "beartype",
+        "peft",
         "pre-commit",
         "pyright[nodejs]",
         "pytest",

@@ -1,10 +1,11 @@
 """Writes a run's model, LoRA's additions merged, as a Hugging Face directory: config, safetensors and tokenizer.
 
-    python -m oaif_jax.export --workdir=runs/online_dpo --out=exported --dtype=bfloat16
+    python -m oaif_jax.export --workdir=runs/online_dpo --out=exported --dtype=float32
 
-The directory is one that transformers and others load.
+The directory is one that transformers and others load. --form=adapter writes LoRA's additions alone, which peft loads.
 """
 
+import dataclasses
 import pathlib
 
 from absl import flags
@@ -15,12 +16,17 @@ from oaif_jax.base.errors import UserError
 if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
     cli.define_workdir()
     options.define("out", None, options.DIR, "the directory to write, which isn't there yet", required=True)
-    options.define("dtype", "bfloat16", options.choice(("bfloat16", "float32")), "of the parameters")
+    dtypes = "of the parameters; bfloat16 can't hold small changes, and the share that is lost is printed"
+    options.define("dtype", "float32", options.choice(("float32", "bfloat16")), dtypes)
+    options.define("form", "merged", options.choice(("merged", "adapter")), "one model, or LoRA's additions for peft")
     cli.define_checkpoint()
     cli.parse()
 
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from oaif_jax.data.chat import TEMPLATE_FILE
+from oaif_jax.data.special_tokens import CONFIG
 from oaif_jax.run.setup import stored_model
 from oaif_jax.stored import hf
 from oaif_jax.stored.open import Model
@@ -33,25 +39,59 @@ def check(model: Model) -> hf.HFModel:
     return model.directory
 
 
-def save(model: Model, params: PyTree, directory: pathlib.Path, dtype: str) -> pathlib.Path:
-    """Writes trained parameters, with a base's where there is one; `dtype` is float32 or bfloat16."""
-    hf.save(directory, model.merged(params), model.cfg, check(model), dtype)
-    return directory
+def save(model: Model, params: PyTree, directory: pathlib.Path, dtype: str) -> str:
+    """Writes trained parameters, with a base's where there is one; `dtype` is float32 or bfloat16. Returns what to say of it."""
+    source, voice = check(model), model.voice
+    own = (source.directory / TEMPLATE_FILE, source.directory / CONFIG)
+    chat = hf.Chat(voice.stop_ids, "" if voice.chat.path in own else voice.chat.source)
+    lost = hf.save(directory, model.merged(params), model.cfg, source, dtype, chat)
+    if dtype == "float32":
+        return f"exported to {directory}"
+    return f"exported to {directory}; {dtype} can't hold {lost:.1%} of what training changed (float32 holds it all)"
 
 
-def run(workdir: str | pathlib.Path, out: str | pathlib.Path, *, dtype: str = "bfloat16", which: str = "best") -> None:
-    """Writes checkpoint `which` (best, last or a step) of a run to the directory `out`."""
-    _, _, model = stored_model(workdir, which)
+def save_adapter(model: Model, params: PyTree, directory: pathlib.Path) -> str:
+    """Writes additions alone, as peft loads them. Returns what to say of it; UserError where there are none."""
+    if model.base is None:
+        raise UserError(
+            "export: this run trained all parameters, not additions; wanted a run with policy.lora.rank above 0"
+        )
+    source = check(model)
+    hf.save_adapter(directory, params["lora"], model.cfg, source)
+    said = f"adapter written to {directory}, for peft and the model {source.directory}"
+    return f"{said}, in the few bits that it was trained on" if "scales" in model.base else said
+
+
+def load(model: Model, directory: pathlib.Path, mesh: Mesh, dtype: str) -> PyTree:
+    """What was exported of a model, all of it in one tree, to be measured as the model was."""
+    exported = hf.read(directory)
+    return hf.load(
+        dataclasses.replace(exported, cfg=dataclasses.replace(model.cfg, tied=exported.cfg.tied)), mesh, dtype
+    )
+
+
+def run(
+    workdir: str | pathlib.Path,
+    out: str | pathlib.Path,
+    *,
+    dtype: str = "float32",
+    which: str = "best",
+    form: str = "merged",
+) -> str:
+    """Writes checkpoint `which` (best, last or a step) of a run to the directory `out`, as one model or (form="adapter") as
+    additions. Returns what to say of it."""
     if pathlib.Path(out).exists():
         raise UserError(f"--out={out} is there already, wanted a directory that isn't")
-    save(model, model.params, pathlib.Path(out), dtype)
+    _, _, model = stored_model(workdir, which)
+    if form == "adapter":
+        return save_adapter(model, model.params, pathlib.Path(out))
+    return save(model, model.params, pathlib.Path(out), dtype)
 
 
 def main() -> None:
     """Exports what the command line asks for."""
     given = flags.FLAGS
-    run(given.workdir, given.out, dtype=given.dtype, which=given.checkpoint)
-    print(f"exported to {given.out}")
+    print(run(given.workdir, given.out, dtype=given.dtype, which=given.checkpoint, form=given.form))
 
 
 if __name__ == "__main__":

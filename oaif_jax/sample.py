@@ -51,7 +51,7 @@ def run(
     pairs = (samples + 1) // 2  # two responses to a row
     repeated = (np.repeat(each, pairs, axis=0) for each in (tokens, valid))
     made = drawing.draw(
-        model.params,
+        model.whole(model.params),
         Prompts(*repeated, np.arange(pairs, dtype=np.int32)),  # type: ignore[arg-type]  # numpy's
         jax.random.key(seed),
         voice=voice,

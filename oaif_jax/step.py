@@ -58,7 +58,7 @@ def train_step(
     contribute = functools.partial(contribution, state.params, frozen, key=step_key, step=step)
     total = add_up(contribute, batch, step.parts)
     weight = jnp.maximum(total.weight, 1.0)
-    gradients = jax.tree.map(lambda g: g / weight, total.gradients)
+    gradients = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, total.gradients)
     state, metrics = apply_gradients(state, gradients, total.weight, tx)
     metrics |= {name: both[0] / jnp.maximum(both[1], 1.0) for name, both in total.metrics.items()}
     return state, metrics | {"loss": total.loss / weight, "weight": total.weight}, total.outputs
@@ -131,9 +131,9 @@ def policy_of(params: PyTree, frozen: Frozen) -> PyTree:
 
 
 def reference_of(frozen: Frozen) -> PyTree:
-    """The reference's parameters: its own, the base that LoRA adds to, or that with additions of an earlier round."""
+    """The reference's parameters: its own, the base that LoRA adds to, or that with a copy of the additions."""
     reference = frozen.get("reference", {})
-    return {**frozen["base"], **reference} if not reference or "lora" in reference else reference
+    return reference if "layers" in reference else {**frozen["base"], **reference}
 
 
 def rollout_of(
@@ -206,8 +206,8 @@ def add_up(contribute: Callable[[Batch], Contribution], batch: Batch, parts: int
         return contribute(batch)
     split = split_rows(batch, parts)
     zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(contribute, jax.tree.map(lambda x: x[0], split)),
+        lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),  # sums of bfloat16 gradients, too
+        dataclasses.replace(jax.eval_shape(contribute, jax.tree.map(lambda x: x[0], split)), outputs={}),
     )
 
     def one(total: Contribution, micro: Batch):
@@ -215,7 +215,7 @@ def add_up(contribute: Callable[[Batch], Contribution], batch: Batch, parts: int
         outputs, part = part.outputs, dataclasses.replace(part, outputs={})
         return jax.tree.map(jnp.add, total, part), outputs
 
-    total, outputs = jax.lax.scan(one, dataclasses.replace(zeros, outputs={}), split)
+    total, outputs = jax.lax.scan(one, zeros, split)
     return dataclasses.replace(total, outputs=join(outputs))
 
 

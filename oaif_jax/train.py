@@ -102,7 +102,7 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
     sharding.check_batch(cfg.data.batch, cfg.optimizer.accumulate, mesh)
     setup = open_setup(cfg, mesh)
     collect.host_batch(setup, 0)
-    if cfg.export.at_end:
+    if cfg.export.at_end or cfg.export.adapter:
         export.check(setup.policy)
     sharding.param_shardings(setup.policy.params, mesh)
 
@@ -314,14 +314,16 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
                 params = sharding.place(stored, mesh, cfg.compute.trained)
             metrics, records = interrupts.work(evaluations.finish, params)
             log.write_samples("final", records)
+            doing = "the export"
+            for name in ("export", "adapter"):
+                shutil.rmtree(workdir / name, ignore_errors=True)  # of fewer steps, or of a run that was killed since
             if cfg.export.at_end:
-                doing = "the export"
-                shutil.rmtree(
-                    workdir / "export", ignore_errors=True
-                )  # of fewer steps, or of a run that was killed since
-                exported = workdir / "export"
-                interrupts.work(export.save, setup.policy, params, exported, cfg.export.dtype)
-                say(f"exported to {exported}")
+                say(interrupts.work(export.save, setup.policy, params, workdir / "export", cfg.export.dtype))
+            if cfg.export.adapter:
+                say(interrupts.work(export.save_adapter, setup.policy, params, workdir / "adapter"))
+            if cfg.export.check:
+                exported = export.load(setup.policy, workdir / "export", mesh, cfg.compute.trained)
+                metrics["exported"], _ = interrupts.work(evaluations.finish, exported)
         except RecordError as error:
             raise UserError(f"{error}; {good()}") from error
         except Interrupted as error:

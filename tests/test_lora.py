@@ -118,12 +118,18 @@ def test_alpha_is_a_factor_of_what_is_added():
     np.testing.assert_array_equal(hidden_of(params | {"lora": additions()}, off), hidden_of(params))
 
 
-def test_merging_keeps_types_and_refuses_codes():
+def test_merging_sums_in_float32():
+    """What is added to a base in bfloat16 is there in full; leaves that nothing is added to stay as they are."""
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_params(CFG))
-    added = params | {"lora": additions()}
-    assert {leaf.dtype for leaf in jax.tree.leaves(merge(added, CFG))} == {jnp.dtype("bfloat16")}
-    with pytest.raises(UserError, match="quantised base"):
-        merge(added | {"scales": {}}, CFG)
+    small = {name: {"a": low["a"], "b": 1e-3 * low["b"]} for name, low in additions(targets=("q", "down")).items()}
+    merged = merge(params | {"lora": small}, CFG)
+    types = {name: leaf.dtype for name, leaf in merged["layers"].items() if name in lora.TARGETS or name == "qkv"}
+    assert types == {"qkv": "float32", "down": "float32", "out": "bfloat16", "gate": "bfloat16", "up": "bfloat16"}
+    exact = merge(jax.tree.map(lambda x: x.astype(jnp.float32), params) | {"lora": small}, CFG)
+    for name in ("qkv", "down"):
+        np.testing.assert_array_equal(merged["layers"][name], exact["layers"][name])
+        lost = np.abs(merged["layers"][name].astype(jnp.bfloat16).astype(jnp.float32) - merged["layers"][name]).sum()
+        assert lost > 0.3 * np.abs(merged["layers"][name] - params["layers"][name].astype(jnp.float32)).sum()
 
 
 # --- training

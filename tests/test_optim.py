@@ -260,3 +260,24 @@ def test_scale_by_parameters():
     )
     for leaf, one, other in zip(*map(each_leaf, (params, plain, scaled)), strict=True):
         np.testing.assert_allclose(other, one * rms(leaf), rtol=1e-5)
+
+
+# --- bfloat16 leaves
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_moments_of_bfloat16_leaves_are_float32(name):
+    """With gradients of 1, the second moment goes to 1, and not to the half at which a bfloat16 sum stands still."""
+    cfg = dataclasses.replace(ADAMW, name=name)
+    tx = optim.optimizer(cfg)
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree(0))
+    state = tx.init(low)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} <= {jnp.dtype("float32"), jnp.dtype("int32")}
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, tx.init(tree(0)))
+    if name == "adamw":
+        ones = jax.tree.map(jnp.ones_like, low)
+        update = jax.jit(tx.update)
+        for _ in range(400):
+            _, state = update(ones, state, low)
+        moments = optax.tree.get(state, "nu")
+        jax.tree.map(lambda leaf: np.testing.assert_allclose(leaf, 1 - 0.99**400, rtol=1e-4), moments)

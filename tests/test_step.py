@@ -276,6 +276,31 @@ def test_gradient_is_the_losses_slope():
     assert rise == pytest.approx(2 * size * squared, rel=1e-2)
 
 
+@pytest.mark.parametrize("lengths", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_policy_that_is_its_reference_has_no_log_ratio(dtype, lengths):
+    """Both go one way, so that they round alike: the margin and the estimate of KL are 0, whatever the type."""
+    params, frozen = models()
+    compute = dataclasses.replace(COMPUTE, dtype=dtype)
+    take = dataclasses.replace(ONLINE, models=Models(MODEL, MODEL, compute), lengths=lengths)
+    found = jax.jit(lambda p, f, b: step.contribution(p, f, b, KEY, step=take))(
+        params, frozen | {"reference": params}, prompts()
+    )
+    for name in ("kl", "margin"):
+        assert found.metrics[name][0] == pytest.approx(0.0, abs=1e-6), name
+
+
+def test_gradients_of_bfloat16_leaves_are_added_up_in_float32():
+    params, frozen = models()
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    add_up = jax.jit(
+        lambda p, b: step.add_up(lambda micro: step.contribution(p, frozen, micro, KEY, step=ONLINE), b, 4)
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(add_up, low, prompts()).gradients)} == {
+        jnp.dtype("float32")
+    }
+
+
 # ------------------------------------------------------------------------------------------------ labels
 
 

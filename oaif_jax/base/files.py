@@ -24,6 +24,13 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def as_umask(path: Path) -> None:
+    """Gives a file that a library made for its owner alone the permissions of any other file of this process."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def atomic_write_text(path: Path, text: str) -> None:
     """Writes `text` so that a kill or a power cut at any time leaves the old file or the new one, never a part."""
     partial = path.with_name(f".{path.name}.partial")  # same directory: a rename across file systems is a copy

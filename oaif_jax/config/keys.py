@@ -194,7 +194,9 @@ class Export:
     """What the run leaves for other programs."""
 
     at_end: bool = False  # write WORKDIR/export, which transformers loads (policy.init=hf)
-    dtype: Annotated[str, one_of(*DTYPES)] = "bfloat16"  # of what is exported
+    dtype: Annotated[str, one_of(*DTYPES)] = "float32"  # of what is exported; bfloat16 can't hold small changes
+    adapter: bool = False  # under LoRA: at the end write WORKDIR/adapter too, which peft loads
+    check: bool = False  # evaluate WORKDIR/export as the policy was at the end, and show both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +243,8 @@ MAY_CHANGE = (
     "checkpoint.keep",
     "export.at_end",
     "export.dtype",
+    "export.adapter",
+    "export.check",
 )
 
 # Keys that there once were, with their defaults: a stored config may still have them.

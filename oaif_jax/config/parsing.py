@@ -170,11 +170,10 @@ def _check_together(config: Config) -> None:
             f"config.policy.quant={config.policy.quant!r}: a quantised model isn't trained itself, wanted "
             "config.policy.lora.rank above 0, or 'none'"
         )
-    if config.policy.quant != "none" and config.export.at_end:
-        raise ConfigError(
-            f"config.policy.quant={config.policy.quant!r}: low-rank additions can't be merged into it for an export, "
-            "wanted config.export.at_end=false"
-        )
+    if config.export.adapter and not config.policy.lora.rank:
+        raise ConfigError("config.export.adapter=True: there are no additions, wanted config.policy.lora.rank above 0")
+    if config.export.check and not config.export.at_end:
+        raise ConfigError("config.export.check=True: nothing is exported, wanted config.export.at_end=true")
     if config.eval.every % config.checkpoint.every and config.eval.final == "best":
         raise ConfigError(
             f"config.eval.every={config.eval.every} is not a multiple of config.checkpoint.every={config.checkpoint.every}, "

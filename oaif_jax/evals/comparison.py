@@ -45,13 +45,13 @@ def evaluate(
         examples = data.examples(split, indices)
         prompts = place(data.prompts(examples, indices))
         of = {"voice": data.voice, "sampler": sampler, "compute": compute}
-        start = int(indices[0])
+        start, theirs_params = int(indices[0]), reference.whole(reference.params)
         if start not in cache:
             reference_key = named_key(key, "reference")
-            cache[start] = drawing.draw(reference.params, prompts, reference_key, cfg=reference.cfg, **of)
+            cache[start] = drawing.draw(theirs_params, prompts, reference_key, cfg=reference.cfg, **of)
         theirs, ours = cache[start], drawing.draw(params, prompts, key, cfg=policy.cfg, **of)
         shapes = {"policy": policy.cfg, "reference": reference.cfg, "compute": compute}
-        ratios = drawing.log_ratios(params, reference.params, ours.on_mesh, **shapes)
+        ratios = drawing.log_ratios(params, theirs_params, ours.on_mesh, **shapes)
         texts, their_texts = [two[0] for two in ours.texts], [two[0] for two in theirs.texts]
         part = {
             "length": ours.mask[:, 0].sum(-1),

@@ -14,7 +14,7 @@ from oaif_jax import rollout as rollouts
 from oaif_jax.config import Config
 from oaif_jax.data.dataset import DataSet
 from oaif_jax.models.config import ComputeConfig, ModelConfig
-from oaif_jax.models.prefill import Prefill
+from oaif_jax.models.prefill import Prefill, prefill
 from oaif_jax.types import Batch, Logps, Rollout, Scores
 
 Sums = dict[str, Array]  # a metric's [sum, count], added up over micro-batches and divided at the end
@@ -73,13 +73,20 @@ class Method:
         models: Models,
         prefilled: Prefill | None,
     ) -> Any:
-        """What the loss is a function of: log-probabilities of the completions, unless a method says otherwise."""
+        """What the loss is a function of: log-probabilities of the completions, unless a method says otherwise.
+
+        The reference goes the policy's way: where prompts are prefilled, they come first and the completions after them. In
+        bfloat16 two ways round differently, by up to 0.3 nats a response before any training.
+        """
         del batch
         assert rollout is not None
         theirs = None
         if reference is not None:
             with jax.named_scope("reference"):
-                theirs = rollouts.score(reference, rollout, cfg=models.reference, compute=models.compute)
+                of = {"cfg": models.reference, "compute": models.compute}
+                prompts = rollout.prompts
+                first = None if prefilled is None else prefill(reference, prompts.tokens, prompts.valid, **of)
+                theirs = rollouts.score(reference, rollout, prefilled=first, **of)
         with jax.named_scope("policy"):
             ours = rollouts.score(policy, rollout, cfg=models.policy, compute=models.compute, prefilled=prefilled)
         return Logps(ours, None if theirs is None else jax.lax.stop_gradient(theirs), rollout.mask)

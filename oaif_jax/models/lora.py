@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from oaif_jax.base.errors import UserError, near
+from oaif_jax.models import quant
 from oaif_jax.models.config import ModelConfig
 
 # Target -> shapes of input and output, in the dimensions of the transformer.
@@ -54,22 +55,21 @@ def init(key: Array, cfg: ModelConfig, rank: int, targets: tuple[str, ...]) -> P
 
 
 def merge(params: PyTree, cfg: ModelConfig) -> PyTree:
-    """The parameters of one model without additions, which computes the same; float32 sums in the base's type.
-    Raises UserError where the base is quantised."""
-    if "scales" in params:
-        raise UserError(
-            "LoRA can't be merged into a quantised base, whose codes can't hold the sums; wanted the base without quant"
-        )
-    layers = dict(params["layers"])
+    """The parameters of one model without additions, which computes the same. Projections that something was added to, and those
+    that were quantised, are float32 sums; what a sum is cast to is the caller's to choose, once: in bfloat16 most of what a usual
+    run adds is less than half of a weight's last bit. The other leaves are as they were."""
+    scales = params.get("scales", {})
+    layers = dict(params["layers"]) | {
+        name: jax.vmap(quant.dequantise)(params["layers"][name], scale) for name, scale in scales.items()
+    }
 
     def plus(leaf: Array, at: tuple, name: str) -> Array:
         low = params["lora"][name]
         rank = low["a"].shape[-1]
-        a = low["a"].reshape(cfg.layers, -1, rank)
-        b = low["b"].reshape(cfg.layers, rank, -1)
+        a = low["a"].astype(jnp.float32).reshape(cfg.layers, -1, rank)
+        b = low["b"].astype(jnp.float32).reshape(cfg.layers, rank, -1)
         product = jnp.einsum("LIR,LRO->LIO", a, b, precision="highest") * cfg.lora_scale
-        part = leaf[at].astype(jnp.float32)
-        return leaf.at[at].set((part + product.reshape(part.shape)).astype(leaf.dtype))
+        return leaf.at[at].add(product.reshape(leaf[at].shape))
 
     every = slice(None)
     places = {
@@ -83,5 +83,5 @@ def merge(params: PyTree, cfg: ModelConfig) -> PyTree:
     }
     for name in params["lora"]:
         leaf, at = places[name]
-        layers[leaf] = plus(jnp.asarray(layers[leaf]), at, name)
-    return {key: value for key, value in params.items() if key != "lora"} | {"layers": layers}
+        layers[leaf] = plus(jnp.asarray(layers[leaf], jnp.float32), at, name)
+    return {key: value for key, value in params.items() if key not in ("lora", "scales")} | {"layers": layers}

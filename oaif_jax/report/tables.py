@@ -23,7 +23,7 @@ NONE = "-"
 PLACED = (
     "gold", "judge", "greedy", "annotator", "versions", "mean_length", "reference_length", "words", "kl", "gold_mean",
     "reference_gold_mean", "gold_share", "reference_gold_share", "method", "loss", "beta", "instruction", "seed",
-    "steps", "seconds", "params_sha256", "device", "cores", "evaluated_step", "split", "prompts", "command",
+    "steps", "seconds", "params_sha256", "device", "cores", "evaluated_step", "split", "prompts", "command", "exported",
 )  # fmt: skip
 
 
@@ -128,7 +128,13 @@ def posts(run: Run) -> str:
 
 def _win_table(run: Run) -> Table:
     rows = []
-    for decoding, found in ((sampled(run), run.standing), ("greedy", run.standing.get("greedy", {}))):
+    exported = run.standing.get("exported", {})
+    for decoding, found in (
+        (sampled(run), run.standing),
+        ("greedy", run.standing.get("greedy", {})),
+        (f"the export, {sampled(run)}", exported),
+        ("the export, greedy", exported.get("greedy", {})),
+    ):
         for judge, name in JUDGES.items():
             if judge in found:
                 rows.append((name, decoding, *_verdict(found[judge], judge)))
@@ -190,6 +196,8 @@ def _run_table(run: Run) -> Table:
     found = run.standing
     rows = [] if run.finished else [("state", f"not finished, at step {_last_step(run)}")]
     rows += [(name, plain(value)) for name, value in leftovers(found).items()]
+    if "validation_loss" in found.get("exported", {}):
+        rows.append(("validation loss of the export", plain(found["exported"]["validation_loss"])))
     rows += [("method", method(run))] if run.method else []
     for key, name, show in (
         ("beta", "beta", plain),

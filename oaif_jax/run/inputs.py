@@ -23,7 +23,7 @@ from oaif_jax.config import Config
 from oaif_jax.data import chat, readers, special_tokens, tokenizer
 from oaif_jax.stored.checkpoint import Reader
 from oaif_jax.stored.hf.tensors import INDEX, weight_files
-from oaif_jax.stored.open import POLICY, Source, home, run_config, run_of, source_of
+from oaif_jax.stored.open import POLICY, Source, chat_of, home, run_config, run_of, source_of
 from oaif_jax.tiny import templates
 from oaif_jax.tiny.data import asset, policy_voice
 
@@ -139,7 +139,7 @@ def _found(cfg: Config) -> Iterator[tuple[str, Found]]:
     if not kind.has_reference:
         return
     if cfg.reference.init != "policy":
-        yield from _model(source_of("reference", cfg.reference))
+        yield from _model(source_of("reference", cfg.reference), "none")
     annotator = source_of("annotator", cfg.annotator)
     is_python = annotator.init.startswith(python.PREFIX)
     if is_python and (kind.asks or cfg.judge.init == "annotator"):
@@ -155,7 +155,7 @@ def _found(cfg: Config) -> Iterator[tuple[str, Found]]:
         yield _instruction("judge", judge, cfg.judge.instruction)
 
 
-def _model(source: Source, template: str = "auto") -> Iterator[tuple[str, Found]]:
+def _model(source: Source, template: str) -> Iterator[tuple[str, Found]]:
     """A model's files, and those of a chat template that the config names."""
     if source.init == "hf":
         directory = home(source)
@@ -167,7 +167,8 @@ def _model(source: Source, template: str = "auto") -> Iterator[tuple[str, Found]
     elif source.init != "scratch":
         yield f"{source.key}.init", _run(source)
         yield from _below(source)
-    if template not in ("auto", "none") and home(source) is not None:
+    template = chat_of(source, template) if home(source) is not None else "none"
+    if template not in ("auto", "none"):
         path = pathlib.Path(template)
         yield f"{source.key}.chat", Found("chat template", path, _there(path.parent, [path]))
 
@@ -197,7 +198,7 @@ def _below(source: Source) -> Iterator[tuple[str, Found]]:
     which may be another run's."""
     first, directory = source_of(POLICY, run_config(source).policy), home(source)
     if run_config(source).policy.lora.rank > 0:
-        for key, found in _model(first):
+        for key, found in _model(first, "none"):
             yield f"{source.key}.init base{key[len(key.partition(' ')[0]) :]}", found
     elif directory is not None:
         yield f"{source.key}.init base", Found("model", directory, _there(directory, [directory / n for n in BESIDE]))

@@ -28,8 +28,8 @@ from oaif_jax.stored.open import (
     POLICY,
     Model,
     Source,
+    as_one,
     home,
-    on_mesh,
     open_frozen,
     open_model,
     read_run,
@@ -73,7 +73,7 @@ class Setup:
     @functools.cached_property
     def frozen(self) -> Frozen:
         """The parameters that a step reads. Under LoRA the base is the reference, unless that is another model, or will be: where
-        rounds move it, it is the base with a copy of the additions."""
+        rounds move it, or additions go on, it is the base with a copy of the additions."""
         frozen = {} if self.policy.base is None else {"base": self.policy.base}
         if self.reference is not None and self.reference.params is not self.policy.base:
             frozen["reference"] = self.reference.params
@@ -104,7 +104,7 @@ def open_setup(cfg: Config, mesh: Mesh) -> Setup:
     policy = _policy(cfg, source, voice, mesh)
     reference = _reference(cfg, policy, mesh) if kind.has_reference else None
 
-    notes = data.notes
+    notes = (*data.notes, *policy.notes)
     model, annotator, on_the_mesh, measured = None, None, None, {}
     if kind.has_reference and (kind.asks or cfg.judge.init == "annotator"):
         if cfg.annotator.init.startswith(python.PREFIX):
@@ -228,11 +228,12 @@ def _policy(cfg: Config, source: Source, voice: Voice, mesh: Mesh) -> Model:
     is_lora = cfg.policy.lora.rank > 0
     dtype = cfg.compute.frozen if is_lora else cfg.compute.trained
     model = open_model(source, voice, mesh, dtype, shape=cfg.policy.shape, seed=cfg.seed)
-    return with_lora(on_mesh(model, mesh, dtype), cfg.policy, mesh, cfg.seed) if is_lora else model
+    return with_lora(model, cfg.policy, mesh, dtype, cfg.seed) if is_lora else as_one(model)
 
 
 def _reference(cfg: Config, policy: Model, mesh: Mesh) -> Model:
-    """The model that the policy is compared with: under LoRA the base serves both."""
+    """The model that the policy is compared with: under LoRA the base serves both, with a copy of the additions where they were
+    there before."""
     if cfg.reference.init != "policy":
         source = source_of("reference", cfg.reference)
         voice = voice_of(source, cfg.policy.chat)
@@ -240,7 +241,7 @@ def _reference(cfg: Config, policy: Model, mesh: Mesh) -> Model:
         if not policy.voice.same_ids(voice):
             raise UserError(f"{source} has another tokenizer ({theirs}) than the policy ({ours}), wanted the same")
         return open_frozen(source, policy.voice, mesh, cfg.compute.frozen)
-    if policy.base is not None:
+    if policy.base is not None and not policy.goes_on:
         return dataclasses.replace(policy, params=policy.base, base=None)
     return dataclasses.replace(policy, params=sharding.place(policy.params, mesh, cfg.compute.frozen))
 

@@ -5,8 +5,9 @@ import functools
 import pathlib
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from oaif_jax import config
 from oaif_jax.base.errors import UserError
@@ -22,6 +23,10 @@ from oaif_jax.tiny.data import asset, plain_voice, policy_voice
 
 WANTED = "wanted tiny:NAME, hf, scratch, or WORKDIR[@best | @last | @STEP]"
 POLICY = "policy"  # the key of the model that a run trains
+MERGING = (
+    "which can't hold {:.0%} of them; the same policy.lora and policy.quant as in that run train them further instead, "
+    "and compute.frozen=float32 holds them all"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +55,15 @@ class Model:
     source: Source
     directory: hf.HFModel | None = None
     base: PyTree | None = None
+    goes_on: bool = False  # the additions are another run's, which are trained further
+    notes: tuple[str, ...] = ()  # what a user should know of how it was opened
 
     def whole(self, params: PyTree) -> PyTree:
-        """All parameters, from trained ones."""
-        return params if self.base is None else {**self.base, **params}
+        """All parameters, from trained ones (or from all)."""
+        return params if self.base is None or "layers" in params else {**self.base, **params}
 
     def merged(self, params: PyTree) -> PyTree:
-        """One model's parameters, whatever was trained: additions are added to their base."""
+        """One model's parameters, whatever was trained: additions are added to their base, in float32 sums."""
         return params if self.base is None else merge(self.base, params, self.cfg)
 
 
@@ -79,13 +86,21 @@ def home(source: Source) -> pathlib.Path | None:
     return home(source_of(POLICY, run_config(source).policy))
 
 
+def chat_of(source: Source, chat: str) -> str:
+    """A model's chat template as `open_template` takes it; "auto" is, of a run, what that run was trained with."""
+    if chat != "auto" or source.init in ("hf", "scratch") or source.init.startswith("tiny:"):
+        return chat
+    before = run_config(source).policy
+    return chat_of(source_of(POLICY, before), before.chat)
+
+
 def voice_of(source: Source, chat: str) -> Voice:
     """A model's voice: of a directory with the chat template that `chat` names; the tiny world has two of its own."""
     directory = home(source)
     if directory is None:
         return policy_voice() if source.key in (POLICY, "reference") else plain_voice()
     tokenizer = open_tokenizer(directory)
-    template = open_template(tokenizer, chat)
+    template = open_template(tokenizer, chat_of(source, chat))
     ends = [*tokenizer.stop_ids, *hf.read(directory).stop_ids]
     turn_end = template.turn_end(tokenizer)
     # What an answer in a chat ends with comes first: it is what responses from files are given.
@@ -99,7 +114,8 @@ def voice_of(source: Source, chat: str) -> Voice:
 def open_model(
     source: Source, voice: Voice, mesh: Mesh, dtype: str, *, shape: config.Shape | None = None, seed: int = 0
 ) -> Model:
-    """The whole model that `source` names; from a directory in `dtype` on the mesh, else on the host as it is stored."""
+    """The model that `source` names; from a directory in `dtype` on the mesh, else on the host as it is stored. Where another run
+    trained additions, they and their base, which lies on the mesh as it did in that run."""
     vocab_size = voice.tokenizer.vocab_size
     if source.init == "scratch":
         if shape is None:
@@ -113,16 +129,23 @@ def open_model(
         params, cfg = single.load(asset(source.init.removeprefix("tiny:")))
         model = Model(cfg, params, voice, source)
     else:
-        model = _of_run(source, voice, mesh)
+        model = _of_run(source, voice, mesh, dtype)
     if model.cfg.vocab_size != vocab_size:
         raise UserError(f"{source} has a vocabulary of {model.cfg.vocab_size}, wanted the tokenizer's {vocab_size}")
     return model
 
 
 def open_frozen(source: Source, voice: Voice, mesh: Mesh, dtype: str, quant: str = "none") -> Model:
-    """A model that isn't trained, on the mesh, its parameters nobody else's; quantised as `quant` says."""
-    model = on_mesh(open_model(source, voice, mesh, dtype), mesh, dtype)
-    return model if quant == "none" else dataclasses.replace(model, params=quantised(model.params, quant, mesh))
+    """A model that isn't trained, on the mesh, its parameters nobody else's; quantised as `quant` says. Additions of a run stay
+    beside their base, which is what was trained: a sum in bfloat16 would lose most of them."""
+    model = open_model(source, voice, mesh, dtype)
+    if model.base is None:
+        model = on_mesh(model, mesh, dtype)
+    else:
+        params = model.whole(sharding.place(model.params, mesh, "float32"))
+        model = dataclasses.replace(model, params=params, base=None)
+    is_whole = quant == "none" or "scales" in model.params
+    return model if is_whole else dataclasses.replace(model, params=quantised(model.params, quant, mesh))
 
 
 def on_mesh(model: Model, mesh: Mesh, dtype: str) -> Model:
@@ -132,18 +155,40 @@ def on_mesh(model: Model, mesh: Mesh, dtype: str) -> Model:
     return dataclasses.replace(model, params=sharding.place(model.params, mesh, dtype))
 
 
-def with_lora(model: Model, section: config.Policy, mesh: Mesh, seed: int) -> Model:
-    """The same model with low-rank additions to train, and its own parameters, which lie on the mesh, frozen or quantised."""
+def as_one(model: Model) -> Model:
+    """The model without a base: additions are merged into it, in float32."""
+    if model.base is None:
+        return model
+    cfg = dataclasses.replace(model.cfg, lora_scale=1.0)
+    return dataclasses.replace(model, cfg=cfg, params=model.merged(model.params), base=None)
+
+
+def with_lora(model: Model, section: config.Policy, mesh: Mesh, dtype: str, seed: int) -> Model:
+    """The same model with low-rank additions to train, and its own parameters frozen in `dtype`, or quantised.
+
+    Additions of another run are trained further where `section` asks for the same ones, of the same base. Otherwise they are
+    merged into the base that new ones are added to, and a note says what of them its type can't hold.
+    """
     targets = lora.check_targets(section.lora.targets, model.cfg)
-    cfg = dataclasses.replace(model.cfg, lora_scale=section.lora.alpha / section.lora.rank)
-    base = model.params
+    scale = section.lora.alpha / section.lora.rank
+    if model.base is not None and _same_additions(run_config(model.source).policy, section, model.cfg):
+        return dataclasses.replace(model, goes_on=True)
+    notes = model.notes
+    if model.base is not None:
+        lost = lost_in_merging(model.base, model.params, model.cfg, dtype)
+        if lost > 0.01:
+            notes = (*notes, f"{model.source}: its additions are merged into a base of {dtype}, {MERGING.format(lost)}")
+        model = as_one(model)
+    placed = on_mesh(model, mesh, dtype)
+    base = placed.params
     if section.quant != "none":
-        base = quantised(model.params, section.quant, mesh)
-        sharding.free(model.params)
+        base = quantised(placed.params, section.quant, mesh)
+        sharding.free(placed.params)
     # Another key than that of a model from scratch.
     key = jax.random.fold_in(jax.random.key(seed), 1)
+    cfg = dataclasses.replace(model.cfg, lora_scale=scale)
     params = {"lora": lora.init(key, cfg, section.lora.rank, targets)}
-    return dataclasses.replace(model, cfg=cfg, params=params, base=base)
+    return dataclasses.replace(model, cfg=cfg, params=params, base=base, notes=notes)
 
 
 def quantised(params: PyTree, kind: str, mesh: Mesh) -> PyTree:
@@ -154,9 +199,35 @@ def quantised(params: PyTree, kind: str, mesh: Mesh) -> PyTree:
 
 
 def merge(base: PyTree, params: PyTree, cfg: ModelConfig) -> PyTree:
-    """A base that lies on a mesh with its additions merged, sharded as it is."""
-    on = jax.tree.map(lambda leaf: leaf.sharding, base)
+    """A base that lies on a mesh with its additions merged in float32, sharded as it is."""
+    on = {name: jax.tree.map(lambda leaf: leaf.sharding, tree) for name, tree in base.items() if name != "scales"}
     return jax.jit(lora.merge, static_argnums=1, out_shardings=on)({**base, **params}, cfg)
+
+
+def lost_in_merging(base: PyTree, params: PyTree, cfg: ModelConfig, dtype: str) -> float:
+    """What a base's type can't hold of additions that are merged into it, as a share of them (of sums of absolute values)."""
+
+    @jax.jit
+    def both(whole: PyTree) -> tuple[Array, Array]:
+        merged = lora.merge(whole, cfg)["layers"]
+        before = lora.merge(whole, dataclasses.replace(cfg, lora_scale=0.0))["layers"]
+        added = jax.tree.map(
+            lambda new, old: jnp.abs(new.astype(jnp.float32) - old.astype(jnp.float32)).sum(), merged, before
+        )
+        lost = jax.tree.map(lambda new: jnp.abs(new.astype(dtype).astype(jnp.float32) - new).sum(), merged)
+        return jax.tree.reduce(jnp.add, lost), jax.tree.reduce(jnp.add, added)
+
+    lost, added = both({**base, **params})
+    return float(lost) / float(added) if float(added) else 0.0
+
+
+def _same_additions(before: config.Policy, now: config.Policy, cfg: ModelConfig) -> bool:
+    """Whether two policies train the same additions to the same base."""
+    each = [
+        (policy.quant, policy.lora.rank, policy.lora.alpha, set(lora.check_targets(policy.lora.targets, cfg)))
+        for policy in (before, now)
+    ]
+    return each[0] == each[1]
 
 
 def _directory(source: Source, tokenizer: Tokenizer) -> hf.HFModel:
@@ -220,7 +291,7 @@ def step_of(source: Source) -> int:
     return int(source.init.rpartition("@")[2])
 
 
-def _of_run(source: Source, voice: Voice, mesh: Mesh) -> Model:
+def _of_run(source: Source, voice: Voice, mesh: Mesh, dtype: str) -> Model:
     cfg = run_config(source)
     workdir, which = run_of(source)
     params, meta = checkpoint.load_params(workdir / "checkpoints", which)
@@ -228,9 +299,12 @@ def _of_run(source: Source, voice: Voice, mesh: Mesh) -> Model:
     first = source_of(POLICY, cfg.policy)
     directory = home(first)
     form = None if directory is None else dataclasses.replace(hf.read(directory), cfg=model)
+    base = None
     if "lora" in params:
-        if cfg.policy.quant != "none":
-            raise UserError(f"{source}: low-rank additions to a quantised base can't be merged into it")
-        base = open_model(first, voice, mesh, cfg.compute.frozen)
-        params = merge(sharding.place(base.params, mesh, cfg.compute.frozen), params, model)
-    return Model(model, params, voice, source, form)
+        # As that run had it: in its type, or in its few bits.
+        frozen = cfg.compute.frozen
+        below = open_model(first, voice, mesh, frozen, shape=cfg.policy.shape, seed=cfg.seed)
+        base = with_lora(below, cfg.policy, mesh, frozen, cfg.seed).base
+        assert base is not None
+        base = base if "scales" in base or dtype == frozen else sharding.place(base, mesh, dtype)
+    return Model(model, params, voice, source, form, base)

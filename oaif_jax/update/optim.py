@@ -78,14 +78,27 @@ def optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
     clip = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
     decay = [optax.add_decayed_weights(cfg.weight_decay)] if cfg.weight_decay else []
     if cfg.name == "adamw":
-        rule = [optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, mu_dtype=cfg.moments)]
+        rule = [in_float32(optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, mu_dtype=cfg.moments))]
     else:
         # Shazeer & Stern 2018: factored second moments, updates clipped to RMS 1, no momentum.
         scale = [optax.scale_by_param_block_rms()] if cfg.scale_by_parameters else []
         inner = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), *scale)
-        rule = [per_layer(inner)]
+        rule = [in_float32(per_layer(inner))]
     rate = scale_by_round(schedule(cfg)) if cfg.has_rounds else optax.scale_by_learning_rate(schedule(cfg))
     return optax.chain(*clip, *rule, *decay, rate)
+
+
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A transformation whose state and updates are those of float32 leaves, whatever the leaves are: a second moment in bfloat16
+    ends at half of what it should be, since what a step adds to it is then less than half of its last bit."""
+
+    def as_float32(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def update(updates, state, params=None):
+        return inner.update(as_float32(updates), state, None if params is None else as_float32(params))
+
+    return optax.GradientTransformation(lambda params: inner.init(as_float32(params)), update)
 
 
 class RoundState(NamedTuple):

@@ -2,13 +2,15 @@
 
     model = hf.read(directory)                                 config.json and generation_config.json
     params = hf.load(model, mesh, "float32")                   safetensors, straight onto the mesh
-    hf.save(target, params, model.cfg, model, "bfloat16")      a directory that transformers loads
+    hf.save(target, params, model.cfg, model, "float32")       a directory that transformers loads
+    hf.save_adapter(target, lora, model.cfg, model, alpha)     LoRA's additions alone, which peft loads
 
 `families` holds a table for each family; `pieces` says where a file's tensors lie in the stacked leaves.
 """
 
+from oaif_jax.stored.hf.adapter import save_adapter
 from oaif_jax.stored.hf.directory import HFModel, read
 from oaif_jax.stored.hf.reading import load
-from oaif_jax.stored.hf.writing import save
+from oaif_jax.stored.hf.writing import Chat, save
 
-__all__ = ["HFModel", "load", "read", "save"]
+__all__ = ["Chat", "HFModel", "load", "read", "save", "save_adapter"]

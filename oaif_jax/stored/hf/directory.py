@@ -1,18 +1,22 @@
-"""What a model directory says about itself, before any parameter is read."""
+"""What a model directory says about itself, before its parameters are read."""
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from oaif_jax.base.errors import UserError
 from oaif_jax.models import transformer
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.stored.hf.config import model_config
-from oaif_jax.stored.hf.families import family
+from oaif_jax.stored.hf.families import FAMILIES, family
+from oaif_jax.stored.hf.tensors import has_weights, open_tensors, weight_files
 from oaif_jax.stored.hf.values import Values, read_json
 
+ROWS = 4096  # of embedding and head that are compared at a time
 REWARD, LANGUAGE = "ForSequenceClassification", ("ForCausalLM", "ForConditionalGeneration")
 
 
@@ -32,7 +36,10 @@ class HFModel:
 
 
 def read(directory: str | pathlib.Path) -> HFModel:
-    """Reads config.json and generation_config.json; raises where the model isn't one that can be computed here."""
+    """Reads config.json and generation_config.json; raises where the model isn't one that can be computed here.
+
+    A config.json that says that the head is the embedding is believed as far as the files hold no other head.
+    """
     directory = pathlib.Path(directory)
     if not (directory / "config.json").is_file():
         raise UserError(
@@ -43,6 +50,9 @@ def read(directory: str | pathlib.Path) -> HFModel:
     labels = _labels(values)
     name = values.text("model_type")
     cfg = model_config(text, family(values.where, name), labels)
+    if cfg.tied and not labels and has_weights(directory):
+        stamps = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in weight_files(directory))
+        cfg = dataclasses.replace(cfg, tied=not _has_another_head(directory, name, stamps))
     return HFModel(directory, name, cfg, _stop_ids(directory, values, text), labels)
 
 
@@ -52,6 +62,29 @@ def text_config(values: Values) -> Values:
         return values
     values.require({"tie_word_embeddings": True})
     return values.section("text_config")
+
+
+@functools.lru_cache(maxsize=64)
+def _has_another_head(directory: pathlib.Path, model_type: str, stamps: tuple) -> bool:
+    """Whether the files hold a head that isn't the embedding. The comparison reads both, so that it is made once for files that
+    nobody writes to (`stamps`)."""
+    del stamps
+    rules = FAMILIES[model_type]
+    with open_tensors(directory) as tensors:
+        heads = [tensors[f"{name}.weight"] for name in rules.heads if f"{name}.weight" in tensors]
+        names = [f"{prefix}{rules.embedding}.weight" for prefix in rules.prefixes]
+        embeddings = [tensors[name] for name in names if name in tensors]
+        if not heads or not embeddings:
+            return False
+        head, embedding = heads[0], embeddings[0]
+        if head.shape != embedding.shape:
+            return True  # which the check of all shapes then names
+        for start in range(0, head.shape[0], ROWS):
+            region = (slice(start, min(start + ROWS, head.shape[0])),)
+            rows = [each.read(region).astype(np.float32) for each in (head, embedding)]
+            if not np.array_equal(*rows, equal_nan=True):
+                return True
+        return False
 
 
 def abstract_params(cfg: ModelConfig, labels: int) -> PyTree:

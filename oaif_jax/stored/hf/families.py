@@ -25,6 +25,7 @@ Biases = Literal["none", "qkv", "all", "switched"]
 class Family:
     """A model_type. See `config` for how its config.json is read, `pieces` for its tensors."""
 
+    architecture: str  # transformers' class, for a config.json that doesn't name it
     fixed: Mapping[str, Any]  # fields of ModelConfig that all models of the family share
     layers: tuple[Row, ...]  # tensors of a layer, below PREFIXlayers.N.
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys that config.json may leave out
@@ -100,6 +101,7 @@ GEMMA = {
 GEMMA_ACCEPTED = {"attention_bias": False, "use_bidirectional_attention": False}
 
 GEMMA3 = Family(
+    architecture="Gemma3ForCausalLM",
     fixed={"post_norms": True, "qk_norm": True},
     layers=(*ATTENTION, *GATED_MLP, *PRE_AND_POST_NORMS, *QK_NORMS),
     defaults={**GEMMA, "vocab_size": 262208, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
@@ -113,12 +115,14 @@ GEMMA3 = Family(
 
 FAMILIES = {
     "llama": Family(
+        architecture="LlamaForCausalLM",
         fixed=PLAIN,
         layers=(*ATTENTION, *GATED_MLP, *PRE_NORMS),
         defaults={**UNTIED, "rms_norm_eps": 1e-6},
         biases="switched",
     ),
     "mistral": Family(
+        architecture="MistralForCausalLM",
         fixed=PLAIN,
         layers=(*ATTENTION, *GATED_MLP, *PRE_NORMS),
         defaults={**UNTIED, "rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
@@ -126,6 +130,7 @@ FAMILIES = {
         windows="all",
     ),
     "phi3": Family(
+        architecture="Phi3ForCausalLM",
         fixed=PLAIN,
         layers=(*FUSED, *PRE_NORMS),
         defaults={**UNTIED, "rms_norm_eps": 1e-5},
@@ -134,6 +139,7 @@ FAMILIES = {
         rotary_part="partial_rotary_factor",
     ),
     "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
         fixed={"post_norms": True},
         layers=(*ATTENTION, *GATED_MLP, *PRE_AND_POST_NORMS),
         defaults={**GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
@@ -151,6 +157,7 @@ FAMILIES = {
         harmless=(*GEMMA3.harmless, r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\."),
     ),
     "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
         fixed=PLAIN,
         layers=(*ATTENTION, *GATED_MLP, *PRE_NORMS),
         defaults={**UNTIED, "rms_norm_eps": 1e-6, "num_key_value_heads": 32, "max_window_layers": 28},
@@ -158,6 +165,7 @@ FAMILIES = {
         biases="qkv",
     ),
     "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
         fixed={**PLAIN, "qk_norm": True},
         layers=(*ATTENTION, *GATED_MLP, *PRE_NORMS, *QK_NORMS),
         defaults={
@@ -167,6 +175,7 @@ FAMILIES = {
         windows="qwen",
     ),
     "gpt_neox": Family(
+        architecture="GPTNeoXForCausalLM",
         fixed={**PLAIN, "norm": "layer", "gated": False},
         layers=NEOX,
         defaults={**UNTIED, "layer_norm_eps": 1e-5, "rotary_pct": 0.25, "use_parallel_residual": True},

@@ -45,8 +45,7 @@ def load(model: HFModel, mesh: Mesh, dtype: str) -> PyTree:
 def find(model: HFModel, abstract: PyTree, tensors: Mapping[str, Tensor]) -> list[Piece]:
     """The pieces of a tree in a directory's files, which hold them all and in the right shapes, or an error."""
     family = FAMILIES[model.family]
-    prefix = _first(family.prefixes, lambda prefix: f"{prefix}{family.embedding}.weight", tensors)
-    head = _first(family.heads, lambda head: f"{head}.weight", tensors)
+    prefix, head = names_in(tensors, family)
     found = geometry.find_pieces(family, model.cfg, abstract, prefix, head)
     check(tensors, geometry.file_shapes(found), harmless(family, model), model.directory)
     return found
@@ -56,6 +55,12 @@ def harmless(family: Family, model: HFModel) -> Sequence[str]:
     """Patterns of keys that aren't read: no parameters, or a tied head's copy of the embedding."""
     repeated = [rf"^{name}\.weight$" for name in family.heads] if model.cfg.tied and not model.labels else []
     return (*family.harmless, *repeated)
+
+
+def names_in(tensors: Mapping[str, Tensor], family: Family) -> tuple[str, str]:
+    """Which of a family's names files use: before a model's tensors, and of its head."""
+    prefix = _first(family.prefixes, lambda prefix: f"{prefix}{family.embedding}.weight", tensors)
+    return prefix, _first(family.heads, lambda head: f"{head}.weight", tensors)
 
 
 def _first(names: Sequence[str], key_of, tensors: Mapping[str, Tensor]) -> str:

@@ -70,6 +70,11 @@ def check(
             raise UserError(f"{tensor.path}: {key} has no place in a model of this config.json")
 
 
+def has_weights(directory: pathlib.Path) -> bool:
+    """Whether a directory holds parameters, and not only what is said about them."""
+    return (directory / SINGLE).is_file() or (directory / INDEX).is_file()
+
+
 def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
     """The files that hold a model's parameters; UserError where one is missing."""
     if (directory / SINGLE).is_file():
