@@ -343,7 +343,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             if cfg.export.at_end:
                 say(interrupts.work(export.save, setup.policy, params, workdir / "export", cfg.export.dtype))
             if cfg.export.adapter:
-                say(export.save_adapter(setup.policy, params, workdir / "adapter"))
+                say(interrupts.work(export.save_adapter, setup.policy, params, workdir / "adapter"))
             if cfg.export.check:
                 exported = export.load(setup.policy, workdir / "export", mesh, cfg.compute.trained)
                 metrics["exported"], _ = interrupts.work(evaluations.finish, exported)

@@ -212,8 +212,9 @@ def _is_result(value: Any) -> bool:
 # What is said of a summary's keys: required ones, then what others are if they are there.
 Fields = Mapping[str, tuple[Callable[[Any], bool], str]]
 COUNT, TEXT, NUMBER = (_is_count, "a whole number"), (_is_text, "a text"), (_is_result, "a finite number")
-MEASURES = ("mean_length", "reference_length", "words", "reference_words", "finished", "reference_finished", "log_ratio", "gold_mean", "reference_gold_mean",
-            "gold_share", "reference_gold_share", "validation_loss", "accuracy")  # fmt: skip
+MEASURES = ("mean_length", "reference_length", "words", "reference_words", "finished", "reference_finished", "log_ratio",
+            "gold_mean", "reference_gold_mean", "gold_share", "reference_gold_share", "validation_loss",
+            "accuracy")  # fmt: skip
 VERDICT = ("win", "tie", "loss", "score")
 REQUIRED = ("method", "steps")
 RESULTS: Fields = {

@@ -89,7 +89,11 @@ def save_adapter(directory: str | pathlib.Path, added: PyTree, cfg: ModelConfig,
     partial.mkdir(parents=True)
     (partial / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     whole = {key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
-    safetensors.numpy.save_file(whole, partial / WEIGHTS, {"format": "pt"})
+    try:
+        safetensors.numpy.save_file(whole, partial / WEIGHTS, {"format": "pt"})
+    except (safetensors.SafetensorError, OSError) as error:  # type: ignore[attr-defined]
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"adapter to {directory}: {partial / WEIGHTS} can't be written ({error})") from error
     files.as_umask(partial / WEIGHTS)
     for path in (*partial.iterdir(), partial):
         files.fsync(path)
