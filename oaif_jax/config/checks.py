@@ -26,3 +26,11 @@ def within(low: float, high: float) -> Check:
     """A check that a number lies in [low, high]."""
     said = " to ".join(f"{each:,}" if isinstance(each, int) else f"{each:g}" for each in (low, high))
     return lambda value: None if low <= value <= high else f"a number from {said}"
+
+
+def assignments(value: str) -> str | None:
+    """A check that a text is empty, or NAME=VALUE,... with names as programs have them."""
+    parts = [each.partition("=") for each in value.split(",")] if value else []
+    if all(name.strip().isidentifier() and given.strip() for name, _, given in parts):
+        return None
+    return "NAME=VALUE,..., such as enable_thinking=false"

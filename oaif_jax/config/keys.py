@@ -7,7 +7,7 @@ no lists, which couldn't be.
 import dataclasses
 from typing import Annotated
 
-from oaif_jax.config.checks import above, at_least, one_of, within
+from oaif_jax.config.checks import above, assignments, at_least, one_of, within
 
 DATA = (
     "tiny", "prompts", "references", "pairs", "tldr_posts", "tldr_comparisons", "hh", "ultrafeedback", "tfds",
@@ -63,7 +63,9 @@ class Policy:
     init: str = "tiny:sft"  # tiny:NAME (an asset), hf (path), scratch (shape), WORKDIR[@best | @last | @STEP] (a run)
     path: str = ""  # hf: a directory with config.json, *.safetensors and the tokenizer's files
     chat: str = "auto"  # hf: auto (the tokenizer's own chat template), none (plain text), or a .jinja file
-    chat_args: str = ""  # hf: NAME=VALUE,... that the template reads, such as enable_thinking=false
+    chat_args: Annotated[str, assignments] = (
+        ""  # hf: NAME=VALUE,... that the template reads, such as enable_thinking=false
+    )
     shape: Shape = Shape()
     lora: Lora = Lora()
     quant: Annotated[str, one_of(*QUANT)] = "none"  # of the frozen base under LoRA: none, int8, nf4
@@ -84,7 +86,7 @@ class Annotator:
     init: str = "tiny:annotator"  # as policy.init, or python:MODULE.FUNCTION (see annotate/python.py)
     path: str = ""  # as policy.path; its tokenizer may be another than the policy's
     chat: str = "auto"  # as policy.chat
-    chat_args: str = ""  # as policy.chat_args
+    chat_args: Annotated[str, assignments] = ""  # as policy.chat_args
     quant: Annotated[str, one_of(*QUANT)] = "none"  # none, int8, nf4
     instruction: str = "helpful"  # tiny: helpful, short, very_short; else see annotate/instructions; or a path
     question_tokens: Annotated[int, within(0, MANY)] = 0  # limit of instruction and prompt; 0: the longest there is
@@ -98,7 +100,7 @@ class Judge:
     init: str = "tiny:judge"  # as policy.init, annotator (the same model), or none; tiny's was trained apart
     path: str = ""  # as policy.path
     chat: str = "auto"  # as policy.chat
-    chat_args: str = ""  # as policy.chat_args
+    chat_args: Annotated[str, assignments] = ""  # as policy.chat_args
     instruction: str = "helpful"  # as annotator.instruction
 
 

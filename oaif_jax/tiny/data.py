@@ -45,14 +45,15 @@ def asset(name: str) -> pathlib.Path:
 def policy_voice() -> Voice:
     """How the world's policies read a post; a summary begins with a space."""
     tokenizer, path = Tokenizer(asset("tokenizer")), pathlib.Path(__file__).parent / "chat_template.jinja"
-    return Voice(tokenizer, ChatTemplate(path, path.read_text(), is_ours=True), tokenizer.stop_ids, spaced=True)
+    template = ChatTemplate(path, path.read_text(), is_ours=True)
+    return Voice(tokenizer, template, tokenizer.stop_ids, spaced=True, has_control=False)
 
 
 @functools.cache
 def plain_voice() -> Voice:
     """How the world's annotators read: as plain text."""
     tokenizer = Tokenizer(asset("tokenizer"))
-    return Voice(tokenizer, ChatTemplate(tokenizer.path, ""), tokenizer.stop_ids, spaced=True)
+    return Voice(tokenizer, ChatTemplate(tokenizer.path, ""), tokenizer.stop_ids, spaced=True, has_control=False)
 
 
 def instruction(name: str) -> Instruction:
