@@ -185,8 +185,8 @@ def test_required(program):
 @pytest.mark.parametrize(
     ("program", "arguments", "said"),
     [
-        ("evaluate", ("--prompts=abc",), ("--prompts=abc: wanted a whole number of at least 1",)),
-        ("evaluate", ("--prompts=0",), ("--prompts=0: wanted a whole number of at least 1",)),
+        ("evaluate", ("--prompts=abc",), ("--prompts=abc: wanted a whole number from 1 to 1000000",)),
+        ("evaluate", ("--prompts=0",), ("--prompts=0: wanted a whole number from 1 to 1000000",)),
         ("evaluate", ("--prompts", "1.5"), ("--prompts=1.5: wanted a whole number",)),
         ("evaluate", ("--split=tset",), ("--split=tset: wanted one of train, validation, test",)),
         ("evaluate", ("--checkpoint=bst",), ("--checkpoint=bst: wanted best, last or a step",)),
