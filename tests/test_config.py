@@ -31,8 +31,8 @@ WRONG_TYPES = {
 }
 WRONG_TEXTS = {bool: ("maybe", "2", ""), int: ("1.5", "abc", "1e3", ""), float: ("abc", "0,1", "")}
 FREE_TEXTS = ("method", "loss.name",  # checked where methods and losses are named
-              "policy.init", "policy.path", "policy.chat", "policy.chat_args", "policy.lora.targets", "reference.path",
-              "annotator.path", "annotator.chat", "annotator.chat_args", "judge.path", "judge.chat", "judge.chat_args",
+              "policy.init", "policy.path", "policy.chat", "policy.lora.targets", "reference.path",
+              "annotator.path", "annotator.chat", "judge.path", "judge.chat",
               "data.path", "data.train", "data.validation", "data.test",
               "reference.init", "annotator.init", "annotator.instruction", "judge.init",
               "judge.instruction", "data.pairs")  # fmt: skip
