@@ -24,7 +24,7 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
     cli.define_workdir()
     options.define("split", "test", options.choice(("train", "validation", "test")), "which prompts")
     wanted = "how many prompts; without it as many as at the run's end, or all that there are"
-    options.define("prompts", None, options.integer(least=1), wanted)
+    options.define("prompts", None, options.integer(least=1, most=1_000_000), wanted)
     cli.define_checkpoint()
     options.define("out", None, options.DIR, "where to write, where it isn't WORKDIR/evaluations")
     cli.parse()

@@ -111,7 +111,7 @@ def test_help_names_types_and_defaults():
     shown = run("oaif_jax.evaluate", "--help").stdout
     for line in (
         "  --split=train|validation|test  (default: test)\n",
-        "  --prompts=INTEGER  (a whole number of at least 1, optional)\n",
+        "  --prompts=INTEGER  (a whole number from 1 to 1000000, optional)\n",
         "  --checkpoint=best|last|STEP  (default: best)\n",
     ):
         assert line in shown

@@ -156,7 +156,7 @@ def test_orders_that_are_no_numbers_say_nothing():
 def test_an_annotator_that_abstains_gives_numbers():
     """Not to know is an answer."""
     scores = Scores(value=np.array([[NAN, 1.0]]), known=np.array([[False, True]]))
-    assert comparison.orders(scores).tolist() == [[0.5, 0.5]]
+    assert comparison.orders(scores).tolist() == [[0.5]]
 
 
 POLICY = Source("policy", "hf", "models/p")

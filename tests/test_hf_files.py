@@ -234,7 +234,7 @@ def test_an_export_is_whole_or_absent(made, tmp_path, monkeypatch):
 
     with monkeypatch.context() as broken:
         broken.setattr(safetensors.numpy, "save_file", full)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(UserError, match=r"can't be written \(disk full\)"):
             hf.save(out, params, model.cfg, model, "float32")
     assert not out.exists()
     hf.save(out, params, model.cfg, model, "float32")

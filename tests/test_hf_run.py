@@ -465,7 +465,6 @@ def test_directories_that_cannot_be_used(tmp_path, damage, said):
         ({"policy__lora__rank": "2", "policy__lora__targets": "q,z"}, ["z"]),
         ({"judge__init": "none"}, ["eval.best"]),
         ({"policy__quant": "int8"}, ["config.policy.quant='int8'", "config.policy.lora.rank"]),
-        ({"policy__quant": "int8", "policy__lora__rank": "2"}, ["config.policy.quant", "config.export.at_end=false"]),
         ({"steps": str(2**40)}, ["config.steps", "2147483647"]),
         ({"data__name": "tiny"}, ["tiny"]),
         ({"method": "annotator", "eval__best": "validation_loss"}, ["tiny"]),

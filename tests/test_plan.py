@@ -422,12 +422,13 @@ def test_operations_at_several_widths(models, found):
 
 def test_what_is_moved(planned, found):
     """Whole rows gather weights, layer by layer, and don't add up partial products of all rows; one token is the other way
-    around. The bounds are what that takes; without being told so XLA moved more than twice as much on TPUs."""
+    around. The bounds are what that takes, by prompts and by completions; without being told so XLA moved more than twice as
+    much on TPUs."""
     cfg, sizes = planned.policy.cfg, planned.sizes
     weights = 4 * 2 * bench_count.matrices(cfg) // 2  # two micro-batches, of what lies along `tensor` on a device
     rows = sizes.prompts // 4  # a device's part of both micro-batches
     summed = 4 * 2 * cfg.layers * rows * (sizes.prompt + 2 * sizes.response) * cfg.width  # after `out` and `down`
-    assert found["collective_bytes"]["reference"] < 1.3 * (weights + summed + 4 * 2 * bench_count.head(cfg))
+    assert found["collective_bytes"]["reference"] < 1.3 * (2 * weights + summed + 4 * 2 * bench_count.head(cfg))
     assert not found["token_loop"]["gathers_parameters"]
 
 
@@ -482,7 +483,7 @@ def test_a_step_and_its_batch_are_a_runs(tmp_path, method, file):
     mesh, planned = sharding.make_mesh(1, 4, 2), plan.parse(made.to_dict())
     setup = open_setup(config.parse(made.to_dict()), mesh)
     ours, runs = plan.step_of(planned, mesh), collect.step_of(setup)
-    ids = {"stop_ids": (), "pad_id": 0}
+    ids = {"stop_ids": (), "pad_id": 0, "never": ()}  # which only a tokenizer tells
     assert dataclasses.replace(ours.sampler, **ids) == dataclasses.replace(runs.sampler, **ids)
     assert set(ours.sampler.stop_ids) <= set(runs.sampler.stop_ids)
     if method == "online":

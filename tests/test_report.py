@@ -388,7 +388,7 @@ def refusal(workdir: pathlib.Path) -> str:
 def test_any_field_of_a_wrong_type_is_one_line_or_shown(tmp_path, monkeypatch):
     """Each value of a summary and of a config in turn: never anything but a page, or an error that names the file."""
     write_online_run(tmp_path, steps=2, every=2, prompts=2)
-    monkeypatch.setattr(plots, "curve_svg", lambda _: "")
+    monkeypatch.setattr(plots, "curve_svg", lambda _, **__: "")
     assert refusal(tmp_path) == ""
     for name in ("summary.json", "config.json"):
         whole = json.loads((tmp_path / name).read_text())

@@ -368,13 +368,15 @@ def test_evaluate_and_sample_programs(base):
     assert {name.split("/")[0] for name in after.keys() - before.keys()} == {"evaluations"}
 
 
-def test_an_evaluation_that_cannot_be_kept_is_shown(base, tmp_path, capsys):
-    """Of somebody else's run, which may only be read: the metrics are there, and a line says what isn't."""
+def test_an_evaluation_that_cannot_be_kept_there(base, tmp_path):
+    """Of somebody else's run, which may only be read: one line before anything is computed, and another place to write in."""
     workdir = shutil.copytree(sft_run(base), tmp_path / "run")
     (workdir / "evaluations").write_text("in its place")
-    found = evaluate.run(workdir, split="validation", prompts=8, which="last")
+    with pytest.raises(UserError, match=r"evaluations can't be made \(File exists\), wanted --out=DIR"):
+        evaluate.run(workdir, split="validation", prompts=8, which="last")
+    found = evaluate.run(workdir, split="validation", prompts=8, which="last", out=tmp_path / "elsewhere")
     assert found["validation_loss"] == pytest.approx(lines(workdir, "eval")[-1]["validation_loss"], rel=1e-5)
-    assert capsys.readouterr().err == f"not kept in {workdir / 'evaluations'}: file exists\n"
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 2
 
 
 @pytest.mark.parametrize("name", ["tldr,sft", "annotator", "judge"])
@@ -518,7 +520,11 @@ def test_disable_jit(tmp_path, monkeypatch):
         del frozen, key, step, tx
         seen.append(isinstance(batch.rollout.tokens if batch.rollout else batch.data.tokens, jax.core.Tracer))
         halved = jax.tree.map(lambda leaf: leaf / 2, state.params)
-        return dataclasses.replace(state, step=state.step + 1, params=halved), {"loss": jnp.float32(1.0)}, {}
+        return (
+            dataclasses.replace(state, step=state.step + 1, params=halved),
+            {"loss": jnp.float32(1.0), "updates": state.step},
+            {},
+        )
 
     monkeypatch.setattr(steps_of, "train_step", halve)
     found = with_setting("jax_disable_jit", True, tmp_path / "eager")

@@ -37,7 +37,7 @@ def test_summarise():
     """4 wins, 3 ties, 1 loss: 4 + 1.5 of 8."""
     found = summarise([1.0, 0.5, 1.0, 0.0, 0.5, 1.0, 0.5, 1.0])
     interval = found.pop("interval")
-    assert found == {"win": 0.5, "tie": 0.375, "loss": 0.125, "score": 0.6875}
+    assert found == {"win": 0.5, "tie": 0.375, "loss": 0.125, "score": 0.6875, "pairs": 8}
     assert interval == list(wilson(0.6875, 8))
     turned = summarise(1 - np.array([1.0, 0.5, 1.0, 0.0, 0.5, 1.0, 0.5, 1.0]))
     assert (turned["win"], turned["tie"], turned["loss"], turned["score"]) == (0.125, 0.375, 0.5, 0.3125)

@@ -63,9 +63,7 @@ class Policy:
     init: str = "tiny:sft"  # tiny:NAME (an asset), hf (path), scratch (shape), WORKDIR[@best | @last | @STEP] (a run)
     path: str = ""  # hf: a directory with config.json, *.safetensors and the tokenizer's files
     chat: str = "auto"  # hf: auto (the tokenizer's own chat template), none (plain text), or a .jinja file
-    chat_args: Annotated[str, assignments] = (
-        ""  # hf: NAME=VALUE,... that the template reads, such as enable_thinking=false
-    )
+    chat_args: Annotated[str, assignments] = ""  # hf: NAME=VALUE,... for the template, as enable_thinking=false
     shape: Shape = Shape()
     lora: Lora = Lora()
     quant: Annotated[str, one_of(*QUANT)] = "none"  # of the frozen base under LoRA: none, int8, nf4

@@ -219,7 +219,7 @@ VERDICT = ("win", "tie", "loss", "score")
 REQUIRED = ("method", "steps")
 RESULTS: Fields = {
     **dict.fromkeys(("gold", "judge"), (_is_verdict, f"{', '.join(VERDICT)}, interval")),
-    **dict.fromkeys(MEASURES, NUMBER),
+    **dict.fromkeys((*MEASURES, *RENAMED), NUMBER),
 }
 SUMMARY: Fields = {
     "method": TEXT,
