@@ -21,7 +21,7 @@ from oaif_jax.annotate.base import MeshAnnotator
 from oaif_jax.methods.base import Loss, Method, Models, Sums
 from oaif_jax.models.prefill import Prefill, prefill
 from oaif_jax.rollout import Sampler, named_key
-from oaif_jax.types import DATA, POLICY, REFERENCE, Batch, Prompts, Rollout
+from oaif_jax.types import DATA, POLICY, Batch, Prompts, Rollout
 from oaif_jax.update.state import Metrics, TrainState, apply_gradients
 
 Frozen = dict[str, PyTree]  # parameters that a step reads: "base" (under LoRA), "reference", "annotator"
@@ -158,11 +158,10 @@ def rollout_of(
             assert batch.data.tokens.shape[1] == count, f"the data has other completions than {count}"
             parts[writer] = batch.data
             continue
-        whole, cfg, first = {
-            POLICY: (policy_of(params, frozen), models.policy, prefilled),
-            REFERENCE: (reference_of(frozen), models.reference, None),
-        }[writer]
-        name = "sample" if writer == POLICY else f"sample.{writer}"
+        is_policy = writer == POLICY  # else the reference
+        whole = policy_of(params, frozen) if is_policy else reference_of(frozen)
+        cfg, first = (models.policy, prefilled) if is_policy else (models.reference, None)
+        name = "sample" if is_policy else f"sample.{writer}"
         with jax.named_scope("sample"):
             parts[writer] = rollouts.sample(
                 whole,

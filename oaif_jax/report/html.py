@@ -108,7 +108,7 @@ def _tiles(run: Run) -> str:
             against = (
                 f"{run.sides[0]} {tables.decimal(found[theirs])}" if found.get(theirs) is not None else "of a response"
             )
-            if key == "mean_length" and "finished" in found:
+            if key == "mean_length" and found.get("finished") is not None:
                 against += f"; {tables.percent(1 - found['finished'])} cut at the limit"
             tiles.append((name, tables.decimal(found[key]) + unit, against))
     for key, name, count, note in (

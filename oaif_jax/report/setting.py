@@ -68,7 +68,7 @@ def normal_loss(run: Run) -> str:
     starts, beta = {"dpo": math.log(2), "slic": 1.0}, run.key("loss.beta", run.summary.get("beta"))
     if isinstance(beta, int | float) and beta > 0:
         starts |= dict.fromkeys(("ipo", "ipo_mean"), 1 / (4 * beta**2))
-    start = starts.get(run.key("loss.name"))
+    start = starts.get(str(run.key("loss.name")))
     if start is None or not run.is_comparison:
         return ""
     far = " Online it need not fall far: pairs get harder as the policy gets better." if run.method == "online" else ""

@@ -331,7 +331,7 @@ def comparison(rows: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Table
 def _compared(summary: Mapping[str, Any]) -> dict[str, Any]:
     """A summary's leaves, with the share of responses that were cut at the limit."""
     found = dict(leaves(renamed(summary)))
-    return found | ({"cut": 1 - found["finished"]} if "finished" in found else {})
+    return found | ({"cut": 1 - found["finished"]} if found.get("finished") is not None else {})
 
 
 def _is_result(key: str, value: Any) -> bool:
