@@ -26,7 +26,7 @@ PLACED = (
     "gold", "judge", "greedy", "annotator", "versions", "mean_length", "reference_length", "words", "log_ratio", "gold_mean",
     "reference_gold_mean", "gold_share", "reference_gold_share", "method", "loss", "beta", "instruction", "seed",
     "steps", "seconds", "params_sha256", "device", "cores", "evaluated_step", "split", "prompts", "command", "exported",
-    "finished", "reference_finished", "annotated_by", "judged_by",
+    "finished", "reference_finished", "annotated_by", "judged_by", "settings",
 )  # fmt: skip
 
 
