@@ -3,6 +3,7 @@
 step.py takes one step of any method; a method is what is special about it, on one screen.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -53,7 +54,7 @@ class Loss:
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(abc.ABC):
     """One way to train a model. Its fields are its own numbers; the class says what the engine must bring it."""
 
     by: ClassVar[tuple[str, ...]] = ()  # who writes each completion of a prompt: types.POLICY, REFERENCE, DATA
@@ -63,18 +64,18 @@ class Method:
     evaluation: ClassVar[str] = "comparison"  # how it is measured: comparison, or another name that evals/of_run.py has
 
     @classmethod
+    @abc.abstractmethod
     def of(cls, cfg: Config, data: DataSet) -> "Method":
-        """The method with the config's numbers; UserError for numbers that it has no use for."""
-        raise NotImplementedError(cls)
+        """The method with the config's numbers; UserError for one of config.loss that a preference method has no use for."""
 
     @property
     def headline(self) -> dict[str, Any]:
         """What a report says of it beside its name."""
         return {}
 
+    @abc.abstractmethod
     def target(self, batch: Batch, rollout: Rollout | None, scores: Scores | None) -> tuple[PyTree, Sums]:
         """What the loss is taken towards, and metrics; nothing of it is differentiated."""
-        raise NotImplementedError(type(self))
 
     def predict(
         self,
@@ -104,9 +105,9 @@ class Method:
             ours = rollouts.score(policy, rollout, cfg=models.policy, compute=models.compute, prefilled=prefilled)
         return Logps(ours, None if theirs is None else jax.lax.stop_gradient(theirs), rollout.mask)
 
+    @abc.abstractmethod
     def loss(self, predicted: Any, target: Any) -> Loss:
         """The loss of what `predict` gave."""
-        raise NotImplementedError(type(self))
 
 
 def over_rows(per_row: Float[Array, " P"], weight: Float[Array, " P"], metrics: Sums) -> Loss:
