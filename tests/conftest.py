@@ -40,7 +40,7 @@ def typechecked(function):
 # Before any import of oaif_jax: types are checked at each call, and shapes when a function is traced. jaxtyping's part of that
 # takes 40 microseconds a call; where there are no arrays, and hundreds of thousands of calls, there is beartype's alone.
 ROOMS = [f"oaif_jax.{path.stem}" for path in sorted((ROOT / "oaif_jax").iterdir()) if not path.name.startswith("_")]
-WITHOUT_ARRAYS = [f"oaif_jax.{room}" for room in ("base", "config", "data", "report", "tiny")]
+WITHOUT_ARRAYS = [f"oaif_jax.{room}" for room in ("config", "data", "report", "tiny")]
 beartype.claw.beartype_packages(WITHOUT_ARRAYS, conf=CHECKED)
 jaxtyping.install_import_hook(sorted({*ROOMS} - {*WITHOUT_ARRAYS}), f"{__name__}.typechecked")
 
