@@ -20,11 +20,15 @@ MEMBERS = {
         f"tldr,offline,{loss}": f"offline {loss}: other policies' pairs, labelled once by simulated raters"
         for loss in LOSSES
     },
+    "tldr,selm": "SELM: in each of three rounds one response of the round's reference is ranked beside the data's two",
+    "tldr,iterative": "iterative dpo: the same rounds without SELM's bonus",
+    "tldr,xpo": "XPO: a sample of the policy against one of the fixed reference, with a bonus",
     "tldr,sft": "fine-tuning from scratch on noisy references; the start of the preference runs",
     "annotator": "the annotator: one model that judges pairs under several instructions",
     "judge": "the judge: as the annotator, trained apart with another seed, for evaluations only",
 }
 ONLINE_BETA = {"dpo": 0.03, "ipo": 0.05, "slic": 0.02}
+SELM_ALPHA, XPO_ALPHA = 0.01, 1e-4
 OFFLINE_BETA = {"dpo": 0.1, "ipo": 0.05, "slic": 0.1}
 
 
@@ -39,6 +43,14 @@ def get_config(argument: str = "tldr,online,dpo") -> ConfigDict:
             config.method = "offline"
             config.loss.name, config.loss.beta = loss, OFFLINE_BETA[loss]
             config.optimizer.lr = 2e-4
+        case ["tldr", "selm" | "iterative" as name]:
+            config.method = "selm"
+            config.steps, config.rounds.count, config.rounds.portions = 80, 3, True
+            config.loss.beta = ONLINE_BETA["dpo"]
+            config.loss.alpha = SELM_ALPHA if name == "selm" else 0.0
+        case ["tldr", "xpo"]:
+            config.method = "xpo"
+            config.loss.beta, config.loss.alpha = ONLINE_BETA["dpo"], XPO_ALPHA
         case ["tldr", "sft"]:
             _from_scratch(config, steps=3000, lr=2e-3, warmup=100)
             config.method = "sft"

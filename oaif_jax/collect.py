@@ -23,6 +23,7 @@ from oaif_jax.base.cli import WORKER
 from oaif_jax.data.order import batch_indices
 from oaif_jax.data.records import Example
 from oaif_jax.data.stream import ahead_of
+from oaif_jax.methods.base import Method
 from oaif_jax.models import sharding
 from oaif_jax.run.setup import Setup
 from oaif_jax.step import Frozen, Step
@@ -38,36 +39,43 @@ class Ready:
     collected_at: int  # steps taken by the parameters that its completions were sampled from
 
 
-def step_of(setup: Setup) -> Step:
-    """What a run's step is."""
+def method_at(setup: Setup, at: int) -> Method:
+    """The method of the step that `at` steps of the run were taken before."""
+    return setup.method.in_round(at // setup.cfg.steps)
+
+
+def step_of(setup: Setup, at: int = 0) -> Step:
+    """What the step is that `at` steps were taken before: the same in all rounds, unless the method has stages."""
     cfg = setup.cfg
+    own = cfg.sample.reference_temperature
     return Step(
-        method=setup.method,
+        method=method_at(setup, at),
         models=setup.models,
         sampler=setup.sampler(cfg.sample.temperature),
         annotator=setup.mesh_annotator,
         lengths=cfg.compute.lengths,
         parts=cfg.optimizer.accumulate,
+        reference_sampler=None if own < 0 else setup.sampler(own),
     )
 
 
-def is_fused(setup: Setup) -> bool:
-    """Whether completions and scores are made within the step."""
-    return not setup.method.asks or (setup.mesh_annotator is not None and not setup.cfg.async_steps)
+def is_fused(setup: Setup, at: int) -> bool:
+    """Whether completions and scores are made within the step that `at` steps were taken before."""
+    asks = method_at(setup, at).asks
+    return not asks or (setup.mesh_annotator is not None and not setup.cfg.async_steps)
 
 
 class Batches:
     """The batch of each step, numbered from 0 over all rounds."""
 
     def __init__(self, setup: Setup, key: Array):
-        self._setup, self._step, self._key = setup, step_of(setup), key
+        self._setup, self._key = setup, key
         self._pending: dict[int, concurrent.futures.Future[Ready]] = {}
         self._arrays = ahead_of(lambda at: host_batch(setup, at))
         self._thread = concurrent.futures.ThreadPoolExecutor(1, f"{WORKER}-annotator")
-        self._collect = None
-        if not is_fused(setup):
-            on = sharding.batch_sharding(setup.mesh)
-            self._collect = jax.jit(self._drawn, out_shardings=on)
+        on = sharding.batch_sharding(setup.mesh)
+        self._step = dataclasses.replace(step_of(setup), method=setup.method)
+        self._collect = jax.jit(self._drawn, out_shardings=on)  # where a step isn't fused
 
     def get(self, at: int, params: PyTree, frozen: Frozen) -> Ready:
         """The batch of the step that `at` steps were taken before; collected now unless it was begun."""
@@ -86,21 +94,21 @@ class Batches:
     def restore(self, at: int, batch: Batch) -> None:
         """Puts back what `pending` gave."""
         done: concurrent.futures.Future[Ready] = concurrent.futures.Future()
-        done.set_result(Ready(batch, self._tokens(jax.tree.map(np.asarray, batch)), at - 1))
+        done.set_result(Ready(batch, self._tokens(at, jax.tree.map(np.asarray, batch)), at - 1))
         self._pending[at] = done
 
-    def abstract(self, params: PyTree, frozen: Frozen) -> Batch:
-        """Shapes and shardings of a batch."""
+    def abstract(self, params: PyTree, frozen: Frozen, at: int) -> Batch:
+        """Shapes and shardings of the batch of a step."""
         shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
-        batch = jax.tree.map(shape, host_batch(self._setup, 0))
-        if self._collect:
+        batch = jax.tree.map(shape, host_batch(self._setup, at))
+        if not is_fused(self._setup, at):
             batch = jax.eval_shape(self._collect, params, frozen, batch, self._key, np.int32(0))
             batch = batch if batch.scores is not None else dataclasses.replace(batch, scores=self._unasked(batch))
         on = sharding.batch_sharding(self._setup.mesh)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), batch)
 
-    def _tokens(self, batch: Batch) -> int:
-        return tokens_in(batch, self._setup.method.asks)
+    def _tokens(self, at: int, batch: Batch) -> int:
+        return tokens_in(batch, method_at(self._setup, at).asks)
 
     def close(self, *, wait: bool = True) -> None:
         """Ends the threads; without waiting for an annotator that is being asked."""
@@ -115,8 +123,8 @@ class Batches:
 
     def _begin(self, at: int, params: PyTree, frozen: Frozen, collected_at: int) -> "concurrent.futures.Future[Ready]":
         made = self._made(at)
-        placed, tokens = self._setup.place(made), self._tokens(made)
-        if self._collect is None:
+        placed, tokens = self._setup.place(made), self._tokens(at, made)
+        if is_fused(self._setup, at):
             return self._thread.submit(lambda: Ready(placed, tokens, collected_at))
         # Dispatched in this thread, before the step that gives these parameters' buffers away.
         drawn = self._collect(params, frozen, placed, self._key, np.int32(at))
@@ -175,7 +183,7 @@ def examples_at(setup: Setup, at: int) -> list[Example]:
 
 def host_batch(setup: Setup, at: int) -> Batch:
     """The global batch of step `at`, on the host."""
-    cfg, method = setup.cfg, setup.method
+    cfg, method = setup.cfg, method_at(setup, at)
     if method.reads == "judged":
         assert setup.data.judged is not None
         return Batch(judged=setup.data.judged.train(cfg.seed, at, cfg.data.batch))  # type: ignore[arg-type]  # numpy's

@@ -32,6 +32,11 @@ class LogRatios:
         """h."""
         return self.chosen - self.rejected
 
+    @property
+    def swapped(self) -> "LogRatios":
+        """As if the other one had been chosen."""
+        return LogRatios(self.rejected, self.chosen, self.rejected_length, self.chosen_length)
+
 
 def dpo(ratios: LogRatios, *, beta: float) -> Float[Array, " B"]:
     """-log sigmoid(beta h) (Rafailov et al. 2023, eq. 7; OAIF, eq. 1); the gradient in h at 0 is -beta/2."""
@@ -57,19 +62,64 @@ def slic(ratios: LogRatios, *, beta: float) -> Float[Array, " B"]:
     return jax.nn.relu(1.0 - beta * ratios.margin)
 
 
-LOSSES: dict[str, Callable[..., Float[Array, " B"]]] = {"dpo": dpo, "ipo": ipo, "ipo_mean": ipo_mean, "slic": slic}
+def dpo_mean(ratios: LogRatios, *, beta: float) -> Float[Array, " B"]:
+    """Length-normalised DPO: each log-ratio divided by its length (Lambert et al. 2024, Tulu 3, eq. 6, with beta 5)."""
+    margin = ratios.chosen / ratios.chosen_length - ratios.rejected / ratios.rejected_length
+    return -jax.nn.log_sigmoid(beta * margin)
+
+
+def rdpo(ratios: LogRatios, *, beta: float, length_alpha: float) -> Float[Array, " B"]:
+    """-log sigmoid(beta h + length_alpha (|y+| - |y-|)) (Park et al. 2024, eq. 9): what is preferred for its length alone teaches
+    less."""
+    longer = ratios.chosen_length - ratios.rejected_length
+    return -jax.nn.log_sigmoid(beta * ratios.margin + length_alpha * longer)
+
+
+def simpo(ratios: LogRatios, *, beta: float, gamma: float) -> Float[Array, " B"]:
+    """-log sigmoid(beta (mean log pi(y+) - mean log pi(y-)) - gamma) (Meng et al. 2024, eq. 6): means over tokens, no reference;
+    `ratios` are log-probabilities then."""
+    margin = ratios.chosen / ratios.chosen_length - ratios.rejected / ratios.rejected_length
+    return -jax.nn.log_sigmoid(beta * margin - gamma)
+
+
+LOSSES: dict[str, Callable[..., Float[Array, " B"]]] = {
+    "dpo": dpo,
+    "ipo": ipo,
+    "ipo_mean": ipo_mean,
+    "slic": slic,
+    "dpo_mean": dpo_mean,
+    "rdpo": rdpo,
+    "simpo": simpo,
+}
+WITHOUT_REFERENCE = ("simpo",)
 
 
 @dataclasses.dataclass(frozen=True)
 class PairLoss:
-    """A loss with its numbers."""
+    """A loss with its numbers, and what is made of labels.
+
+    With P(y+ is better) = p a pair's loss is p L(y+, y-) + (1 - p) L(y-, y+). p is 1 for hard labels and the annotator's own for
+    soft ones; label smoothing s makes it (1 - s) p + s (1 - p) (Mitchell 2023, cDPO).
+    """
 
     name: str
     numbers: tuple[tuple[str, float], ...]
+    labels: str = "hard"  # or "soft"
+    smoothing: float = 0.0
 
-    def __call__(self, ratios: LogRatios) -> Float[Array, " B"]:
-        """The loss of each pair."""
-        return LOSSES[self.name](ratios, **dict(self.numbers))
+    @property
+    def has_reference(self) -> bool:
+        """Whether its log-ratios are to a reference; else they are log-probabilities."""
+        return self.name not in WITHOUT_REFERENCE
+
+    def __call__(self, ratios: LogRatios, preference: Float[Array, " B"] | None = None) -> Float[Array, " B"]:
+        """The loss of each pair; `preference` is P(chosen is better), where labels are soft."""
+        of = lambda ratios: LOSSES[self.name](ratios, **dict(self.numbers))  # noqa: E731
+        if preference is None and not self.smoothing:
+            return of(ratios)
+        p = jnp.ones_like(ratios.margin) if preference is None else preference
+        p = (1.0 - self.smoothing) * p + self.smoothing * (1.0 - p)
+        return p * of(ratios) + (1.0 - p) * of(ratios.swapped)
 
 
 def numbers_of(name: str) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ class Step:
     annotator: MeshAnnotator | None = None  # None: nobody is asked within the step
     lengths: int = 1  # static response widths to annotate and update at, see at_length
     parts: int = 1  # micro-batches, one after another
+    reference_sampler: Sampler | None = None  # None: as `sampler`
 
 
 @jax.tree_util.register_dataclass
@@ -74,7 +75,7 @@ def contribution(params: PyTree, frozen: Frozen, batch: Batch, key: Array, *, st
     params: what is trained; under LoRA the additions to frozen["base"].
     """
     method, models = step.method, step.models
-    samples = POLICY in method.by and batch.rollout is None
+    samples = POLICY in method.writers and batch.rollout is None
 
     # ---- the policy's pass over the prompts; its activations stay until the gradient is taken
     prefilled, pull_back = None, None
@@ -104,7 +105,7 @@ def contribution(params: PyTree, frozen: Frozen, batch: Batch, key: Array, *, st
 
         # ---- the loss; the prompts' share of its gradient goes back through the first pass
         def loss_of(params: PyTree, prefilled: Prefill | None) -> tuple[Float[Array, ""], Loss]:
-            reference = reference_of(frozen) if method.has_reference else None
+            reference = reference_of(frozen) if method.uses_reference else None
             predicted = method.predict(
                 policy_of(params, frozen), reference, batch, rollout, models=models, prefilled=prefilled
             )
@@ -145,18 +146,17 @@ def rollout_of(
 ) -> Rollout | None:
     """The completions of a batch: those it holds, else drawn by policy and reference, and the data's own, in the order in which
     the method names their writers."""
-    writers = step.method.by
+    writers = step.method.writers
     if batch.rollout is not None or not writers or set(writers) == {DATA}:
         return batch.data if batch.rollout is None else batch.rollout
     assert batch.prompts is not None
-    models, sampler = step.models, step.sampler
+    models = step.models
     parts = {}
     for writer in dict.fromkeys(writers):
         count = writers.count(writer)
         if writer == DATA:
             assert batch.data is not None
-            assert batch.data.tokens.shape[1] == count, f"the data has other completions than {count}"
-            parts[writer] = batch.data
+            parts[writer] = first_of(batch.data, count)
             continue
         is_policy = writer == POLICY  # else the reference
         whole = policy_of(params, frozen) if is_policy else reference_of(frozen)
@@ -167,7 +167,7 @@ def rollout_of(
                 whole,
                 batch.prompts,
                 named_key(key, name),
-                sampler=sampler,
+                sampler=(None if is_policy else step.reference_sampler) or step.sampler,
                 completions=count,
                 cfg=cfg,
                 compute=models.compute,
@@ -175,6 +175,13 @@ def rollout_of(
                 by=writer,
             )
     return parts[writers[0]] if len(parts) == 1 else joined(batch.prompts, parts, writers)
+
+
+def first_of(rollout: Rollout, count: int) -> Rollout:
+    """The first completions of each prompt."""
+    assert rollout.tokens.shape[1] >= count, f"the data has {rollout.tokens.shape[1]} completions, wanted {count}"
+    cut = lambda x: x[:, :count]  # noqa: E731
+    return Rollout(rollout.prompts, cut(rollout.tokens), cut(rollout.mask), cut(rollout.finished), rollout.by[:count])
 
 
 def joined(prompts: Prompts, parts: Mapping[str, Rollout], writers: tuple[str, ...]) -> Rollout:

@@ -162,21 +162,25 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
 
     # ----------------------------------------------------------------------------------------------------- the step
     on = state.state_shardings(training.params, tx, mesh)
-    train_step = jax.jit(
-        functools.partial(step.train_step, step=collect.step_of(setup), tx=tx),
-        donate_argnames="state",
-        out_shardings=(on, None, None),  # as it came in: one trace
-    )
+
+    def step_at(at: int):
+        """The step that `at` steps were taken before; another one only where a method has stages."""
+        return jax.jit(
+            functools.partial(step.train_step, step=collect.step_of(setup, at), tx=tx),
+            donate_argnames="state",
+            out_shardings=(on, None, None),  # as it came in: one trace
+        )
+
     next_round = jax.jit(
         functools.partial(state.next_round, tx=tx, dtype=cfg.compute.frozen),
         donate_argnums=0,
         out_shardings=(on, on.params),
     )
+    mix = jax.jit(state.mixed, out_shardings=on.params)  # what evaluations compare with stays as it was
     key = named_key(jax.random.key(cfg.seed), "train")
     batches = Batches(setup, key)
 
     # ----------------------------------------------------------------------------------------------------- the loop
-    abstract = (training, frozen, batches.abstract(training.params, frozen), key)
     progress = Progress(steps, begin or 0, cfg.method, console=console)
     interrupts = Interrupts(is_program=cli.is_program())
     read_at = began  # when the last step's metrics came
@@ -207,7 +211,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             # A step begins when it is dispatched, or when the one before it ends.
             now = time.monotonic()
             seconds, read_at = now - max(taken.began, read_at), now
-            if setup.method.asks:
+            if collect.method_at(setup, taken.number - 1).asks:
                 examples = collect.examples_at(setup, taken.number - 1)
                 metrics |= agreement_with_gold(setup, examples, outputs) | control_tokens(setup, outputs)
             tokens = taken.tokens + (int(outputs["mask"].sum()) if "mask" in outputs else 0)
@@ -260,7 +264,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             items = {"params": training.params, "optimizer": training.optimizer}
             pending = batches.pending(number)
             items |= {"pending": pending} if pending else {}
-            items |= {"reference": frozen["reference"]} if number > cfg.steps else {}
+            items |= {"reference": frozen["reference"]} if number > first_move(cfg) and "reference" in frozen else {}
             checkpoints.save(
                 number,
                 items,
@@ -272,17 +276,21 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             )
             kept = number
 
-        def compiled():
+        def compiled(at: int):
             """The step for these very arguments; jax 0.10 makes four-bit ones in another layout than it then wants, and
             looks at that only here: with those the step compiles when it is first taken. With JAX_DISABLE_JIT it never does."""
             has_codes = any(leaf.dtype == jnp.uint4 for leaf in jax.tree.leaves(frozen))
             as_it_comes = has_codes or begin == steps or jax.config.jax_disable_jit  # type: ignore[attr-defined]
+            train_step = step_at(at)
             with phase("compiling the step"):
-                return train_step if as_it_comes else train_step.lower(*abstract).compile()
+                if as_it_comes:
+                    return train_step
+                shapes = batches.abstract(training.params, frozen, at)
+                return train_step.lower(training, frozen, shapes, key).compile()
 
         try:
             # Two programs at a time: LLVM uses one core for each, and the first evaluation compiles its own meanwhile.
-            compiling = interrupts.begin(compiled)
+            compiling = interrupts.begin(functools.partial(compiled, min(at, steps - 1)))
             if begin is None:
                 evaluate(0)
             take = interrupts.wait(compiling)
@@ -291,7 +299,8 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
                 left = evaluations_left(cfg, begin or 0)
                 progress.expect(expected, by, f" of {cfg.data.batch} and {left} evaluations")
             if begin is not None and "pending" in checkpoints.items(begin):
-                batches.restore(begin, checkpoints.restore(begin, {"pending": abstract[2]})["pending"])
+                shapes = batches.abstract(training.params, frozen, begin)
+                batches.restore(begin, checkpoints.restore(begin, {"pending": shapes})["pending"])
             if begin and (begin % cfg.eval.every == 0 or begin == steps) and begin not in log.evaluated:
                 save(begin, evaluate(begin))  # which a signal cut short, or which another config didn't ask for
             for number in range(at + 1, steps + 1):
@@ -299,11 +308,20 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
                 which, inside = divmod(number - 1, cfg.steps)
                 if which and not inside:  # a round begins: what the policy has become is what it is compared with
                     factor = optim.round_factor(cfg.optimizer.lr, cfg.rounds.lr, which)
-                    training, frozen["reference"] = next_round(training, np.float32(factor))
+                    training, reference = next_round(training, np.float32(factor))
+                    frozen |= {"reference": reference} if "reference" in frozen else {}
+                    if collect.method_at(setup, number - 1) != collect.method_at(setup, number - 2):
+                        take = interrupts.work(compiled, number - 1)
+                elif cfg.reference.every and number > 1 and (number - 1) % cfg.reference.every == 0:
+                    frozen["reference"] = mix(frozen["reference"], training.params, np.float32(cfg.reference.share))
                 # The first step compiles what is left, and an annotator on the host may take long: both can be left alone, but
                 # for what was collected ahead, which nobody could collect again.
                 is_first = number == (begin or 0) + 1
-                call = interrupts.work if is_first or not (cfg.async_steps or collect.is_fused(setup)) else _at_once
+                call = (
+                    interrupts.work
+                    if is_first or not (cfg.async_steps or collect.is_fused(setup, number - 1))
+                    else _at_once
+                )
                 batch = call(batches.get, number - 1, training.params, frozen)
                 dispatched = Taken(number, {}, {}, batch.tokens, time.monotonic())
                 if number < steps:
@@ -388,6 +406,13 @@ def optimizer_config(cfg: Config) -> optim.OptimizerConfig:
     values = dataclasses.asdict(cfg.optimizer)
     del values["accumulate"]
     return optim.OptimizerConfig(**values, steps=cfg.steps, has_rounds=cfg.rounds.count > 1)
+
+
+def first_move(cfg: Config) -> int:
+    """Steps after which the loss' reference is no more what the run began with."""
+    moves = [cfg.steps] if cfg.rounds.count > 1 else []
+    moves += [cfg.reference.every] if cfg.reference.every else []
+    return min(moves, default=total_steps(cfg))
 
 
 def evaluations_left(cfg: Config, begin: int) -> int:

@@ -17,6 +17,8 @@ from oaif_jax.methods.pairs import loss_of
 BETAS = (0.002, 0.1, 1.0)  # the paper's: slic, dpo, ipo
 SUMMED = ("dpo", "ipo", "slic")  # functions of h alone
 
+OTHERS = {"gamma": 0.5, "length_alpha": -0.25}  # numbers beside beta
+
 each_loss = pytest.mark.parametrize("name", LOSSES)
 each_beta = pytest.mark.parametrize("beta", BETAS)
 
@@ -24,7 +26,8 @@ each_beta = pytest.mark.parametrize("beta", BETAS)
 @functools.partial(jax.jit, static_argnames=("name", "beta"))
 def loss_and_gradient(ratios: LogRatios, *, name: str, beta: float) -> tuple[jax.Array, LogRatios]:
     """Losses of B pairs, and the gradient of each in its own pair's numbers."""
-    value, back = jax.vjp(PairLoss(name, (("beta", beta),)), ratios)
+    numbers = {each: beta if each == "beta" else OTHERS[each] for each in numbers_of(name)}
+    value, back = jax.vjp(PairLoss(name, tuple(numbers.items())), ratios)
     return value, back(jnp.ones_like(value))[0]
 
 
@@ -47,7 +50,7 @@ def test_numbers_are_keys_of_the_config():
     """So that a loss's numbers can be set by name."""
     keys = {field.name for field in dataclasses.fields(config.Config().loss)}
     for name in LOSSES:
-        assert numbers_of(name) == ("beta",)
+        assert "beta" in numbers_of(name)
         assert {"name", *numbers_of(name)} <= keys
     with pytest.raises(UserError, match=r"config.loss.name='dop', wanted one of dpo, ipo.*did you mean 'dpo'"):
         numbers_of("dop")
@@ -68,6 +71,12 @@ def test_numbers_are_keys_of_the_config():
         ("ipo", 0.1, (1.0, -2.0, 3.0, 7.0), 4.0),
         # 6/3 - (-2)/4 = 2.5, 1/(2 beta) = 1: 1.5^2
         ("ipo_mean", 0.5, (6.0, -2.0, 3.0, 4.0), 2.25),
+        # 5 * (6/3 - (-2)/4) / 5 = 2.5 at beta 1: log(1 + e^-2.5)
+        ("dpo_mean", 1.0, (6.0, -2.0, 3.0, 4.0), 0.0788889),
+        # beta h = 0.5 * 2 = 1, length_alpha (7 - 3) = -0.25 * 4 = -1: log 2
+        ("rdpo", 0.5, (1.0, -1.0, 7.0, 3.0), 0.6931472),
+        # beta (-6/3 + 12/4) = 2, less gamma of 0.5: log(1 + e^-1.5)
+        ("simpo", 2.0, (-6.0, -12.0, 3.0, 4.0), 0.2014133),
         # beta h = 0.5 * 1
         ("slic", 0.5, (0.0, -1.0), 0.5),
         # beta h = 0.5 * -2
@@ -188,3 +197,29 @@ def test_a_loss_with_several_numbers(monkeypatch):
     assert loss_of(others, "offset").numbers == (("beta", 0.5),)
     with pytest.raises(UserError, match=r"offset=0.25: the loss dpo doesn't take it, nor does the method online$"):
         loss_of(others, "alpha")
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "slic"])
+def test_soft_and_smoothed_labels(name):
+    """p L(y+, y-) + (1 - p) L(y-, y+); p is the annotator's, or 1 less what smoothing takes."""
+    ratios, beta = of([1.0, -2.0], [0.5, 1.0]), 0.5
+    plain, smooth, soft = (
+        PairLoss(name, (("beta", beta),), labels, smoothing)
+        for labels, smoothing in (("hard", 0.0), ("hard", 0.1), ("soft", 0.0))
+    )
+    h = np.array([0.5, -3.0])
+    forward, back = closed_form(name, h, beta)[0], closed_form(name, -h, beta)[0]
+    np.testing.assert_allclose(plain(ratios), forward, rtol=1e-6)
+    np.testing.assert_allclose(smooth(ratios), 0.9 * forward + 0.1 * back, rtol=1e-6)
+    p = np.array([0.75, 0.5])
+    np.testing.assert_allclose(soft(ratios, jnp.asarray(p)), p * forward + (1 - p) * back, rtol=1e-6)
+    np.testing.assert_allclose(soft(ratios, jnp.ones(2)), forward, rtol=1e-6)
+
+
+def test_soft_dpo_is_least_where_the_policy_says_what_the_annotator_does():
+    """d/dh = 0 at sigmoid(beta h) = p."""
+    beta, p = 0.5, 0.8
+    loss = PairLoss("dpo", (("beta", beta),), "soft")
+    h = np.log(p / (1 - p)) / beta
+    slope = jax.grad(lambda h: loss(LogRatios(h, jnp.zeros(1), jnp.ones(1), jnp.ones(1)), jnp.array([p])).sum())
+    np.testing.assert_allclose(slope(jnp.array([h], jnp.float32)), 0.0, atol=1e-6)

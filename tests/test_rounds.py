@@ -1,4 +1,4 @@
-"""A method with three completions and rounds, as SELM will be one: what it takes to add it is in this file and nowhere else."""
+"""Rounds and stages, by SELM: three completions by their writers, a reference that moves, runs that are stopped anywhere."""
 
 import dataclasses
 import io
@@ -10,44 +10,27 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from oaif_jax import collect, config, losses, methods, train
+from oaif_jax import collect, config, losses, train
 from oaif_jax.base.errors import UserError
-from oaif_jax.methods.base import Loss, Method, over_rows
-from oaif_jax.methods.online import Online
-from oaif_jax.methods.pairs import annotator_metrics, best_and_worst, pair_loss
+from oaif_jax.methods.base import Loss
+from oaif_jax.methods.pairs import best_and_worst
+from oaif_jax.methods.selm import SELM
+from oaif_jax.models import sharding
 from oaif_jax.run import resume
+from oaif_jax.run.setup import open_setup
 from oaif_jax.stored.checkpoint import load_params
-from oaif_jax.types import DATA, REFERENCE
-
-
-@dataclasses.dataclass(frozen=True)
-class Exploring(Method):
-    """One response by the round's reference and the data's two; best and worst by the annotator, and a bonus on the first."""
-
-    by = (REFERENCE, DATA, DATA)
-    reads = "pairs"
-    asks = True
-
-    beta: float = 0.1
-    alpha: float = 0.0
-
-    @classmethod
-    def of(cls, cfg, data):
-        return cls(cfg.loss.beta)
-
-    def target(self, batch, rollout, scores):
-        pairs = best_and_worst(rollout, scores, missing_eos="ignore")
-        return pairs, annotator_metrics(rollout, scores, pairs)
-
-    def loss(self, predicted, target):
-        per_row, metrics = pair_loss(predicted, target, losses.PairLoss("dpo", (("beta", self.beta),)))
-        bonus = (predicted.policy - predicted.reference)[:, 0].sum(-1)
-        return over_rows(per_row + self.alpha * self.beta * bonus, target.weight, metrics)
 
 
 AT_ROUNDS = [True, False, False] * 2  # a round's first step: the policy is its own reference
+
+
+def of(beta: float = 0.1, alpha: float = 0.0, ranked: int = 3) -> SELM:
+    return SELM(losses.PairLoss("dpo", (("beta", beta),)), alpha, ranked, 0, "ignore")
+
+
 CONFIG = {
-    "method": "exploring",
+    "method": "selm",
+    "annotator": {"missing_eos": "ignore"},
     "steps": 3,
     "rounds": {"count": 2, "lr": "1e-3,2e-4", "portions": True},
     "policy": {
@@ -63,11 +46,6 @@ CONFIG = {
 }
 
 
-@pytest.fixture(autouse=True)
-def exploring(monkeypatch):
-    monkeypatch.setitem(methods.METHODS, "exploring", Exploring)
-
-
 def run(workdir: pathlib.Path, changes: dict | None = None) -> dict:
     return train.run(CONFIG | (changes or {}), workdir, console=Console(file=io.StringIO()))
 
@@ -76,9 +54,7 @@ def run(workdir: pathlib.Path, changes: dict | None = None) -> dict:
 def whole(tmp_path_factory) -> tuple[pathlib.Path, dict]:
     """A run from start to end: its workdir and its summary."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(methods.METHODS, "exploring", Exploring)
-        return workdir, run(workdir)
+    return workdir, run(workdir)
 
 
 def lines(workdir: pathlib.Path, kind: str = "train") -> list[dict]:
@@ -137,10 +113,10 @@ def test_three_completions_by_their_writers():
 
     tokens, valid = left_padded(0, 4, 5)
     responses, mask = right_padded(1, (4, 3, 6))
-    rollout = Rollout(Prompts(tokens, valid, jnp.arange(4)), responses, mask, jnp.ones((4, 3), bool), Exploring.by)
+    rollout = Rollout(Prompts(tokens, valid, jnp.arange(4)), responses, mask, jnp.ones((4, 3), bool), SELM.by)
     value = jnp.array([[0.9, 0.5, 0.1], [0.1, 0.5, 0.9], [0.5, 0.5, 0.5], [0.3, 0.9, 0.1]])
     known = jnp.ones((4, 3), bool).at[3, 1].set(False)
-    pairs, _ = Exploring().target(None, rollout, Scores(value, known))
+    pairs, _ = of().target(None, rollout, Scores(value, known))
     assert pairs.chosen.tolist()[:2] == [0, 2]
     assert pairs.rejected.tolist()[:2] == [2, 0]
     assert pairs.weight.tolist() == [1, 1, 0, 1]
@@ -168,7 +144,7 @@ def test_a_missing_end_among_three(value, ends, chosen, rejected, weight):
 
     tokens = jnp.arange(6, dtype=jnp.int32).reshape(1, 3, 2)
     prompts = Prompts(jnp.ones((1, 1), jnp.int32), jnp.ones((1, 1), bool), jnp.arange(1))
-    rollout = Rollout(prompts, tokens, jnp.ones((1, 3, 2), bool), jnp.array([ends]), Exploring.by)
+    rollout = Rollout(prompts, tokens, jnp.ones((1, 3, 2), bool), jnp.array([ends]), SELM.by)
     known = jnp.array([[each is not None for each in value]])
     scores = Scores(jnp.array([[each or 0.0 for each in value]]), known)
     pairs = best_and_worst(rollout, scores, missing_eos="loses")
@@ -183,28 +159,26 @@ def test_the_bonus_is_on_the_first_completion():
     policy, reference = (jnp.asarray(rng.normal(size=(2, 3, 4)), jnp.float32) for _ in range(2))
     logps = Logps(policy, reference, jnp.ones((2, 3, 4), bool))
     pairs = Pairs(jnp.array([1, 2]), jnp.array([0, 1]), jnp.ones(2))
-    plain: Loss = Exploring(beta=0.5).loss(logps, pairs)
-    explored: Loss = Exploring(beta=0.5, alpha=0.2).loss(logps, pairs)
+    plain: Loss = of(0.5).loss(logps, pairs)
+    explored: Loss = of(0.5, alpha=0.2).loss(logps, pairs)
     difference = 0.2 * 0.5 * (policy - reference)[:, 0].sum(-1)
     np.testing.assert_allclose(explored.total - plain.total, difference.sum(), rtol=1e-5)
     assert explored.weight == plain.weight == 2
 
 
-@dataclasses.dataclass(frozen=True)
-class Free(Online):
-    """Online training whose loss has no reference; evaluations still compare with the policy's start."""
-
-    has_reference = False
-
-
-def test_a_loss_without_a_reference(tmp_path, monkeypatch):
-    monkeypatch.setitem(methods.METHODS, "free", Free)
-    changes = {"method": "free", "rounds": {}, "steps": 2, "eval": CONFIG["eval"] | {"every": 2}}
-    summary = run(tmp_path / "free", changes | {"judge": {"init": "none"}})
+def test_a_loss_without_a_reference(tmp_path):
+    """Its step is given none; evaluations still compare with the policy's start."""
+    changes = {"method": "online", "rounds": {}, "steps": 2, "eval": CONFIG["eval"] | {"every": 2}}
+    summary = run(tmp_path / "free", changes | {"loss": {"name": "simpo", "beta": 2.0, "gamma": 1.0}})
     assert np.isfinite(summary["log_ratio"])
     assert {"win", "tie", "loss"} <= set(summary["gold"])
-    with pytest.raises(UserError, match=r"config.rounds.count=2: method free has no reference, wanted 1"):
-        run(tmp_path / "rounds", {"method": "free", "judge": {"init": "none"}})
+    assert not any("log_ratio" in line for line in lines(tmp_path / "free"))
+    setup = open_setup(config.parse(CONFIG | changes | {"loss": {"name": "simpo"}}), sharding.make_mesh(-1, 1, 1))
+    assert "reference" not in setup.frozen
+    with pytest.raises(
+        UserError, match=r"config.reference.every=1: config.loss.name='simpo' has no reference, wanted 0"
+    ):
+        run(tmp_path / "moves", changes | {"loss": {"name": "simpo"}, "reference": {"every": 1}})
 
 
 def test_completions_lie_in_the_order_of_their_writers():
@@ -238,3 +212,77 @@ def test_rounds_keep_their_steps(tmp_path):
         UserError, match=r"config.rounds.portions=True: \d+ training examples don't make 1000000 portions"
     ):
         run(tmp_path / "many", {"rounds": {"count": 1_000_000, "portions": True}})
+
+
+def test_the_first_rounds_may_train_on_the_datas_own_pairs(whole, tmp_path):
+    """The paper's first stage for Zephyr: plain DPO, as method offline takes its first round; SELM begins at that one's end."""
+    stages = {"rounds": CONFIG["rounds"] | {"on_pairs": 1}}
+    run(tmp_path / "stages", stages)
+    run(tmp_path / "offline", {"method": "offline"})
+    first, offline = (lines(tmp_path / name) for name in ("stages", "offline"))
+    assert [line["loss"] for line in first[:3]] == [line["loss"] for line in offline[:3]]
+    assert first[3]["loss"] == offline[3]["loss"] == pytest.approx(np.log(2), abs=1e-6)  # at a round's start
+    assert not any("annotator.pairs" in line for line in first[:3])
+    assert all("own_chosen" in line for line in first[3:])
+    with pytest.raises(UserError, match=r"on_pairs=2: method selm, wanted fewer than config.rounds.count=2"):
+        run(tmp_path / "none", {"rounds": CONFIG["rounds"] | {"on_pairs": 2}})
+    with pytest.raises(UserError, match=r"on_pairs=1: method online, wanted 0"):
+        run(tmp_path / "none", {"method": "online", "rounds": CONFIG["rounds"] | {"on_pairs": 1}})
+
+
+def test_stages_that_were_stopped_go_on_exactly(tmp_path, monkeypatch):
+    stages = {"rounds": CONFIG["rounds"] | {"on_pairs": 1}}
+    whole = run(tmp_path / "whole", stages)
+    get = collect.Batches.get
+    for at in (2, 3, 4):
+
+        def stop(self, number, *args, at=at):
+            if number == at:
+                raise RuntimeError("stopped")
+            return get(self, number, *args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(collect.Batches, "get", stop)
+            with pytest.raises(RuntimeError, match="stopped"):
+                run(tmp_path / str(at), stages)
+        assert run(tmp_path / str(at), stages)["params_sha256"] == whole["params_sha256"]
+
+
+REFRESHED = {"method": "offline", "rounds": {}, "steps": 6, "reference": {"every": 2, "share": 1.0}}
+
+
+def test_a_reference_that_follows_the_policy(tmp_path, monkeypatch):
+    """TR-DPO: after every 2 steps it is the policy; and a run that was stopped in between goes on exactly."""
+    whole = run(tmp_path / "whole", REFRESHED)
+    expected = [True, False] * 3
+    assert [line["log_ratio"] == pytest.approx(0, abs=1e-6) for line in lines(tmp_path / "whole")] == expected
+    soft = run(tmp_path / "soft", REFRESHED | {"reference": {"every": 2, "share": 0.6}})
+    assert soft["params_sha256"] != whole["params_sha256"]
+    get = collect.Batches.get
+
+    def stop(self, number, *args):
+        if number == 5:
+            raise RuntimeError("stopped")
+        return get(self, number, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(collect.Batches, "get", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(tmp_path / "stopped", REFRESHED)
+    assert run(tmp_path / "stopped", REFRESHED)["params_sha256"] == whole["params_sha256"]
+
+
+def test_what_a_reference_takes_of_the_policy():
+    from oaif_jax.update.state import mixed
+
+    found = mixed({"w": jnp.array([1.0, 2.0], jnp.bfloat16)}, {"w": jnp.array([2.0, -2.0])}, jnp.float32(0.25))
+    assert found["w"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(found["w"].astype(jnp.float32), [1.25, 1.0])
+
+
+def test_references_that_can_not_move(tmp_path):
+    lora = REFRESHED | {"policy": CONFIG["policy"] | {"lora": {"rank": 2}}, "reference": {"every": 2, "share": 0.5}}
+    with pytest.raises(UserError, match=r"config.reference.share=0.5: a mean of additions' factors"):
+        run(tmp_path / "none", lora)
+    with pytest.raises(UserError, match=r"config.reference.every=2: method sft has no reference, wanted 0"):
+        run(tmp_path / "none", REFRESHED | {"method": "sft", "eval": CONFIG["eval"]})

@@ -5,10 +5,14 @@ from oaif_jax.methods.annotator import AnnotatorTraining
 from oaif_jax.methods.base import Method
 from oaif_jax.methods.offline import Offline
 from oaif_jax.methods.online import Online
+from oaif_jax.methods.selm import SELM
 from oaif_jax.methods.sft import SFT
+from oaif_jax.methods.xpo import XPO
 
 METHODS: dict[str, type[Method]] = {
     "online": Online,
+    "selm": SELM,
+    "xpo": XPO,
     "offline": Offline,
     "sft": SFT,
     "annotator": AnnotatorTraining,

@@ -57,7 +57,7 @@ class Loss:
 class Method(abc.ABC):
     """One way to train a model. Its fields are its own numbers; the class says what the engine must bring it."""
 
-    by: ClassVar[tuple[str, ...]] = ()  # who writes each completion of a prompt: types.POLICY, REFERENCE, DATA
+    by: ClassVar[tuple[str, ...]] = ()  # who writes each completion of a prompt, at most: types.POLICY, REFERENCE, DATA
     reads: ClassVar[str] = "prompts"  # what it needs of the data: prompts, references, pairs, judged
     asks: ClassVar[bool] = False  # whether an annotator scores the completions
     has_reference: ClassVar[bool] = True  # whether policies are compared with a reference
@@ -67,6 +67,21 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def of(cls, cfg: Config, data: DataSet) -> "Method":
         """The method with the config's numbers; UserError for one of config.loss that a preference method has no use for."""
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """Who writes each completion: `by`, unless the method's own numbers leave some out."""
+        return self.by
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the loss reads the reference: `has_reference`, unless the method's own numbers make that needless."""
+        return self.has_reference
+
+    def in_round(self, which: int) -> "Method":
+        """The method of a round, from 0: the same in each, unless there are stages."""
+        del which
+        return self
 
     @property
     def headline(self) -> dict[str, Any]:

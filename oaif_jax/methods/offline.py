@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from oaif_jax.base.errors import UserError
 from oaif_jax.config import Config
 from oaif_jax.data.dataset import DataSet
 from oaif_jax.losses import PairLoss
@@ -25,7 +26,15 @@ class Offline(Method):
     @classmethod
     def of(cls, cfg: Config, data: DataSet) -> "Offline":
         del data
+        if cfg.loss.labels == "soft":
+            raise UserError(
+                "config.loss.labels='soft': pairs of files say which is better and not how much, wanted 'hard'"
+            )
         return cls(loss_of(cfg))
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.pair_loss.has_reference
 
     @property
     def headline(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from oaif_jax.config import Config
 from oaif_jax.data.dataset import DataSet
 from oaif_jax.losses import PairLoss
 from oaif_jax.methods.base import Loss, Method, Sums, over_rows
-from oaif_jax.methods.pairs import Pairs, annotator_metrics, best_and_worst, loss_of, pair_loss
+from oaif_jax.methods.pairs import Pairs, annotator_metrics, best_and_worst, loss_of, pair_loss, preference_of
 from oaif_jax.types import POLICY, Batch, Logps, Rollout, Scores
 
 
@@ -34,6 +34,10 @@ class Online(Method):
         return cls(loss_of(cfg), cfg.annotator.missing_eos)
 
     @property
+    def uses_reference(self) -> bool:
+        return self.pair_loss.has_reference
+
+    @property
     def headline(self) -> dict[str, Any]:
         return {"loss": self.pair_loss.name, **dict(self.pair_loss.numbers)}
 
@@ -41,6 +45,8 @@ class Online(Method):
         assert rollout is not None
         assert scores is not None
         pairs = best_and_worst(rollout, scores, missing_eos=self.missing_eos)
+        if self.pair_loss.labels == "soft":
+            pairs = dataclasses.replace(pairs, preference=preference_of(scores, pairs))
         return jax.lax.stop_gradient((pairs, annotator_metrics(rollout, scores, pairs)))
 
     def loss(self, predicted: Logps, target: Pairs) -> Loss:

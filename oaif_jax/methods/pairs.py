@@ -4,9 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from oaif_jax import losses
+from oaif_jax.annotate.orders import compared
 from oaif_jax.base.errors import UserError
 from oaif_jax.config import Config
 from oaif_jax.losses import LogRatios, PairLoss
@@ -22,6 +24,7 @@ class Pairs:
     chosen: Int[Array, " P"]
     rejected: Int[Array, " P"]
     weight: Float[Array, " P"]  # 0: not decided, or the two are identical
+    preference: Float[Array, " P"] | None = None  # P(chosen is better), where labels are soft
 
 
 def loss_of(cfg: Config, *own: str) -> PairLoss:
@@ -30,10 +33,11 @@ def loss_of(cfg: Config, *own: str) -> PairLoss:
     taken = losses.numbers_of(cfg.loss.name)
     for field in dataclasses.fields(cfg.loss):
         value = getattr(cfg.loss, field.name)
-        if field.name not in ("name", *taken, *own) and value != field.default:
+        if field.name not in ("name", "labels", "smoothing", *taken, *own) and value != field.default:
             method = f", nor does the method {cfg.method}" if own else ""
             raise UserError(f"config.loss.{field.name}={value!r}: the loss {cfg.loss.name} doesn't take it{method}")
-    return PairLoss(cfg.loss.name, tuple((name, getattr(cfg.loss, name)) for name in taken))
+    numbers = tuple((name, getattr(cfg.loss, name)) for name in taken)
+    return PairLoss(cfg.loss.name, numbers, cfg.loss.labels, cfg.loss.smoothing)
 
 
 def best_and_worst(rollout: Rollout, scores: Scores, *, missing_eos: str) -> Pairs:
@@ -54,6 +58,20 @@ def best_and_worst(rollout: Rollout, scores: Scores, *, missing_eos: str) -> Pai
     is_decided = is_better & at(scores.known, best) & at(scores.known, worst) | (at(ends, best) & ~at(ends, worst))
     weight = jnp.where(is_decided & ~same(rollout, best, worst), 1.0, 0.0)
     return Pairs(best.astype(jnp.int32), worst.astype(jnp.int32), weight)
+
+
+def preference_of(scores: Scores, pairs: Pairs) -> Float[Array, " P"]:
+    """P(chosen is better), of annotators that compare: the mean of both presentation orders. Of those that score each completion
+    by itself: Bradley and Terry's, the sigmoid of the scores' difference."""
+    at = lambda x, index: jnp.take_along_axis(x, index[:, None], axis=1)[:, 0]  # noqa: E731
+    if scores.orders is None:
+        return jax.nn.sigmoid(at(scores.value, pairs.chosen) - at(scores.value, pairs.rejected))
+    two = compared(scores.value.shape[-1])
+    number = {pair: at for at, pair in enumerate(two)}
+    count = scores.value.shape[-1]
+    table = np.array([[number.get((min(i, j), max(i, j)), 0) for j in range(count)] for i in range(count)])
+    p_first = at(jnp.mean(scores.orders, axis=-1), jnp.asarray(table)[pairs.chosen, pairs.rejected])
+    return jnp.where(pairs.chosen < pairs.rejected, p_first, 1.0 - p_first)
 
 
 def same(rollout: Rollout, first: Int[Array, " P"], second: Int[Array, " P"]) -> Bool[Array, " P"]:
@@ -85,7 +103,8 @@ def annotator_metrics(rollout: Rollout, scores: Scores, pairs: Pairs) -> Sums:
 
 def pair_loss(logps: Logps, pairs: Pairs, loss: PairLoss) -> tuple[Float[Array, " P"], Sums]:
     """A pairwise loss of the log-ratios of chosen and rejected completions, by row; and metrics."""
-    log_ratios = logps.policy.sum(-1) if logps.reference is None else logps.policy.sum(-1) - logps.reference.sum(-1)
+    reference = 0.0 if logps.reference is None else logps.reference.sum(-1)
+    log_ratios = logps.policy.sum(-1) - reference
     lengths = jnp.sum(logps.mask, axis=-1).astype(jnp.float32)
     at = lambda x, index: jnp.take_along_axis(x, index[:, None], axis=1)[:, 0]  # noqa: E731
     ratios = LogRatios(
@@ -99,8 +118,11 @@ def pair_loss(logps: Logps, pairs: Pairs, loss: PairLoss) -> tuple[Float[Array, 
         "accuracy": mean_of(ratios.margin > 0, pairs.weight),
         "length": mean_of(jnp.mean(lengths, axis=-1)),
         "length_difference": mean_of(ratios.chosen_length - ratios.rejected_length, pairs.weight),
-        "log_ratio": mean_of(jnp.mean(log_ratios, axis=-1)),
-        "log_ratio_chosen": mean_of(ratios.chosen, pairs.weight),
-        "log_ratio_rejected": mean_of(ratios.rejected, pairs.weight),
     }
-    return loss(ratios), metrics
+    if logps.reference is not None:
+        metrics |= {
+            "log_ratio": mean_of(jnp.mean(log_ratios, axis=-1)),
+            "log_ratio_chosen": mean_of(ratios.chosen, pairs.weight),
+            "log_ratio_rejected": mean_of(ratios.rejected, pairs.weight),
+        }
+    return loss(ratios, pairs.preference), metrics

@@ -84,11 +84,11 @@ class Setup:
         """The parameters that a step reads. Under LoRA the base is the reference, unless that is another model, or will be: where
         rounds move it, or additions go on, it is the base with a copy of the additions."""
         frozen = {} if self.policy.base is None else {"base": self.policy.base}
-        if self.reference is None or not (self.method.has_reference or REFERENCE in self.method.by):
+        if self.reference is None or not (self.method.uses_reference or REFERENCE in self.method.writers):
             pass
         elif self.reference.params is not self.policy.base:
             frozen["reference"] = self.reference.params
-        elif self.cfg.rounds.count > 1:
+        elif moves_reference(self.cfg):
             frozen["reference"] = sharding.place(self.policy.params, self.mesh, self.cfg.compute.frozen)
         if self.mesh_annotator is not None:
             frozen["annotator"] = self.mesh_annotator.params
@@ -129,6 +129,10 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
     reads_reference = kind.has_reference or is_compared or REFERENCE in kind.by
     reference = _reference(cfg, policy, mesh) if reads_reference else None
 
+    if cfg.reference.every and not method.uses_reference:
+        raise UserError(
+            f"config.reference.every={cfg.reference.every}: config.loss.name={cfg.loss.name!r} has no reference, wanted 0"
+        )
     notes = (*data.notes, *policy.notes, *lora_notes(cfg))
     control_ids = voice.tokenizer.special_ids
     model, annotator, on_the_mesh, measured, measured_as = None, None, None, {}, ""
@@ -176,6 +180,10 @@ def check(cfg: Config, kind: type[Method], mesh: Mesh) -> None:
             raise UserError(f"config.eval.{name}={count} doesn't divide over data x fsdp = {parts} devices")
     if cfg.async_steps and not kind.asks:
         raise UserError(f"config.async_steps={cfg.async_steps}: method {cfg.method} collects no pairs, wanted 0")
+    _check_reference(cfg, kind)
+    if cfg.rounds.on_pairs and (cfg.method != "selm" or cfg.rounds.on_pairs >= cfg.rounds.count):
+        wanted = "0" if cfg.method != "selm" else f"fewer than config.rounds.count={cfg.rounds.count}"
+        raise UserError(f"config.rounds.on_pairs={cfg.rounds.on_pairs}: method {cfg.method}, wanted {wanted}")
     if cfg.rounds.count > 1:
         moved = (
             f"config.rounds.count={cfg.rounds.count}: each round's reference is the policy of the one before, wanted"
@@ -194,6 +202,28 @@ def check(cfg: Config, kind: type[Method], mesh: Mesh) -> None:
     if cfg.eval.best not in measured:
         wanted = f"wanted {' or '.join([*measured, 'config.eval.final=last'])} for method {cfg.method}"
         raise UserError(f"config.eval.best={cfg.eval.best!r}, {wanted}")
+
+
+def _check_reference(cfg: Config, kind: type[Method]) -> None:
+    """UserError for a reference that is to move in a way it can't."""
+    every, share = cfg.reference.every, cfg.reference.share
+    if every and not kind.has_reference:
+        raise UserError(f"config.reference.every={every}: method {cfg.method} has no reference, wanted 0")
+    if every and cfg.reference.init != "policy":
+        raise UserError(
+            f"config.reference.every={every}: the reference takes what the policy has become, wanted "
+            f"config.reference.init='policy', not {cfg.reference.init!r}"
+        )
+    if every and cfg.policy.lora.rank and share < 1:
+        raise UserError(
+            f"config.reference.share={share:g}: a mean of additions' factors isn't the mean of what they add, wanted 1 under "
+            "config.policy.lora.rank above 0"
+        )
+
+
+def moves_reference(cfg: Config) -> bool:
+    """Whether the loss' reference becomes another one in a run."""
+    return cfg.rounds.count > 1 or cfg.reference.every > 0
 
 
 def lora_notes(cfg: Config) -> tuple[str, ...]:

@@ -78,6 +78,15 @@ def next_round(
     return dataclasses.replace(state, optimizer=in_round(tx.init(state.params), factor)), reference
 
 
+def mixed(reference: PyTree, params: PyTree, share: Float[Array, ""]) -> PyTree:
+    """share * policy + (1 - share) * reference, in the reference's type (TR-DPO, Gorbatovski et al. 2024, eq. 4)."""
+
+    def mix(old: Array, new: Array) -> Array:
+        return (share * new.astype(jnp.float32) + (1 - share) * old.astype(jnp.float32)).astype(old.dtype)
+
+    return jax.tree.map(mix, reference, params)
+
+
 def apply_gradients(
     state: TrainState, gradients: PyTree, weight: Float[Array, ""], tx: optax.GradientTransformation
 ) -> tuple[TrainState, Metrics]:
