@@ -20,7 +20,6 @@ from oaif_jax.run import resume
 from oaif_jax.run.setup import open_setup
 from oaif_jax.stored.checkpoint import load_params
 
-
 AT_ROUNDS = [True, False, False] * 2  # a round's first step: the policy is its own reference
 
 
@@ -109,14 +108,14 @@ def test_three_completions_by_their_writers():
     """The annotator sees all three, and an unscored one is never a label."""
     from fakes import left_padded, right_padded
 
-    from oaif_jax.types import Prompts, Rollout, Scores
+    from oaif_jax.types import Batch, Prompts, Rollout, Scores
 
     tokens, valid = left_padded(0, 4, 5)
     responses, mask = right_padded(1, (4, 3, 6))
     rollout = Rollout(Prompts(tokens, valid, jnp.arange(4)), responses, mask, jnp.ones((4, 3), bool), SELM.by)
     value = jnp.array([[0.9, 0.5, 0.1], [0.1, 0.5, 0.9], [0.5, 0.5, 0.5], [0.3, 0.9, 0.1]])
     known = jnp.ones((4, 3), bool).at[3, 1].set(False)
-    pairs, _ = of().target(None, rollout, Scores(value, known))
+    pairs, _ = of().target(Batch(), rollout, Scores(value, known))
     assert pairs.chosen.tolist()[:2] == [0, 2]
     assert pairs.rejected.tolist()[:2] == [2, 0]
     assert pairs.weight.tolist() == [1, 1, 0, 1]

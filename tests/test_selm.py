@@ -10,6 +10,7 @@ from fakes import COMPUTE, MODEL
 from test_step import DPO, KEY, ONLINE, RESPONSE, ROWS, SAMPLER, models, prompts
 
 from oaif_jax import config, step
+from oaif_jax.base.errors import UserError
 from oaif_jax.losses import PairLoss
 from oaif_jax.methods import METHODS
 from oaif_jax.methods.base import Models
@@ -19,6 +20,7 @@ from oaif_jax.methods.selm import SELM
 from oaif_jax.methods.xpo import XPO
 from oaif_jax.rollout import named_key, sample
 from oaif_jax.step import Step
+from oaif_jax.tiny import data as tiny
 from oaif_jax.types import DATA, Batch, Logps, Rollout, Scores
 
 BETA = 0.1
@@ -150,13 +152,12 @@ def test_soft_labels_are_the_annotators_of_that_very_pair():
 
 
 def test_alpha_belongs_to_those_that_take_it():
-    from oaif_jax.base.errors import UserError
-
+    data = tiny.dataset("prompts", seed=0, train_posts=8, prompt_tokens=56, response_tokens=16)
     cfg = config.parse({"loss": {"alpha": 0.1}, "method": "online"})
     with pytest.raises(UserError, match=r"config.loss.alpha=0.1: the loss dpo doesn't take it"):
-        METHODS["online"].of(cfg, None)
+        METHODS["online"].of(cfg, data)
     for name in ("selm", "xpo"):
-        assert METHODS[name].of(config.parse({"loss": {"alpha": 0.1}, "method": name}), None).alpha == 0.1
+        assert METHODS[name].of(dataclasses.replace(cfg, method=name), data).alpha == 0.1  # type: ignore[attr-defined]
 
 
 def test_shapes_of_both_steps_on_a_mesh_and_in_parts():

@@ -24,9 +24,7 @@ class Rounds:
 
     count: Annotated[int, at_least(1)] = 1  # each of config.steps updates
     lr: str = ""  # learning rates by round, such as 5e-7,3e-7,1e-7; empty: optimizer.lr in each
-    on_pairs: Annotated[int, at_least(0)] = (
-        0  # selm: rounds at the start that train on the data's own pairs, as offline
-    )
+    on_pairs: Annotated[int, at_least(0)] = 0  # selm: first rounds that train on the data's own pairs
     ranked: Annotated[int, within(2, 3)] = 3  # selm: responses that are ranked: own, chosen, and with 3 rejected
     portions: bool = False  # each round trains on its own of `count` equal portions of the training data, in file order
 
@@ -39,10 +37,8 @@ class Loss:
     beta: Annotated[float, above(0)] = 0.1  # dpo and ipo about 0.1, slic about 0.002, simpo 2, dpo_mean 5
     alpha: Annotated[float, at_least(0)] = 0.0  # selm, xpo: weight of the bonus on the reference's response
     gamma: Annotated[float, at_least(0)] = 0.0  # simpo: margin that is wanted, 0.3 to 0.8 of beta
-    length_alpha: float = 0.0  # rdpo: weight of the difference in lengths
-    labels: Annotated[str, one_of("hard", "soft")] = (
-        "hard"  # online: which is better, or the annotator's probability of it
-    )
+    length_alpha: Annotated[float, at_least(0)] = 0.0  # rdpo: weight of the difference in lengths
+    labels: Annotated[str, one_of("hard", "soft")] = "hard"  # online: which is better, or how probably
     smoothing: Annotated[float, within(0, 0.5)] = 0.0  # share of labels that are taken to be wrong
 
 
@@ -86,10 +82,8 @@ class Reference:
 
     init: str = "policy"  # policy (a copy of its start), or as policy.init
     path: str = ""  # as policy.path
-    every: Annotated[int, at_least(0)] = (
-        0  # steps after which the loss' reference takes a share of the policy; 0: never
-    )
-    share: Annotated[float, within(0, 1)] = 0.6  # of the policy then (TR-DPO); 1: the reference becomes the policy
+    every: Annotated[int, at_least(0)] = 0  # steps after which the loss' reference moves to the policy; 0: never
+    share: Annotated[float, within(0, 1)] = 0.6  # of the policy in it then (TR-DPO); 1: it becomes the policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +137,7 @@ class Sample:
     """How responses are drawn, in training and in evaluation."""
 
     temperature: Annotated[float, at_least(0)] = 0.9  # 0: greedy
-    reference_temperature: Annotated[
-        float, at_least(-1)
-    ] = -1.0  # selm, xpo: of the reference in training; -1: the same
+    reference_temperature: Annotated[float, at_least(-1)] = -1.0  # selm, xpo: the reference's; -1: the same
     top_k: Annotated[int, at_least(0)] = 0  # most likely tokens kept; 0: all
     top_p: Annotated[float, within(0, 1)] = 1.0  # probability mass kept; 1: all
 

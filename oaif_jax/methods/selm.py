@@ -57,7 +57,7 @@ class SELM(Method):
         own = {
             "own_chosen": mean_of(pairs.chosen == OWN, pairs.weight),
             "own_rejected": mean_of(pairs.rejected == OWN, pairs.weight),
-            "own_length": mean_of(jnp.sum(rollout.mask[:, OWN], axis=-1)),
+            "own_length": mean_of(jnp.sum(rollout.mask[:, OWN], axis=-1).astype(jnp.float32)),
         }
         return jax.lax.stop_gradient((pairs, annotator_metrics(rollout, scores, pairs) | own))
 
