@@ -69,7 +69,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.sample.reference_temperature = 0.0  # as the official code
     config.data.name = "ultrafeedback"
     config.data.train = "train_prefs"
-    config.data.validation = "test_prefs"
+    config.data.validation = ""  # some prompts of train
+    config.data.held_out = 64
     config.data.test = "test_prefs"
     config.data.on_error = "skip"  # what can't be read is counted
     config.data.train_posts = 0  # all that fit the limits: a longer pair is left out, never cut
@@ -82,10 +83,10 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.optimizer.warmup = config.steps // 10
     config.optimizer.b2 = 0.999  # [?] this and the other constants are AdamW's usual ones
     config.optimizer.clip = 1.0  # [?] usual in fine-tuning
-    # 16 devices: weights, two moments, gradients and those of a micro-batch in float32 and the reference in bfloat16 are
-    # 22 bytes a parameter: 11 GB a device for 8.0B, which is for those of 32 GB (TPU v6e:4x4); 5 GB for Phi-3-mini, for
-    # those of 16 (v5e:4x4). An annotator of 7B in bfloat16 adds 1 GB. More devices make copies along `data`. A micro-batch is
-    # 32 pairs, 4 on each part of 8.
+    # 16 devices: weights, two moments, gradients and those of a micro-batch in float32, the reference and an annotator of the
+    # same size in bfloat16 are 24 bytes a parameter: 12 GB a device for 8.0B, which is for those of 32 GB (TPU v6e:4x4); 6 GB
+    # for Phi-3-mini, for those of 16 (v5e:4x4). More devices make copies along `data`. A micro-batch is 32 prompts, 4 on each
+    # part of 8.
     config.mesh.fsdp = 8
     config.mesh.tensor = 2
     config.optimizer.accumulate = setting.batch // 32

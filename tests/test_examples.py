@@ -77,10 +77,10 @@ def test_a_loss_with_a_number(copy):
 
 
 def test_a_method(copy):
-    """Three rounds of two steps each; at a round's start the policy is its own reference."""
+    """Four samples of the policy, in three rounds of two steps each."""
     where = copy("a_method.diff")
-    summary = train(where, "experiments/tiny.py:tldr,exploring")
-    assert (summary["method"], summary["steps"]) == ("exploring", 6)
+    summary = train(where, "experiments/tiny.py:tldr,several")
+    assert (summary["method"], summary["steps"]) == ("several", 6)
     lines = [json.loads(line) for line in (where / "runs" / "it" / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines if line["kind"] == "train"] == [0, 0, 1, 1, 2, 2]
 

@@ -68,7 +68,7 @@ def test_parses_and_names_a_method_and_a_loss(family, member):
     kind = methods.named(values["method"])
     assert losses.numbers_of(values["loss.name"])
     if kind.asks or kind.reads == "pairs":
-        assert any(part in member for part in (values["method"], "zephyr", "llama3", "phi3"))
+        assert any(part in member for part in (values["method"], "iterative", "zephyr", "llama3", "phi3"))
 
 
 @each_member

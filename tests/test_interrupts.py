@@ -10,7 +10,6 @@ import time
 
 import pytest
 from test_resume import assert_same_end, start, wait_for
-from test_rounds import Exploring
 from test_rounds import run as run_in_rounds
 from test_train import (
     STEPS,
@@ -25,7 +24,7 @@ from test_train import (
     steps,
 )  # fmt: skip
 
-from oaif_jax import collect, methods
+from oaif_jax import collect
 from oaif_jax.base.errors import Interrupted, UserError
 from oaif_jax.evals.of_run import Evaluations
 from oaif_jax.run.interrupts import DEFAULTS, Interrupts
@@ -100,9 +99,8 @@ def test_what_was_collected_ahead_is_kept(base, tmp_path):
     assert_same_end(tmp_path / "run", whole)
 
 
-def test_between_rounds_and_within(tmp_path, monkeypatch):
+def test_between_rounds_and_within(tmp_path):
     """A round's reference is in the checkpoint, wherever that is."""
-    monkeypatch.setitem(methods.METHODS, "exploring", Exploring)
     whole = run_in_rounds(tmp_path / "whole")
     for at in (2, 4):
         with pytest.MonkeyPatch.context() as patched:

@@ -26,13 +26,14 @@ from oaif_jax.methods import sft
 from oaif_jax.methods.base import Models
 from oaif_jax.methods.offline import Offline
 from oaif_jax.methods.online import Online
+from oaif_jax.methods.selm import SELM
 from oaif_jax.models import sharding
 from oaif_jax.rollout import Sampler
 from oaif_jax.run import setup
 from oaif_jax.step import Step
 from oaif_jax.stored import hf
 from oaif_jax.stored.hf.directory import abstract_params
-from oaif_jax.types import Batch, Prompts, Rollout, Scores
+from oaif_jax.types import DATA, Batch, Prompts, Rollout, Scores
 from oaif_jax.update import optim, state
 from oaif_jax.update.state import TrainState
 
@@ -57,11 +58,16 @@ ASKED = {"tldr": ("tldr", "tldr"), "helpful": ("helpful", "helpful_judge"), "har
 ADAFACTOR = {"optimizer.name": "adafactor", "data.batch": 128, "sample.temperature": 0.9}
 OAIF = ADAFACTOR | {"optimizer.lr": 5e-7, "optimizer.warmup": 150}
 SFT = ADAFACTOR | {"optimizer.lr": 1e-5, "method": "sft", "steps": 912}
-SELM = {
-    "method": "offline", "loss.name": "dpo", "loss.beta": 0.01, "seed": 42, "optimizer.name": "adamw",
+SELM_NUMBERS = {
+    "method": "selm", "loss.name": "dpo", "loss.beta": 0.01, "seed": 42, "optimizer.name": "adamw",
     "optimizer.schedule": "cosine", "data.prompt_tokens": 512, "data.response_tokens": 512, "compute.dtype": "bfloat16",
 }  # fmt: skip
-FIRST = {"selm:zephyr": (4, 256, 60, 6), "selm:llama3": (3, 128, 160, 16), "selm:phi3": (3, 128, 160, 16)}
+# Rounds, those on the data's own pairs, alpha, learning rates, batch, steps and warm-up of a round.
+ROUNDS = {
+    "selm:zephyr": (4, 1, 0.001, "5e-7,5e-7,5e-7,1e-7", 256, 60, 6),
+    "selm:llama3": (3, 0, 0.0001, "5e-7,3e-7,1e-7", 128, 160, 16),
+    "selm:phi3": (3, 0, 0.001, "5e-7,3e-7,1e-7", 128, 160, 16),
+}
 
 
 def grid() -> dict[str, dict]:
@@ -90,15 +96,21 @@ NUMBERS |= {
     "pythia:tldr,offline,dpo": NUMBERS["oaif:tldr,offline,dpo"] | PYTHIA,
 }
 NUMBERS |= {
-    stem: SELM
+    stem: SELM_NUMBERS
     | {
+        "rounds.count": rounds,
+        "rounds.on_pairs": on_pairs,
+        "rounds.portions": True,
+        "rounds.lr": lr,
+        "loss.alpha": alpha,
+        "sample.reference_temperature": 0.0,
+        "data.train_posts": 0,
         "data.batch": batch,
-        "data.train_posts": 61_135 // portions,
         "steps": steps,
         "optimizer.warmup": warmup,
         "optimizer.lr": 5e-7,
     }
-    for stem, (portions, batch, steps, warmup) in FIRST.items()
+    for stem, (rounds, on_pairs, alpha, lr, batch, steps, warmup) in ROUNDS.items()
 }
 POLICIES = {"selm:zephyr": "zephyr-7b", "selm:llama3": "llama-3-8b", "selm:phi3": "phi-3-mini-4k"}
 
@@ -122,7 +134,9 @@ def policy_of(stem: str) -> str:
 
 
 def annotator_of(stem: str) -> str:
-    """The annotator of an online run, "" of the others."""
+    """The annotator of an online run, of SELM a model like the policy, "" of the others."""
+    if stem in ROUNDS:
+        return policy_of(stem)
     return "" if parsed(stem).method != "online" else "gemma-2-27b" if stem.endswith("27b") else "gemma-2-9b"
 
 
@@ -149,7 +163,7 @@ def test_what_is_done_alike(stem):
     assert not cfg.optimizer.scale_by_parameters
     used = [cfg.policy.init, cfg.data.name]
     used += [] if cfg.method == "sft" else [cfg.judge.init]
-    used += [cfg.annotator.init, cfg.annotator.instruction] if cfg.method == "online" else []
+    used += [cfg.annotator.init, cfg.annotator.instruction] if cfg.method in ("online", "selm") else []
     assert not [name for name in used if name.startswith("tiny")]
     assert cfg.method != "online" or {cfg.annotator.instruction, cfg.judge.instruction} <= set(KNOWN)
 
@@ -189,6 +203,7 @@ def test_data_are_there(stem, tmp_path):
         "hh": lambda: test_readers.write_hh(tmp_path) / f"{cfg.annotator.instruction}-base",
         "ultrafeedback": lambda: test_readers.write_ultrafeedback(tmp_path),
     }[cfg.data.name]()
+    assert not cfg.data.validation or cfg.data.validation != cfg.data.test  # which is refused
     for split in {cfg.data.train, cfg.data.validation, cfg.data.test} - {""}:
         loaded = readers.read(cfg.data.name, folder, split, "skip")
         assert records.use_as(loaded, methods.named(cfg.method).reads).examples
@@ -248,16 +263,20 @@ def batch_of(cfg: Config, *, fused: bool) -> Batch:
     rows, slots, tokens = cfg.data.batch, cfg.data.prompt_tokens, cfg.data.response_tokens
     kind = methods.named(cfg.method)
     prompts = Prompts(Shape((rows, slots), np.int32), Shape((rows, slots), bool), Shape((rows,), np.int32))
-    shape = (rows, len(kind.by), tokens)
-    given = Rollout(prompts, Shape(shape, np.int32), Shape(shape, bool), Shape(shape[:2], bool), kind.by)
+    writers = tuple(writer for writer in kind.by if writer == DATA) or kind.by
+    shape = (rows, len(writers), tokens)
+    given = Rollout(prompts, Shape(shape, np.int32), Shape(shape, bool), Shape(shape[:2], bool), writers)
     scores = Scores(Shape(shape[:2], np.float32), Shape(shape[:2], bool))
     if kind.reads == "references":
         return Batch(prompts, data=given)
+    asked = (rows, slots + 200)  # with an instruction
+    question = {"questions": Shape(asked, np.int32), "question_valid": Shape(asked, bool)}
+    if kind.reads == "pairs" and kind.asks:
+        return Batch(prompts, question=question, data=given)
     if kind.reads == "pairs":
         return Batch(prompts, data=given, scores=scores)
     if fused:
-        asked = (rows, slots + 200)  # with an instruction
-        return Batch(prompts, question={"questions": Shape(asked, np.int32), "question_valid": Shape(asked, bool)})
+        return Batch(prompts, question=question)
     said = dataclasses.replace(scores, orders=Shape((rows, 1, 2), np.float32))
     return Batch(rollout=given, scores=said)
 
@@ -272,7 +291,12 @@ def step_of(cfg: Config, policy: hf.HFModel, annotator: hf.HFModel | None) -> St
     compute, sampled = setup.compute_of(cfg), cfg.sample
     sampler = Sampler(sampled.temperature, 0, 1.0, cfg.data.response_tokens, policy.stop_ids, 0)
     loss = losses.PairLoss(cfg.loss.name, (("beta", cfg.loss.beta),))
-    method = {"sft": sft.SFT(), "offline": Offline(loss), "online": Online(loss, cfg.annotator.missing_eos)}[cfg.method]
+    method = {
+        "sft": sft.SFT(),
+        "offline": Offline(loss),
+        "online": Online(loss, cfg.annotator.missing_eos),
+        "selm": SELM(loss, cfg.loss.alpha, 3, 0, cfg.annotator.missing_eos),
+    }[cfg.method]
     asked = TemplateAnnotator(TEMPLATE, annotator.cfg, compute, policy.stop_ids) if annotator else None
     models = Models(policy.cfg, policy.cfg, compute)
     fused = asked if is_fused(policy, annotator) else None
@@ -327,8 +351,9 @@ def test_step_at_full_size(model, stem):
     assert jax.tree.leaves(end) == jax.tree.leaves(begin)
     assert {"loss", "grad_norm", "update_rms"} <= set(metrics)
     assert all(value.shape == () for value in metrics.values())
-    if cfg.method == "online":
-        assert outputs["tokens"].shape == (cfg.data.batch, 2, cfg.data.response_tokens)
+    if methods.named(cfg.method).asks:
+        completions = len(methods.named(cfg.method).by)
+        assert outputs["tokens"].shape == (cfg.data.batch, completions, cfg.data.response_tokens)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -375,9 +400,9 @@ RESIDENT = {
     "oaif:harmless,online,slic": 4.6,
     "oaif:tldr,online,dpo,27b": 6.86,
     "pythia:tldr,online,dpo": 3.2,
-    "selm:zephyr": 9.96,
-    "selm:llama3": 11.05,
-    "selm:phi3": 5.26,
+    "selm:zephyr": 10.87,
+    "selm:llama3": 12.05,
+    "selm:phi3": 5.74,
 }
 
 
