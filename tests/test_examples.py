@@ -17,7 +17,8 @@ SMALL = (
     "--config.policy.init=scratch", "--config.policy.shape.width=16", "--config.policy.shape.layers=1",
     "--config.policy.shape.heads=2", "--config.policy.shape.kv_heads=2", "--config.policy.shape.head_dim=8",
     "--config.policy.shape.mlp=16", "--config.data.batch=8", "--config.steps=2", "--config.eval.every=2",
-    "--config.checkpoint.every=1", "--config.eval.prompts=8", "--config.eval.final_prompts=8",
+    "--config.checkpoint.every=1", "--config.eval.prompts=8", "--config.eval.final_prompts=8", "--config.judge.init=none",
+    "--config.eval.best=gold.score",
 )  # fmt: skip
 
 

@@ -10,13 +10,11 @@ import time
 
 import pytest
 from test_resume import assert_same_end, start, wait_for
-from test_rounds import run as run_in_rounds
 from test_train import (
     STEPS,
     ahead_config,
     ahead_run,
     base_of,
-    lines,
     preference_config,
     run,
     sft_config,
@@ -97,19 +95,6 @@ def test_what_was_collected_ahead_is_kept(base, tmp_path):
     assert "pending" in Reader(tmp_path / "run" / "checkpoints").items(3)
     run(values, tmp_path / "run")
     assert_same_end(tmp_path / "run", whole)
-
-
-def test_between_rounds_and_within(tmp_path):
-    """A round's reference is in the checkpoint, wherever that is."""
-    whole = run_in_rounds(tmp_path / "whole")
-    for at in (2, 4):
-        with pytest.MonkeyPatch.context() as patched:
-            send_at(patched, collect.Batches, "get", lambda number, *_, at=at: number == at, signal.SIGTERM)
-            with pytest.raises(Interrupted):
-                run_in_rounds(tmp_path / "run")
-        assert Reader(tmp_path / "run" / "checkpoints").latest() == at + 1
-    assert run_in_rounds(tmp_path / "run")["params_sha256"] == whole["params_sha256"]
-    assert lines(tmp_path / "run", timeless=True) == lines(tmp_path / "whole", timeless=True)
 
 
 def test_what_cannot_be_saved_is_said(tmp_path):

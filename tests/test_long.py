@@ -15,7 +15,7 @@ from oaif_jax import train
 from oaif_jax.base import cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-STEPS = 300
+STEPS = 200
 SMALL = {
     "policy.init": "scratch", "policy.shape.width": "16", "policy.shape.layers": "1", "policy.shape.heads": "2",
     "policy.shape.kv_heads": "2", "policy.shape.head_dim": "8", "policy.shape.mlp": "16", "steps": str(STEPS),
@@ -25,7 +25,7 @@ SMALL = {
 
 
 def test_memory_and_programs_stay(tmp_path, monkeypatch):
-    """Of 300 steps of fine-tuning; 2,000 of online training were measured by hand (docs/notes/runs.md)."""
+    """Of 200 steps of fine-tuning; 2,000 of online training were measured by hand (docs/notes/runs.md)."""
     values = cli.load_config(f"{ROOT}/experiments/tiny.py:tldr,sft")
     cli.override(values, SMALL)
     seen: dict[int, tuple[int, int]] = {}
@@ -43,11 +43,11 @@ def test_memory_and_programs_stay(tmp_path, monkeypatch):
     train.run(values, tmp_path / "run", console=Console(file=io.StringIO()))
     took = time.monotonic() - began
     steps = sorted(seen)
-    assert steps == [7, 57, 107, 157, 207, 257]
+    assert steps == [7, 57, 107, 157]
     arrays = [seen[step][0] for step in steps]
     assert max(arrays[1:]) <= arrays[1] + 4, arrays
-    assert seen[257][1] - seen[107][1] < 40_000, "kilobytes that the process grew by in 150 steps"
+    assert seen[157][1] - seen[57][1] < 30_000, "kilobytes that the process grew by in 100 steps"
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     seconds = np.array([line["seconds"] for line in lines if line["kind"] == "train"])
     assert 0.02 * took < seconds.sum() < took, "steps don't overlap"
-    assert np.median(seconds[200:]) < 3 * np.median(seconds[20:120])
+    assert np.median(seconds[120:]) < 3 * np.median(seconds[20:80])

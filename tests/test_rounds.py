@@ -3,7 +3,9 @@
 import dataclasses
 import io
 import json
+import os
 import pathlib
+import signal
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +13,14 @@ import pytest
 from rich.console import Console
 
 from oaif_jax import collect, config, losses, train
-from oaif_jax.base.errors import UserError
+from oaif_jax.base.errors import Interrupted, UserError
 from oaif_jax.methods.base import Loss
 from oaif_jax.methods.pairs import best_and_worst
 from oaif_jax.methods.selm import SELM
 from oaif_jax.models import sharding
 from oaif_jax.run import resume
 from oaif_jax.run.setup import open_setup
-from oaif_jax.stored.checkpoint import load_params
+from oaif_jax.stored.checkpoint import Reader, load_params
 
 AT_ROUNDS = [True, False, False] * 2  # a round's first step: the policy is its own reference
 
@@ -75,26 +77,56 @@ def test_rounds_from_start_to_end(whole):
     assert params["embedding"].dtype == np.float32
 
 
-@pytest.mark.parametrize("at", [3, 4, 5])
-def test_a_run_that_was_stopped_in_any_round_goes_on_exactly(whole, tmp_path, monkeypatch, at):
-    """Stopped before the last step of the first round, between the rounds, and within the second."""
+def stopped_and_ended(workdir: pathlib.Path, changes: dict, places: tuple[int, ...]) -> dict:
+    """A run that an error stops before step `at` + 1, for each of the places in turn, and that is then taken to its end."""
+    get = collect.Batches.get
+    for at in places:
+
+        def stop(self, number, *args, at=at):
+            if number == at:
+                raise RuntimeError("stopped")
+            return get(self, number, *args)
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(collect.Batches, "get", stop)
+            with pytest.raises(RuntimeError, match="stopped"):
+                run(workdir, changes)
+    return run(workdir, changes)
+
+
+def assert_same(workdir: pathlib.Path, whole: pathlib.Path) -> None:
+    keys = ("step", "loss", "log_ratio", "lr", "round", "grad_norm")
+    assert [[line.get(key) for key in keys] for line in lines(workdir)] == [
+        [line.get(key) for key in keys] for line in lines(whole)
+    ]
+
+
+def test_a_run_that_was_stopped_in_any_round_goes_on_exactly(whole, tmp_path):
+    """Before the last step of the first round, between the rounds, and within the second."""
+    workdir, summary = whole
+    assert stopped_and_ended(tmp_path / "stopped", {}, (3, 4, 5))["params_sha256"] == summary["params_sha256"]
+    assert_same(tmp_path / "stopped", workdir)
+
+
+def test_a_signal_between_rounds_and_within(whole, tmp_path):
+    """A round's reference is in the checkpoint that a signal leaves, wherever that is."""
     workdir, summary = whole
     get = collect.Batches.get
+    for at in (2, 4):
+        sent = []
 
-    def stop(self, number, *args):
-        if number == at:
-            raise RuntimeError("stopped")
-        return get(self, number, *args)
+        def send(self, number, *args, at=at, sent=sent):
+            if number == at and not sent:
+                sent.append(os.kill(os.getpid(), signal.SIGTERM))
+            return get(self, number, *args)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(collect.Batches, "get", stop)
-        with pytest.raises(RuntimeError, match="stopped"):
-            run(tmp_path / "stopped")
-    assert run(tmp_path / "stopped")["params_sha256"] == summary["params_sha256"]
-    keys = ("step", "loss", "log_ratio", "lr", "round", "grad_norm")
-    assert [[line[key] for key in keys] for line in lines(tmp_path / "stopped")] == [
-        [line[key] for key in keys] for line in lines(workdir)
-    ]
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(collect.Batches, "get", send)
+            with pytest.raises(Interrupted):
+                run(tmp_path / "run")
+        assert Reader(tmp_path / "run" / "checkpoints").latest() == at + 1
+    assert run(tmp_path / "run")["params_sha256"] == summary["params_sha256"]
+    assert_same(tmp_path / "run", workdir)
 
 
 def test_with_lora_the_reference_is_a_copy_of_the_additions(tmp_path):
@@ -229,46 +261,25 @@ def test_the_first_rounds_may_train_on_the_datas_own_pairs(whole, tmp_path):
         run(tmp_path / "none", {"method": "online", "rounds": CONFIG["rounds"] | {"on_pairs": 1}})
 
 
-def test_stages_that_were_stopped_go_on_exactly(tmp_path, monkeypatch):
+def test_stages_that_were_stopped_go_on_exactly(tmp_path):
+    """In the first stage, between the stages, and in the second."""
     stages = {"rounds": CONFIG["rounds"] | {"on_pairs": 1}}
     whole = run(tmp_path / "whole", stages)
-    get = collect.Batches.get
-    for at in (2, 3, 4):
-
-        def stop(self, number, *args, at=at):
-            if number == at:
-                raise RuntimeError("stopped")
-            return get(self, number, *args)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(collect.Batches, "get", stop)
-            with pytest.raises(RuntimeError, match="stopped"):
-                run(tmp_path / str(at), stages)
-        assert run(tmp_path / str(at), stages)["params_sha256"] == whole["params_sha256"]
+    assert stopped_and_ended(tmp_path / "run", stages, (2, 3, 4))["params_sha256"] == whole["params_sha256"]
+    assert_same(tmp_path / "run", tmp_path / "whole")
 
 
 REFRESHED = {"method": "offline", "rounds": {}, "steps": 6, "reference": {"every": 2, "share": 1.0}}
 
 
-def test_a_reference_that_follows_the_policy(tmp_path, monkeypatch):
+def test_a_reference_that_follows_the_policy(tmp_path):
     """TR-DPO: after every 2 steps it is the policy; and a run that was stopped in between goes on exactly."""
     whole = run(tmp_path / "whole", REFRESHED)
     expected = [True, False] * 3
     assert [line["log_ratio"] == pytest.approx(0, abs=1e-6) for line in lines(tmp_path / "whole")] == expected
     soft = run(tmp_path / "soft", REFRESHED | {"reference": {"every": 2, "share": 0.6}})
     assert soft["params_sha256"] != whole["params_sha256"]
-    get = collect.Batches.get
-
-    def stop(self, number, *args):
-        if number == 5:
-            raise RuntimeError("stopped")
-        return get(self, number, *args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(collect.Batches, "get", stop)
-        with pytest.raises(RuntimeError, match="stopped"):
-            run(tmp_path / "stopped", REFRESHED)
-    assert run(tmp_path / "stopped", REFRESHED)["params_sha256"] == whole["params_sha256"]
+    assert stopped_and_ended(tmp_path / "run", REFRESHED, (5,))["params_sha256"] == whole["params_sha256"]
 
 
 def test_what_a_reference_takes_of_the_policy():
