@@ -15,8 +15,6 @@ code; the paper's text speaks of samples: --config.sample.reference_temperature=
 [?] marks what the paper doesn't report. Memory is arithmetic: none of this has been run on a TPU.
 """
 
-import dataclasses
-
 from ml_collections import ConfigDict
 
 from experiments import family
@@ -24,43 +22,34 @@ from experiments import family
 PAIRS = 61_135  # of train_prefs
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What differs between the paper's models (table 4 and the official configs)."""
-
-    name: str
-    rounds: int  # each on its own portion of the data
-    on_pairs: int  # rounds at the start on the data's own pairs
-    alpha: float
-    lr: str  # by round
-    batch: int  # pairs
-
-
+# What differs between the models (the official configs): rounds, each on its own portion of the data; those
+# of them, at the start, on the data's own pairs; the bonus' weight; learning rates by round; pairs a batch; the model.
 MODELS = {
     # 61,135 / 4 = 15,283 pairs a round; / 256 = 60 steps, of which 0.1 = 6 are warm-up
-    "zephyr": Setting("Zephyr-7B-SFT (Mistral)", 4, 1, 0.001, "5e-7,5e-7,5e-7,1e-7", 256),
+    "zephyr": (4, 1, 0.001, "5e-7,5e-7,5e-7,1e-7", 256, "Zephyr-7B-SFT (Mistral)"),
     # 61,135 / 3 = 20,378 pairs a round; / 128 = 160 steps, of which 16 are warm-up
-    "llama3": Setting("Llama-3-8B-Instruct", 3, 0, 0.0001, "5e-7,3e-7,1e-7", 128),
-    "phi3": Setting("Phi-3-mini-4k-instruct", 3, 0, 0.001, "5e-7,3e-7,1e-7", 128),
+    "llama3": (3, 0, 0.0001, "5e-7,3e-7,1e-7", 128, "Llama-3-8B-Instruct"),
+    "phi3": (3, 0, 0.001, "5e-7,3e-7,1e-7", 128, "Phi-3-mini-4k-instruct"),
 }
-MEMBERS = {name: f"SELM, {setting.rounds} rounds: {setting.name}" for name, setting in MODELS.items()}
+MEMBERS = {name: f"SELM, {rounds} rounds: {model}" for name, (rounds, *_, model) in MODELS.items()}
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
     """A member of the family, locked."""
     (name,) = family.parts("selm", argument, MEMBERS)
-    setting, config = MODELS[name], family.base()
+    rounds, on_pairs, alpha, lr, batch, _ = MODELS[name]
+    config = family.base()
     config.method = "selm"
     config.seed = 42
-    config.rounds.count = setting.rounds
-    config.rounds.on_pairs = setting.on_pairs
+    config.rounds.count = rounds
+    config.rounds.on_pairs = on_pairs
     config.rounds.portions = True
-    config.rounds.lr = setting.lr
+    config.rounds.lr = lr
     # One epoch of a portion, the last batch filled up from a second one.
-    config.steps = -(-(PAIRS // setting.rounds) // setting.batch)
+    config.steps = -(-(PAIRS // rounds) // batch)
     config.loss.name = "dpo"
     config.loss.beta = 0.01
-    config.loss.alpha = setting.alpha
+    config.loss.alpha = alpha
     config.policy.init = "hf"
     config.annotator.init = "hf"
     config.annotator.instruction = "helpful"
@@ -74,11 +63,11 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.data.test = "test_prefs"
     config.data.on_error = "skip"  # what can't be read is counted
     config.data.train_posts = 0  # all that fit the limits: a longer pair is left out, never cut
-    config.data.batch = setting.batch
+    config.data.batch = batch
     config.data.prompt_tokens = 512
     config.data.response_tokens = 512  # 1024 together
     config.optimizer.name = "adamw"
-    config.optimizer.lr = float(setting.lr.split(",")[0])
+    config.optimizer.lr = float(lr.split(",")[0])
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup = config.steps // 10
     config.optimizer.b2 = 0.999  # [?] this and the other constants are AdamW's usual ones
@@ -89,7 +78,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     # part of 8.
     config.mesh.fsdp = 8
     config.mesh.tensor = 2
-    config.optimizer.accumulate = setting.batch // 32
+    config.optimizer.accumulate = batch // 32
     config.compute.dtype = "bfloat16"
     config.compute.frozen = "bfloat16"
     config.compute.decode = "scanned"

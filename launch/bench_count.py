@@ -32,13 +32,16 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Rows and columns of a step: P prompts of S tokens, responses of R, questions of Q, presentation orders of W."""
+    """Rows and columns of a step: P prompts of S tokens, responses of R, questions of Q, presentation orders of W; C responses
+    to a prompt, of which some are sampled."""
 
     prompts: int
     prompt: int
     response: int
     question: int
     order: int
+    completions: int = 2
+    sampled: int = 2
 
 
 def matrices(cfg: ModelConfig) -> int:
@@ -94,27 +97,29 @@ def prefill(cfg: ModelConfig, sizes: Sizes, dtype: str) -> Work:
 
 
 def decode(cfg: ModelConfig, sizes: Sizes, dtype: str) -> Work:
-    """The other tokens of both responses. The two share the prompt's keys and values, which are read once for both."""
+    """The other tokens of the sampled responses. They share the prompt's keys and values, which are read once for all."""
     passes = sizes.response - 1
-    tokens = 2 * sizes.prompts * passes
+    tokens = sizes.sampled * sizes.prompts * passes
     operations = 2 * tokens * (matrices(cfg) + head(cfg))
-    operations += 2 * sizes.prompts * attention(cfg, sizes.prompt, passes)
-    suffix = 2 * visible(0, passes)
+    operations += sizes.sampled * sizes.prompts * attention(cfg, sizes.prompt, passes)
+    suffix = sizes.sampled * visible(0, passes)
     cached = sizes.prompts * (passes * sizes.prompt + suffix) * key_values(cfg)
     return Work(operations, BYTES[dtype] * (passes * (matrices(cfg) + head(cfg)) + cached), tokens)
 
 
 def annotate(cfg: ModelConfig, sizes: Sizes, dtype: str) -> Work:
-    """Questions and both presentation orders; the logits of two answers in each order."""
-    answers = 2 * 2 * 2 * cfg.width
-    operations = sizes.prompts * (rows(cfg, sizes.question, 2, sizes.order) + answers)
-    return Work(operations, BYTES[dtype] * matrices(cfg), sizes.prompts * (sizes.question + 2 * sizes.order))
+    """Questions and both presentation orders of each pair; the logits of two answers in each order."""
+    orders = sizes.completions * (sizes.completions - 1)
+    answers = 2 * 2 * orders * cfg.width
+    operations = sizes.prompts * (rows(cfg, sizes.question, orders, sizes.order) + answers)
+    return Work(operations, BYTES[dtype] * matrices(cfg), sizes.prompts * (sizes.question + orders * sizes.order))
 
 
 def score(cfg: ModelConfig, sizes: Sizes, dtype: str) -> Work:
-    """Log-probabilities of both responses: pair rows, and the head at each response token."""
-    operations = rows(cfg, sizes.prompt, 2, sizes.response) + 2 * 2 * sizes.response * head(cfg)
-    tokens = sizes.prompts * (sizes.prompt + 2 * sizes.response)
+    """Log-probabilities of all responses: rows with branches, and the head at each response token."""
+    count = sizes.completions
+    operations = rows(cfg, sizes.prompt, count, sizes.response) + 2 * count * sizes.response * head(cfg)
+    tokens = sizes.prompts * (sizes.prompt + count * sizes.response)
     return Work(sizes.prompts * operations, BYTES[dtype] * (matrices(cfg) + head(cfg)), tokens)
 
 

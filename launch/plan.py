@@ -59,10 +59,8 @@ from oaif_jax.annotate.orders import Template
 from oaif_jax.annotate.prompts import read_instruction
 from oaif_jax.base.files import atomic_write_json
 from oaif_jax.config import Config
-from oaif_jax.methods.base import Models
-from oaif_jax.methods.offline import Offline
-from oaif_jax.methods.online import Online
-from oaif_jax.methods.pairs import loss_of
+from oaif_jax.data.dataset import DataSet
+from oaif_jax.methods.base import Method, Models
 from oaif_jax.models import sharding
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.rollout import Sampler
@@ -70,12 +68,13 @@ from oaif_jax.run.setup import compute_of
 from oaif_jax.step import Frozen, Step, train_step
 from oaif_jax.stored import hf
 from oaif_jax.stored.hf.directory import abstract_params
-from oaif_jax.types import DATA, Batch, Prompts, Rollout, Scores
+from oaif_jax.tiny.data import plain_voice
+from oaif_jax.types import DATA, POLICY, REFERENCE, Batch, Prompts, Rollout, Scores
 from oaif_jax.update import optim, state
 from oaif_jax.update.state import TrainState
 
 Shape = jax.ShapeDtypeStruct
-PLANNED = (Online, Offline)
+PLANNED = ("online", "selm", "xpo", "offline")
 
 GIB = 2**30
 HBM = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}  # device kind -> GiB
@@ -111,8 +110,8 @@ def parse(values: Any) -> Planned:
     for name, value in wanted.items():
         if flat[name] != value:
             raise UserError(f"config.{name}={flat[name]!r} can't be planned, wanted {value!r}")
-    if kind not in PLANNED:
-        raise UserError(f"config.method={cfg.method!r} can't be planned, wanted online or offline")
+    if cfg.method not in PLANNED:
+        raise UserError(f"config.method={cfg.method!r} can't be planned, wanted one of {', '.join(PLANNED)}")
     policy = hf.read(cfg.policy.path)
     annotator = hf.read(cfg.annotator.path) if kind.asks else None
     if annotator is not None and annotator.family != policy.family:
@@ -130,8 +129,17 @@ def lengths(cfg: Config) -> tuple[bench_count.Sizes, Template]:
     template = Template(tokens(asked.first), tokens(asked.second), tokens(asked.closing), answers=(0, 1))
     data = cfg.data
     question = cfg.annotator.question_tokens or data.prompt_tokens + len(tokens(asked.trunk))
-    order = template.width(data.response_tokens)
-    return bench_count.Sizes(data.batch, data.prompt_tokens, data.response_tokens, question, order), template
+    order, writers = template.width(data.response_tokens), method_of(cfg).writers
+    sampled = len(writers) - writers.count(DATA)
+    sizes = bench_count.Sizes(
+        data.batch, data.prompt_tokens, data.response_tokens, question, order, len(writers), sampled
+    )
+    return sizes, template
+
+
+def method_of(cfg: Config) -> Method:
+    """The method with its numbers; those of pairs read nothing of the data."""
+    return methods.named(cfg.method).of(cfg, DataSet({}, plain_voice(), 1, 1))
 
 
 # ------------------------------------------------------------------------------------------------ the program
@@ -152,12 +160,16 @@ def batch_of(planned: Planned, mesh: Mesh) -> Batch:
     sizes, place = planned.sizes, sharding.batch_sharding(mesh)
     words = lambda *shape: Shape((sizes.prompts, *shape), np.int32, sharding=place)  # noqa: E731
     valid = lambda *shape: Shape((sizes.prompts, *shape), bool, sharding=place)  # noqa: E731
-    prompts = Prompts(words(sizes.prompt), valid(sizes.prompt), words())  # type: ignore[arg-type]  # shapes of arrays
-    if planned.annotator is None:
+    batch = Batch(Prompts(words(sizes.prompt), valid(sizes.prompt), words()))  # type: ignore[arg-type]  # shapes of arrays
+    assert batch.prompts is not None
+    if methods.named(planned.cfg.method).reads == "pairs":
         given = (words(2, sizes.response), valid(2, sizes.response), valid(2))
+        batch = dataclasses.replace(batch, data=Rollout(batch.prompts, *given, by=(DATA, DATA)))  # type: ignore[arg-type]
+    if planned.annotator is None:
         value = Shape((sizes.prompts, 2), np.float32, sharding=place)
-        return Batch(prompts, data=Rollout(prompts, *given, by=(DATA, DATA)), scores=Scores(value, valid(2)))  # type: ignore[arg-type]
-    return Batch(prompts, question={"questions": words(sizes.question), "question_valid": valid(sizes.question)})  # type: ignore[dict-item]
+        return dataclasses.replace(batch, scores=Scores(value, valid(2)))  # type: ignore[arg-type]
+    question = {"questions": words(sizes.question), "question_valid": valid(sizes.question)}
+    return dataclasses.replace(batch, question=question)  # type: ignore[arg-type]
 
 
 def step_of(planned: Planned, mesh: Mesh) -> Step:
@@ -166,12 +178,19 @@ def step_of(planned: Planned, mesh: Mesh) -> Step:
     compute, sampled = compute_of(cfg, mesh), cfg.sample
     limit = cfg.data.response_tokens
     sampler = Sampler(sampled.temperature, sampled.top_k, sampled.top_p, limit, policy.stop_ids, pad_id=0)
-    models, loss = Models(policy.cfg, policy.cfg, compute), loss_of(cfg)
-    lengths, parts = cfg.compute.lengths, cfg.optimizer.accumulate
-    if planned.annotator is None:
-        return Step(Offline(loss), models, sampler, None, lengths, parts)
-    asked = TemplateAnnotator(planned.template, planned.annotator.cfg, compute, sampler.stop_ids)
-    return Step(Online(loss, cfg.annotator.missing_eos), models, sampler, asked, lengths, parts)
+    models, asked = Models(policy.cfg, policy.cfg, compute), None
+    if planned.annotator is not None:
+        asked = TemplateAnnotator(planned.template, planned.annotator.cfg, compute, sampler.stop_ids)
+    own = sampled.reference_temperature
+    return Step(
+        method_of(cfg),
+        models,
+        sampler,
+        asked,
+        cfg.compute.lengths,
+        cfg.optimizer.accumulate,
+        None if own < 0 else dataclasses.replace(sampler, temperature=own),
+    )
 
 
 def state_of(planned: Planned, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -222,8 +241,13 @@ def model_operations(planned: Planned) -> dict[str, int]:
     }
     if planned.annotator is not None:
         counted |= bench_count.phases(cfg, sizes, policy, planned.annotator.cfg)
-        # Prompts are encoded once, for sampling and for the update, whose they are here; what is left is the first token.
-        counted["prefill"] = bench_count.Work(2 * sizes.prompts * bench_count.head(policy))
+        # The policy encodes prompts once, for sampling and for the update, whose they are here; what is left is the first token.
+        writers = method_of(cfg).writers
+        first = (
+            bench_count.Work(2 * sizes.prompts * bench_count.head(policy)) if POLICY in writers else bench_count.Work()
+        )
+        theirs = bench_count.prefill(policy, sizes, cfg.compute.dtype) if REFERENCE in writers else bench_count.Work()
+        counted["prefill"] = first + theirs
     return {phase: work.operations for phase, work in counted.items() if phase in hlo_report.PHASES}
 
 

@@ -412,6 +412,25 @@ def test_operations_of_a_step(planned, found):
             assert 0.5 < row["ratio"] <= 1.0, phase
 
 
+def test_operations_of_selms_step(models):
+    """One answer of the reference, six presentation orders of three responses, and all three scored by both models."""
+    planned = plan.parse(values(models, **{"method": "selm", "loss.alpha": "0.001"}))
+    sizes, cfg = planned.sizes, planned.policy.cfg
+    assert (sizes.completions, sizes.sampled) == (3, 1)
+    counted = reported(planned)["operations"]
+    score = sizes.prompts * (dense(cfg, sizes.prompt, 3, sizes.response) + 6 * sizes.response * bench_count.head(cfg))
+    asked = dense(planned.annotator.cfg, sizes.question, 6, sizes.order)
+    assert counted["reference"]["program"] == pytest.approx(score, rel=0.01)
+    assert counted["update"]["program"] == pytest.approx(3 * score, rel=0.03)
+    assert counted["annotate"]["program"] == pytest.approx(sizes.prompts * asked, rel=0.02)
+    encoded = sizes.prompts * (dense(cfg, sizes.prompt, 0, 0) + 2 * bench_count.head(cfg))
+    assert counted["prefill"]["program"] == pytest.approx(
+        encoded, rel=0.02
+    )  # by the reference, which the update doesn't share
+    for phase, row in counted.items():
+        assert phase == "other" or 0.5 < row["ratio"] <= 1.0, phase
+
+
 def test_operations_at_several_widths(models, found):
     """Of a step that the device cuts to its longest response, the widest is counted: what it needs at most."""
     cut = reported(plan.parse(values(models, **{"compute.lengths": "2"})))["operations"]
@@ -527,7 +546,7 @@ def test_memory():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method": "sft"}, "config.method='sft' can't be planned, wanted online or offline"),
+        ({"method": "sft"}, "config.method='sft' can't be planned, wanted one of online, selm, xpo, offline"),
         ({"policy.init": "tiny:sft"}, "config.policy.init='tiny:sft' can't be planned, wanted 'hf'"),
         ({"policy.lora.rank": "4"}, "config.policy.lora.rank=4 can't be planned, wanted 0"),
         ({"annotator.path": "nowhere"}, "no config.json there"),
