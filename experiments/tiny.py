@@ -28,7 +28,7 @@ MEMBERS = {
     "judge": "the judge: as the annotator, trained apart with another seed, for evaluations only",
 }
 ONLINE_BETA = {"dpo": 0.03, "ipo": 0.05, "slic": 0.02}
-SELM_ALPHA, XPO_ALPHA = 0.01, 1e-4
+SELM_BETA, SELM_ALPHA, XPO_ALPHA = 1.0, 0.003, 1e-4
 OFFLINE_BETA = {"dpo": 0.1, "ipo": 0.05, "slic": 0.1}
 
 
@@ -45,9 +45,10 @@ def get_config(argument: str = "tldr,online,dpo") -> ConfigDict:
             config.optimizer.lr = 2e-4
         case ["tldr", "selm" | "iterative" as name]:
             config.method = "selm"
-            config.steps, config.rounds.count, config.rounds.portions = 80, 3, True
-            config.loss.beta = ONLINE_BETA["dpo"]
+            config.steps, config.rounds.count, config.rounds.portions = 40, 3, True
+            config.loss.beta = SELM_BETA
             config.loss.alpha = SELM_ALPHA if name == "selm" else 0.0
+            config.optimizer.lr = 2e-4
         case ["tldr", "xpo"]:
             config.method = "xpo"
             config.loss.beta, config.loss.alpha = ONLINE_BETA["dpo"], XPO_ALPHA
