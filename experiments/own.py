@@ -4,15 +4,19 @@
         --config.policy.path=POLICY --config.annotator.path=ANNOTATOR --config.data.path=prompts.jsonl
     python -m oaif_jax.train --config=experiments/own.py:offline --workdir=runs/mine \
         --config.policy.path=POLICY --config.data.path=pairs.jsonl
+    python -m oaif_jax.train --config=experiments/own.py:selm --workdir=runs/mine \
+        --config.policy.path=POLICY --config.annotator.path=ANNOTATOR --config.data.path=pairs.jsonl
     python -m oaif_jax.train --config=experiments/own.py:sft --workdir=runs/mine \
         --config.policy.path=POLICY --config.data.path=references.jsonl
 
     online    {"prompt": "..."}
     offline   {"prompt": "...", "chosen": "...", "rejected": "..."}
+    selm      the same
     sft       {"prompt": "...", "response": "..."}
 
 WORKDIR/export is loaded by transformers. Online, the annotator is the judge of the evaluations as well, since nothing else is at
-hand: set judge.init and judge.path for one of its own. Offline nobody judges, and the last checkpoint is taken.
+hand: set judge.init and judge.path for one of its own. Offline nobody judges, and the last checkpoint is taken. SELM ranks an
+answer of each round's reference beside the data's two.
 """
 
 from ml_collections import ConfigDict
@@ -21,6 +25,7 @@ from experiments import family
 
 MEMBERS = {
     "online": "online dpo of any model, annotated by any other, on prompts of your own",
+    "selm": "SELM of any model on pairs of your own, ranked by any other, in three rounds",
     "offline": "offline dpo of any model on pairs of your own",
     "sft": "fine-tuning of any model on references of your own",
 }
@@ -46,6 +51,14 @@ def get_config(argument: str = "online") -> ConfigDict:
     match config.method:
         case "online":
             config.data.name = "prompts"
+            config.annotator.init = "hf"
+            config.judge.init = "annotator"
+            config.judge.instruction = "helpful_judge"
+        case "selm":
+            config.steps, config.rounds.count, config.rounds.portions = 40, 3, True
+            config.rounds.lr = "5e-6,3e-6,1e-6"
+            config.loss.alpha = 0.001
+            config.data.name = "pairs"
             config.annotator.init = "hf"
             config.judge.init = "annotator"
             config.judge.instruction = "helpful_judge"

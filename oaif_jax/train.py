@@ -466,7 +466,7 @@ def summarise(
         if name in history and history[name][1] > 0
     }
     # The first's weights are shares of a batch's pairs, the second's are pairs.
-    pairs = cfg.data.batch * math.comb(len(setup.method.by), 2)
+    pairs = cfg.data.batch * math.comb(len(setup.method.writers), 2)
     for name, kind, each in (("pairs", "order_agreement", pairs), ("decided", "gold_agreement", 1)):
         averages |= {name: round(each * history[f"annotator.{kind}"][1])} if kind in averages else {}
     return summary | {"annotator": averages | {when: history[when] for when in ("start", "end") if when in history}}

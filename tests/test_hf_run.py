@@ -367,12 +367,13 @@ def test_what_is_said_of_the_data(home):
     assert setup_of(home).notes[1:] == (f"train: 24 examples, and not 16 held out; {held_out}",)
 
 
-@pytest.mark.parametrize("member", ["offline", "sft"])
+@pytest.mark.parametrize("member", ["offline", "sft", "selm"])
 def test_the_other_ready_made_experiments(home, tmp_path, member):
     """Nothing but paths is needed."""
     made = cli.load_config(f"experiments/own.py:{member}")
-    file = {"offline": "pairs", "sft": "references"}[member]
+    file = {"offline": "pairs", "sft": "references", "selm": "pairs"}[member]
     paths = {"policy.path": str(home / "policy"), "data.path": str(home / f"{file}.jsonl")}
+    paths |= {"annotator.path": str(home / "llama")} if member == "selm" else {}
     cli.override(made, SMALL | {"data.response_tokens": "12"} | paths)
     summary = train.run(made, tmp_path / "run", console=Console(file=io.StringIO()))
     assert summary["method"] == member

@@ -15,6 +15,8 @@ def rows(run: Run) -> list[tuple[str, str]]:
         found.append(("LoRA", f"rank {rank}, alpha {alpha}, on {targets}"))
     if run.is_comparison and run.key("reference.init"):
         start = "the policy's start" if run.key("rounds.count", 1) == 1 else "the policy at each round's start"
+        if every := run.key("reference.every", 0):
+            start += f", moving to the policy by {plain(run.key('reference.share'))} every {every} steps"
         found.append(("reference", start if run.key("reference.init") == "policy" else origin(run, "reference")))
     found += [(name, who) for name, who in (("annotator", annotator(run)), ("judge", judge(run))) if who]
     found += [("learning rate", _learning_rate(run))] if run.key("optimizer.lr") else []
@@ -65,13 +67,19 @@ def normal_loss(run: Run) -> str:
             "A normal loss, in nats a token: falls fast, then ever more slowly; held out it rises again where the model "
             "learns its examples by heart."
         )
-    starts, beta = {"dpo": math.log(2), "slic": 1.0}, run.key("loss.beta", run.summary.get("beta"))
+    starts, beta = (
+        {"dpo": math.log(2), "dpo_mean": math.log(2), "slic": 1.0},
+        run.key("loss.beta", run.summary.get("beta")),
+    )
     if isinstance(beta, int | float) and beta > 0:
         starts |= dict.fromkeys(("ipo", "ipo_mean"), 1 / (4 * beta**2))
     start = starts.get(str(run.key("loss.name")))
     if start is None or not run.is_comparison:
         return ""
-    far = " Online it need not fall far: pairs get harder as the policy gets better." if run.method == "online" else ""
+    far = {
+        "online": " Online it need not fall far: pairs get harder as the policy gets better.",
+        "selm": " Each round begins there again; the bonus can take it below 0.",
+    }.get(run.method, "")
     return (
         f"A normal loss: starts at {plain(start)}, where the policy is its reference, and falls slowly and noisily.{far} "
         "One that stays there means that nothing moves."
