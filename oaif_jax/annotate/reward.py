@@ -87,9 +87,9 @@ class HostRewardAnnotator:
     def written_anew(self, asks: Asks) -> tuple[np.ndarray, np.ndarray]:
         """Completions in the reward model's own tokens, and their mask, [B, C, 2 R]."""
         voice, (count, completions, width) = self.on_mesh.voice, asks.tokens.shape
-        ends = (np.isin(asks.tokens, self.policy.stop_ids) & asks.mask).any(-1)
+        ends = np.any(np.isin(asks.tokens, self.policy.stop_ids) & asks.mask, axis=-1).tolist()
         rows = [
-            voice.answer(text, stop=bool(end), prompt=example)[: 2 * width]
+            voice.answer(text, stop=end, prompt=example)[: 2 * width]
             for example, texts, group in zip(asks.examples, asks.texts, ends, strict=True)
             for text, end in zip(texts, group, strict=True)
         ]

@@ -61,11 +61,9 @@ def judge(run: Run) -> str:
     if not run.is_comparison or init == "none":
         return ""
     who = origin(run, "annotator" if init == "annotator" else "judge")
-    return (
-        who
-        if init == "annotator" and _only_scores(run, who)
-        else f"{who}, {one_line(str(run.key('judge.instruction', NONE)))}"
-    )
+    if init == "annotator" and _only_scores(run, who):
+        return who
+    return f"{who}, {one_line(str(run.key('judge.instruction', NONE)))}"
 
 
 def normal_loss(run: Run) -> str:
