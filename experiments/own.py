@@ -9,10 +9,14 @@
     python -m oaif_jax.train --config=experiments/own.py:sft --workdir=runs/mine \
         --config.policy.path=POLICY --config.data.path=references.jsonl
 
+    python -m oaif_jax.train --config=experiments/own.py:reward --workdir=runs/mine \
+        --config.policy.path=POLICY --config.data.path=pairs.jsonl
+
     online    {"prompt": "..."}
     offline   {"prompt": "...", "chosen": "...", "rejected": "..."}
     selm      the same
     sft       {"prompt": "...", "response": "..."}
+    reward    as offline, and "preference": P where it isn't certain that the chosen one is better
 
 WORKDIR/export is loaded by transformers. Online, the annotator is the judge of the evaluations as well, since nothing else is at
 hand: set judge.init and judge.path for one of its own. Offline nobody judges, and the last checkpoint is taken. SELM ranks an
@@ -27,6 +31,7 @@ MEMBERS = {
     "online": "online dpo of any model, annotated by any other, on prompts of your own",
     "selm": "SELM of any model on pairs of your own, ranked by any other, in three rounds",
     "offline": "offline dpo of any model on pairs of your own",
+    "reward": "a reward model from any model, of pairs of your own; then an annotator by its workdir or its export",
     "sft": "fine-tuning of any model on references of your own",
 }
 
@@ -66,6 +71,9 @@ def get_config(argument: str = "online") -> ConfigDict:
             config.data.name = "pairs"
             config.judge.init = "none"
             config.eval.final = "last"
+        case "reward":
+            config.data.name = "pairs"
+            config.eval.best = "validation_loss"
         case "sft":
             config.data.name = "references"
             config.eval.best = "validation_loss"

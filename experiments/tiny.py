@@ -24,6 +24,7 @@ MEMBERS = {
     "tldr,iterative": "iterative dpo: the same rounds without SELM's bonus",
     "tldr,xpo": "XPO: a sample of the policy against one of the fixed reference, with a bonus",
     "tldr,sft": "fine-tuning from scratch on noisy references; the start of the preference runs",
+    "tldr,reward": "a reward model of the offline pairs, from the fine-tuned policy",
     "annotator": "the annotator: one model that judges pairs under several instructions",
     "judge": "the judge: as the annotator, trained apart with another seed, for evaluations only",
 }
@@ -55,6 +56,10 @@ def get_config(argument: str = "tldr,online,dpo") -> ConfigDict:
         case ["tldr", "sft"]:
             _from_scratch(config, steps=3000, lr=2e-3, warmup=100)
             config.method = "sft"
+        case ["tldr", "reward"]:
+            config.method = "reward"
+            config.optimizer.lr = 2e-4
+            config.eval.best = "validation_loss"
         case ["annotator"]:
             _judging(config, layers=5)
         case ["judge"]:

@@ -46,10 +46,26 @@ def save(model: Model, params: PyTree, directory: pathlib.Path, dtype: str) -> s
     source, voice = check(model), model.voice
     own = (source.directory / TEMPLATE_FILE, source.directory / CONFIG)
     chat = hf.Chat(voice.stop_ids, "" if voice.chat.path in own else voice.chat.source)
+    if model.is_reward:
+        source, (pad_id, pad_token) = dataclasses.replace(source, normal=model.normal), padding(model)
+        chat = dataclasses.replace(chat, pad_id=pad_id, pad_token=pad_token)
     lost = hf.save(directory, model.merged(params), model.cfg, source, dtype, chat)
     if dtype == "float32":
         return f"exported to {directory}"
     return f"exported to {directory}; {dtype} can't hold {lost:.1%} of what training changed (float32 holds it all)"
+
+
+def padding(model: Model) -> tuple[int | None, str]:
+    """What transformers may pad a reward model's rows with, and its text: it reads the score at the last token that isn't this
+    one, so that no stop token can be it. The tokenizer's own, else one with a meaning that ends nothing, else a row that no token
+    has, which has no text; None if there is none of them."""
+    tokenizer, stop_ids = model.voice.tokenizer, model.voice.stop_ids
+    if tokenizer.pad_id not in stop_ids:
+        return tokenizer.pad_id, ""
+    named = {token: text for text, token in tokenizer.control.items()}
+    others = [*sorted(named), *sorted(tokenizer.unused_ids), *range(tokenizer.vocab_size, model.cfg.rows)]
+    found = next((each for each in others if each < model.cfg.rows and each not in stop_ids), None)
+    return found, named.get(found, "") if found is not None else ""
 
 
 @phase("exporting")
@@ -59,6 +75,8 @@ def save_adapter(model: Model, params: PyTree, directory: pathlib.Path) -> str:
         raise UserError(
             "export: this run trained all parameters, not additions; wanted a run with policy.lora.rank above 0"
         )
+    if model.is_reward:
+        raise UserError("export: a reward model's head is no part of an adapter, wanted the merged model instead")
     source = check(model)
     hf.save_adapter(directory, params["lora"], model.cfg, source)
     said = f"adapter written to {directory}, for peft and the model {source.directory}"

@@ -151,6 +151,23 @@ def score(
     return jnp.where(rollout.mask, logprobs, 0.0)
 
 
+def reward(params, rollout: Rollout, *, cfg: ModelConfig, compute: ComputeConfig) -> Float[Array, "P C"]:
+    """A reward model's score of each completion: its head on the hidden state of the last valid token, which is the stop token
+    where there is one, and the prompt's last token where a completion is empty.
+
+    One row for each prompt, as in `score`. transformers' AutoModelForSequenceClassification reads [prompt | y] there, too.
+    """
+    prompts, (count, completions, tokens) = rollout.prompts, rollout.tokens.shape
+    rows = branch(prompts.tokens, prompts.valid, rollout.tokens, rollout.mask)
+    hidden, _ = transformer.forward(params, rows, cfg=cfg, compute=compute)
+    own_PCRD = hidden[:, rows.slots :].reshape(count, completions, tokens, -1)
+    prompt_PC1D = jnp.broadcast_to(hidden[:, None, rows.slots - 1 : rows.slots], (count, completions, 1, cfg.width))
+    # In: mask 1 1 0 -> Out: 2, of the columns prompt, y_1, y_2, y_3.
+    last = jnp.max(jnp.where(rollout.mask, jnp.arange(1, tokens + 1)[None, None], 0), axis=-1)
+    hidden_PCTD = jnp.concatenate([prompt_PC1D, own_PCRD], axis=2)
+    return heads.reward(params, jnp.take_along_axis(hidden_PCTD, last[..., None, None], axis=2)[:, :, 0])
+
+
 def draw(logits: Float[Array, "P C V"], keys, t, *, sampler: Sampler) -> Int[Array, "P C"]:
     """One token of each completion: temperature, then top-k, then top-p, then a draw (or the largest logit)."""
     logits_MV = logits.reshape(-1, logits.shape[-1])

@@ -46,8 +46,9 @@ def run(
 ) -> list[str]:
     """`samples` responses to a prompt (in the tiny world: a post; else a user's message); temperature 0 is greedy."""
     cfg, _, model = stored_model(workdir, which)
-    if methods.named(cfg.method).evaluation == "agreement":
-        raise UserError(f"--workdir={workdir}: this run trained an annotator, which doesn't write responses")
+    trained = {"agreement": "an annotator", "reward": "a reward model"}.get(methods.named(cfg.method).evaluation)
+    if trained is not None:
+        raise UserError(f"--workdir={workdir}: this run trained {trained}, which doesn't write responses")
     voice = model.voice
     row = voice.prompt(Example((Message("user", prompt),), is_conversation=has_conversations(cfg.data)))
     limit = "config.data.prompt_tokens"

@@ -51,6 +51,7 @@ from oaif_jax.run.log import MetricsLog, RecordError
 from oaif_jax.run.progress import Progress
 from oaif_jax.run.setup import Setup, open_setup
 from oaif_jax.stored.checkpoint import Checkpoints, Reader, load_params
+from oaif_jax.stored.open import NORMAL
 from oaif_jax.update import optim, state
 from oaif_jax.update.state import TrainState
 
@@ -355,11 +356,18 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
                 params = sharding.place(stored, mesh, cfg.compute.trained)
             metrics, records = interrupts.work(evaluations.finish, params)
             log.write_samples("final", records)
+            policy = setup.policy
+            if setup.method.evaluation == "reward":
+                mean, scale, note = interrupts.work(evaluations.normal, params)
+                say(note) if note else None
+                atomic_write_json(workdir / NORMAL, {"step": final_step, "mean": mean, "scale": scale})
+                policy = dataclasses.replace(policy, normal=(mean, scale))
+                metrics |= {"reward_mean": mean, "reward_scale": scale}
             doing = "the export"
             for name in ("export", "adapter"):
                 shutil.rmtree(workdir / name, ignore_errors=True)  # of fewer steps, or of a run that was killed since
             if cfg.export.at_end:
-                say(interrupts.work(export.save, setup.policy, params, workdir / "export", cfg.export.dtype))
+                say(interrupts.work(export.save, policy, params, workdir / "export", cfg.export.dtype))
             if cfg.export.adapter:
                 say(interrupts.work(export.save_adapter, setup.policy, params, workdir / "adapter"))
             if cfg.export.check:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -80,16 +80,25 @@ def fitted(asked: Questions, data: DataSet, splits: Sequence[str]) -> Questions:
     Where examples have no end, an instruction's tokens and the limit of a prompt are all that a question can have.
     """
     _ = asked.template  # what is wrong with answers and chat is said now
+    empty = len(asked.question(Example((Message("user", ""),)))) if data.is_endless else 0
+    width = widest(asked.question, asked.width, data, splits, most=empty + data.prompt_tokens)
+    return dataclasses.replace(asked, width=width)
+
+
+def widest(
+    ids_of: Callable[[Example], Sequence[int]], given: int, data: DataSet, splits: Sequence[str], *, most: int
+) -> int:
+    """A width that the token ids of every example of some splits fit: the one that is given (not 0), which is checked, or one of
+    few, so that there are few different programs. `most`: of examples without an end."""
     if data.is_endless:
-        most = len(asked.question(Example((Message("user", ""),)))) + data.prompt_tokens
-        return asked if asked.width else dataclasses.replace(asked, width=-(-most // 16) * 16)  # few different programs
+        return given or -(-most // 16) * 16
     every = [example for name in splits for example in data.splits[name]]
-    tokens, longest = max(((len(asked.question(example)), example) for example in every), key=lambda both: both[0])
-    if not asked.width:
-        return dataclasses.replace(asked, width=-(-tokens // 8) * 8)
-    if tokens > asked.width:
+    tokens, longest = max(((len(ids_of(example)), example) for example in every), key=lambda both: both[0])
+    if not given:
+        return -(-tokens // 8) * 8
+    if tokens > given:
         raise UserError(
-            f"config.annotator.question_tokens={asked.width}: the question about {longest.source} has {tokens} tokens, "
+            f"config.annotator.question_tokens={given}: the question about {longest.source} has {tokens} tokens, "
             "wanted at least that"
         )
-    return asked
+    return given

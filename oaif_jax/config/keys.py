@@ -90,13 +90,13 @@ class Reference:
 class Annotator:
     """Who prefers one of several responses (online)."""
 
-    init: str = "tiny:annotator"  # as policy.init, or python:MODULE.FUNCTION (see annotate/python.py)
+    init: str = "tiny:annotator"  # as policy.init, a reward model's too; or python:MODULE.FUNCTION
     path: str = ""  # as policy.path; its tokenizer may be another than the policy's
     chat: str = "auto"  # as policy.chat
     chat_args: Annotated[str, assignments] = ""  # as policy.chat_args
     quant: Annotated[str, one_of(*QUANT)] = "none"  # none, int8, nf4
     instruction: str = "helpful"  # tiny: helpful, short, very_short; else see annotate/instructions; or a path
-    question_tokens: Annotated[int, within(0, MANY)] = 0  # limit of instruction and prompt; 0: the longest there is
+    question_tokens: Annotated[int, within(0, MANY)] = 0  # limit of instruction and prompt; 0: the longest
     missing_eos: Annotated[str, one_of("loses", "ignore")] = "loses"  # a response cut at the limit: loses, or is let be
 
 
@@ -225,7 +225,9 @@ class Log:
 class Config:
     """One run."""
 
-    method: str = "online"  # online, selm, xpo, offline (fixed pairs), sft (references), annotator (judged pairs)
+    method: str = (
+        "online"  # online, selm, xpo, offline (fixed pairs), sft (references), reward (pairs), annotator (judged pairs)
+    )
     seed: Annotated[int, at_least(0)] = 0  # of what is random: a policy from scratch, the order of examples, samples
     steps: Annotated[int, at_least(1)] = 240  # updates of the policy, in each round
     async_steps: Annotated[int, within(0, 1)] = 0  # 1: responses are drawn and scored a step ahead

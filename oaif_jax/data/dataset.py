@@ -94,7 +94,7 @@ class DataSet:
             return Batch(prompts, data=self.rollout(prompts, [[example.reference] for example in examples], examples))
         if reads == "pairs":
             pairs = self.rollout(prompts, [(example.chosen, example.rejected) for example in examples], examples)
-            value = np.tile(np.array([1.0, 0.0], np.float32), (len(examples), 1))
+            value = np.array([(each.preference, 1.0 - each.preference) for each in examples], np.float32)
             return Batch(prompts, data=pairs, scores=Scores(value, np.ones(value.shape, bool)))  # type: ignore[arg-type]
         assert reads == "prompts", reads
         return Batch(prompts)

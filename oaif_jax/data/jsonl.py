@@ -1,4 +1,5 @@
-"""JSON lines, plain or gzipped; and preference pairs in them: {"prompt": ..., "chosen": ..., "rejected": ...}."""
+"""JSON lines, plain or gzipped; and preference pairs in them: {"prompt": ..., "chosen": ..., "rejected": ...}, and
+"preference" where P(chosen is better) isn't 1."""
 
 import codecs
 import dataclasses
@@ -24,6 +25,7 @@ class TextPair:
     prompt: str
     chosen: str
     rejected: str
+    preference: float = 1.0  # P(chosen is better)
 
 
 def lines(path: pathlib.Path, name: str) -> Iterator[tuple[int, bytes]]:
@@ -71,10 +73,14 @@ def read_pairs(path: pathlib.Path) -> list[TextPair]:
     pairs = []
     for number, line in lines(path, "pairs"):
         try:
-            record = parsed(line)
-            values = [record[key] for key in KEYS if key in record] if isinstance(record, dict) else []
+            found = parsed(line)
+            record = found if isinstance(found, dict) else {}
+            values = [record[key] for key in KEYS if key in record]
             if len(values) != len(KEYS) or not all(isinstance(value, str) for value in values):
                 raise RecordError("wrong type", "wanted an object with texts prompt, chosen and rejected")
+            preference = record.get("preference", 1.0)
+            if type(preference) not in (int, float) or not 0 <= preference <= 1:
+                raise RecordError("wrong type", f"preference is {preference!r}, wanted a number from 0 to 1")
             for value in values:
                 value.encode()  # fails on half a surrogate pair, which JSON can escape
         except RecordError as error:
@@ -84,7 +90,7 @@ def read_pairs(path: pathlib.Path) -> list[TextPair]:
             raise UserError(f"{path}:{number}: {error}") from error
         except UnicodeEncodeError as error:
             raise UserError(f"{path}:{number}: a text has half a character ({error.reason})") from error
-        pairs.append(TextPair(*values))
+        pairs.append(TextPair(*values, preference=preference))
     if not pairs:
         raise UserError(f"pairs {path}: no pairs in it")
     return pairs
@@ -92,5 +98,9 @@ def read_pairs(path: pathlib.Path) -> list[TextPair]:
 
 def write_pairs(path: pathlib.Path, pairs: list[TextPair]) -> None:
     """Writes pairs; the same pairs give the same bytes (gzip without a time stamp)."""
-    text = "".join(json.dumps(dataclasses.asdict(pair)) + "\n" for pair in pairs).encode()
+    records = [dataclasses.asdict(pair) for pair in pairs]
+    for record in records:
+        if record["preference"] == 1:  # as where it is left out
+            del record["preference"]
+    text = "".join(json.dumps(record) + "\n" for record in records).encode()
     path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)

@@ -24,15 +24,17 @@ class Message:
 class Example:
     """A prompt, which ends with a user's message, and what the data have to answer it.
 
-    A pair has `chosen` and `rejected`, which differ, and one of them may be empty; supervised data have a `reference`; for
-    online training the prompt is enough. `source` is "file:line", or "file:row" of a table. `is_conversation` is what a lone
-    message may leave open: whether it is said to somebody, or is a text to be continued as it stands.
+    A pair has `chosen` and `rejected`, which differ, and one of them may be empty; its `preference` is below 1 where the data say
+    how probably the chosen one is better. Supervised data have a `reference`; for online training the prompt is enough. `source`
+    is "file:line", or "file:row" of a table. `is_conversation` is what a lone message may leave open: whether it is said to
+    somebody, or is a text to be continued as it stands.
     """
 
     prompt: tuple[Message, ...]
     chosen: str = ""
     rejected: str = ""
     reference: str = ""
+    preference: float = 1.0  # of a pair: P(chosen is better)
     source: str = ""
     is_conversation: bool = dataclasses.field(default=False, compare=False)
 
@@ -153,13 +155,15 @@ def use_as(loaded: Loaded, use: str) -> Loaded:
 def _form(example: Example, use: str) -> Example | None:
     """The example with what a use needs and no more; None if its reference is empty."""
     if use == "prompts":
-        return dataclasses.replace(example, chosen="", rejected="", reference="")
+        return dataclasses.replace(example, chosen="", rejected="", reference="", preference=1.0)
     if use == "pairs":
         if not example.is_pair:
             raise UserError(f"{example.source}: has no chosen and rejected response, wanted pairs")
         return dataclasses.replace(example, reference="")
     reference = example.reference or example.chosen
-    return dataclasses.replace(example, chosen="", rejected="", reference=reference) if reference else None
+    return (
+        dataclasses.replace(example, chosen="", rejected="", reference=reference, preference=1.0) if reference else None
+    )
 
 
 def without_same(loaded: Loaded, same: Callable[[Example], bool]) -> Loaded:

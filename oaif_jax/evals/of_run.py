@@ -9,11 +9,10 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from oaif_jax.annotate import python
 from oaif_jax.annotate.base import Annotator, asks_of
 from oaif_jax.base.errors import UserError
 from oaif_jax.data.records import Example
-from oaif_jax.evals import agreement, comparison, likelihood, verdicts
+from oaif_jax.evals import agreement, comparison, likelihood, reward, verdicts
 from oaif_jax.evals.comparison import Cache, Evaluation
 from oaif_jax.rollout import named_key
 from oaif_jax.run import compiling
@@ -21,6 +20,7 @@ from oaif_jax.run.setup import Setup, eval_chunk
 
 LOW_MASS = 0.1  # of an annotator's probability on its two answers
 NUMBERS = "wanted a model whose answers are numbers (config.compute.dtype=float32 has the widest range)"
+NORMAL_PAIRS = 512  # of the training data, whose scores' mean and scale a reward model keeps
 # What is said of greedy samples.
 GREEDY = ("gold", "judge", "mean_length", "finished", "words", "gold_mean", "gold_share")
 
@@ -37,6 +37,7 @@ class Evaluations:
             "comparison": self._comparison,
             "likelihood": self._likelihood,
             "agreement": self._agreement,
+            "reward": self._reward,
         }[setup.method.evaluation]
         self._final = {"comparison": self._comparison_at_end}.get(setup.method.evaluation, self._evaluate)
 
@@ -141,6 +142,28 @@ class Evaluations:
             place=setup.place,
         )
 
+    def _reward(self, params: PyTree, split: str, count: int, **_) -> Evaluation:
+        scores, preference = self._scored(params, split, count)
+        return reward.measured(scores[:, 0] - scores[:, 1], preference), []
+
+    def normal(self, params: PyTree) -> tuple[float, float, str]:
+        """Mean and scale of a reward model's scores on training responses, and what there is to say of them."""
+        count = min(NORMAL_PAIRS, len(self._setup.data.splits["train"]))
+        return reward.normal_of(self._scored(params, "train", count)[0])
+
+    def _scored(self, params: PyTree, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+        setup = self._setup
+        return reward.scored(
+            setup.policy.whole(params),
+            data=setup.data,
+            split=split,
+            count=count,
+            chunk=self._chunk(count),
+            cfg=setup.policy.cfg,
+            compute=setup.compute,
+            place=setup.place,
+        )
+
 
 def described(setup: Setup, metrics: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, Any]:
     """What a final evaluation came to, with what was trained and who judged: what reports make their tables of."""
@@ -158,8 +181,8 @@ def described(setup: Setup, metrics: Mapping[str, Any], environment: Mapping[str
     found |= {"judged_by": setup.judged_by} if setup.judged_by else {}
     if setup.method.asks:
         found |= {"annotated_by": setup.annotated_by}
-        is_python = setup.annotated_by.startswith(python.PREFIX)  # a function reads no instruction
-        found |= {} if is_python else {"instruction": cfg.annotator.instruction}
+        asked = setup.annotator is not None and setup.annotator.compares  # others score, and read no instruction
+        found |= {"instruction": cfg.annotator.instruction} if asked else {}
     return found
 
 

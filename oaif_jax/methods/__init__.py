@@ -5,6 +5,7 @@ from oaif_jax.methods.annotator import AnnotatorTraining
 from oaif_jax.methods.base import Method
 from oaif_jax.methods.offline import Offline
 from oaif_jax.methods.online import Online
+from oaif_jax.methods.reward import Reward
 from oaif_jax.methods.selm import SELM
 from oaif_jax.methods.sft import SFT
 from oaif_jax.methods.xpo import XPO
@@ -15,6 +16,7 @@ METHODS: dict[str, type[Method]] = {
     "xpo": XPO,
     "offline": Offline,
     "sft": SFT,
+    "reward": Reward,
     "annotator": AnnotatorTraining,
 }
 

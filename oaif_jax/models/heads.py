@@ -1,4 +1,4 @@
-"""The language-model head, applied to few tokens at a time: an array [tokens, V] never exists."""
+"""The language-model head, applied to few tokens at a time (an array [tokens, V] never exists), and a reward model's."""
 
 import jax
 import jax.numpy as jnp
@@ -62,3 +62,10 @@ def answer_logits(
     rows_AD = head_of(params)[jnp.array(answers)].astype(hidden.dtype)
     logits = jnp.einsum("...D,AD->...A", hidden, rows_AD, preferred_element_type=jnp.float32)
     return softcap(logits, cfg.final_softcap)
+
+
+def reward(params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
+    """A reward model's float32 scores, read by its head of one row, without a bias."""
+    return jnp.einsum(
+        "...D,D->...", hidden, params["score"][0].astype(hidden.dtype), preferred_element_type=jnp.float32
+    )

@@ -193,7 +193,7 @@ def _has(lines: str, *keys: str) -> Callable[[Run], bool]:
 
 def _held_out(run: Run) -> list[Mapping[str, float]]:
     """Evaluations whose validation_loss is of the training loss's kind; an annotator's is its error, and not drawn."""
-    return [line for line in run.evals if "accuracy" not in line]
+    return [line for line in run.evals if "accuracy" not in line or "calibration_error" in line]
 
 
 def _accuracy_keys(run: Run) -> list[str]:

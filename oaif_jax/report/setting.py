@@ -41,12 +41,18 @@ def origin(run: Run, section: str) -> str:
 
 def annotator(run: Run) -> str:
     """Who annotated, and by which instruction; "" where nobody did."""
-    if run.method in ("offline", "sft", "annotator") or not run.is_comparison:
+    if run.method in ("offline", "sft", "reward", "annotator") or not run.is_comparison:
         return ""
     who = origin(run, "annotator") or str(run.summary.get("annotated_by", ""))
-    # A function is given no instruction.
-    asked = "" if who.startswith("python:") else run.summary.get("instruction", run.key("annotator.instruction", ""))
+    asked = "" if _only_scores(run, who) else run.summary.get("instruction", run.key("annotator.instruction", ""))
     return ", ".join(one_line(str(each)) for each in (who, asked) if each)
+
+
+def _only_scores(run: Run, who: str) -> bool:
+    """Whether an annotator is a function or a reward model, which are given no instruction."""
+    return who.startswith("python:") or any(
+        key.startswith("annotator.reward_model.") for key in set().union(*run.evals)
+    )
 
 
 def judge(run: Run) -> str:
@@ -57,7 +63,9 @@ def judge(run: Run) -> str:
     if not run.is_comparison or init == "none":
         return ""
     who = origin(run, "annotator" if init == "annotator" else "judge")
-    return who if who.startswith("python:") else f"{who}, {one_line(str(run.key('judge.instruction', NONE)))}"
+    if init == "annotator" and _only_scores(run, who):
+        return who
+    return f"{who}, {one_line(str(run.key('judge.instruction', NONE)))}"
 
 
 def normal_loss(run: Run) -> str:
@@ -67,6 +75,8 @@ def normal_loss(run: Run) -> str:
             "A normal loss, in nats a token: falls fast, then ever more slowly; held out it rises again where the model "
             "learns its examples by heart."
         )
+    if run.method == "reward":
+        return f"A normal loss: starts at about {plain(math.log(2))}, where all scores are alike, and falls slowly and noisily."
     starts, beta = (
         {"dpo": math.log(2), "dpo_mean": math.log(2), "slic": 1.0},
         run.key("loss.beta", run.summary.get("beta")),

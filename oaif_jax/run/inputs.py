@@ -24,7 +24,7 @@ from oaif_jax.config import Config
 from oaif_jax.data import chat, readers, special_tokens, splits, tokenizer
 from oaif_jax.stored.checkpoint import Reader
 from oaif_jax.stored.hf.tensors import INDEX, weight_files
-from oaif_jax.stored.open import POLICY, Source, chat_of, home, run_config, run_of, source_of
+from oaif_jax.stored.open import NORMAL, POLICY, Source, chat_of, home, is_reward, run_config, run_of, source_of
 from oaif_jax.tiny import templates
 from oaif_jax.tiny.data import asset, policy_voice
 
@@ -168,15 +168,17 @@ def _found(cfg: Config) -> Iterator[tuple[str, Found]]:
     annotator = source_of("annotator", cfg.annotator)
     is_python = annotator.init.startswith(python.PREFIX)
     is_asked = kind.asks or (is_compared and cfg.judge.init == "annotator")
+    scores = is_asked and not is_python and is_reward(annotator)  # and reads no instruction
     if is_python and is_asked:
         yield from _python(annotator.init)
     elif is_asked:
         yield from _model(annotator, cfg.annotator.chat)
-        yield _instruction("annotator", annotator, cfg.annotator.instruction)
+        if not scores:
+            yield _instruction("annotator", annotator, cfg.annotator.instruction)
     if not is_compared:
         return
     judge = source_of("judge", cfg.judge)
-    if judge.init == "annotator" and not is_python:
+    if judge.init == "annotator" and not is_python and not scores:
         yield _instruction("judge", annotator, cfg.judge.instruction)
     elif judge.init not in ("annotator", "none"):
         yield from _model(judge, cfg.judge.chat)
@@ -225,6 +227,9 @@ def _below(source: Source) -> Iterator[tuple[str, Found]]:
     """What a run's checkpoint is read with: its directory's tokenizer and chat template; under LoRA all that its base is made of,
     which may be another run's."""
     first, directory = source_of(POLICY, run_config(source).policy), home(source)
+    if is_reward(source):
+        workdir, _ = run_of(source)
+        yield f"{source.key}.init scores", Found("model", workdir, _there(workdir, [workdir / NORMAL]))
     if run_config(source).policy.lora.rank > 0:
         for key, found in _model(first, "none"):
             yield f"{source.key}.init base{key[len(key.partition(' ')[0]) :]}", found

@@ -14,7 +14,8 @@ from oaif_jax import config, methods
 from oaif_jax.annotate import prompts, python
 from oaif_jax.annotate.base import Annotator, MeshAnnotator
 from oaif_jax.annotate.llm import HostLLMAnnotator, LLMAnnotator, on_host
-from oaif_jax.annotate.questions import Questions, fitted
+from oaif_jax.annotate.questions import Questions, fitted, widest
+from oaif_jax.annotate.reward import HostRewardAnnotator, RewardAnnotator
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.phases import phase
 from oaif_jax.config import Config
@@ -29,11 +30,13 @@ from oaif_jax.run import sizes
 from oaif_jax.step import Frozen
 from oaif_jax.stored.open import (
     POLICY,
+    REWARD,
     Model,
     Source,
     as_one,
     checkpoint_step,
     home,
+    is_reward,
     open_frozen,
     open_model,
     read_run,
@@ -41,6 +44,7 @@ from oaif_jax.stored.open import (
     source_of,
     voice_of,
     with_lora,
+    with_score,
 )
 from oaif_jax.tiny import data as tiny
 from oaif_jax.tiny import templates
@@ -50,6 +54,7 @@ EVALUATED = ("validation", "test")
 PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}  # kernel -> what runs it
 LEAST_LORA_RATE = 5e-5
 OVER_THE_HOST = "the annotator has another tokenizer than the policy: responses go to it as texts, over the host"
+SCORED_BY = "reward_model"  # a reward model's name among the measured annotators; others' are their instructions'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,13 +147,18 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
             measured, measured_as = {annotator.name: annotator}, annotator.name
         else:
             model = _open_frozen(cfg, "annotator", cfg.annotator, mesh, cfg.annotator.quant)
-            asked = _asks(cfg, model, cfg.annotator.instruction, data, compute, ("train", *EVALUATED))
-            annotator = _on_host(asked, data, mesh)
+            if model.is_reward:
+                asked, measured_as = _scores(cfg, model, data, compute), SCORED_BY
+                annotator = HostRewardAnnotator(asked, data.voice, functools.partial(sharding.place_batch, mesh=mesh))
+                measured = {measured_as: annotator}
+            else:
+                asked = _asks(cfg, model, cfg.annotator.instruction, data, compute, ("train", *EVALUATED))
+                annotator, measured_as = _on_host(asked, data, mesh), name_of(asked.questions.instruction, model.source)
+                measured = _measured(cfg, asked, measured_as, model, data, mesh, evaluated)
             on_the_mesh = asked if annotator.reads_policy_ids else None
             control_ids |= model.voice.tokenizer.special_ids if annotator.reads_policy_ids else frozenset()
+            notes = (*notes, *model.notes)
             notes = notes if on_the_mesh is not None or not kind.asks else (*notes, OVER_THE_HOST)
-            measured_as = name_of(asked.questions.instruction, model.source)
-            measured = _measured(cfg, asked, measured_as, model, data, mesh, evaluated)
     judge, judged_by = None, ""
     if is_compared and cfg.judge.init != "none":
         judge, judged_by = _judge(cfg, model, annotator, data, compute, mesh, evaluated)
@@ -194,6 +204,8 @@ def check(cfg: Config, kind: type[Method], mesh: Mesh) -> None:
             raise UserError(f"{moved} config.reference.init='policy', not {cfg.reference.init!r}")
         if cfg.async_steps:
             raise UserError(f"{moved} config.async_steps=0")
+    if kind.evaluation == "reward" and cfg.export.adapter:
+        raise UserError("config.export.adapter=True: a reward model's head is no part of an adapter, wanted False")
     if cfg.eval.final == "last":
         return
     there = {"judge.score": cfg.judge.init != "none", "gold.score": cfg.data.name == "tiny"}
@@ -287,7 +299,8 @@ def eval_chunk(cfg: Config) -> int:
 def _shapes(cfg: Config, kind: type[Method], source: Source, voice: Voice) -> dict[str, ModelConfig]:
     """Of the models that a run reads, by the key of the config, as their files say them: no parameter is read."""
     vocab_size = voice.tokenizer.vocab_size
-    found = {"policy": shape_of(source, vocab_size, cfg.policy.shape)}
+    policy = shape_of(source, vocab_size, cfg.policy.shape)
+    found = {"policy": dataclasses.replace(policy, tied=True) if cfg.method == REWARD else policy}
     is_compared = kind.evaluation == "comparison"
     if (kind.has_reference or is_compared) and cfg.reference.init != "policy":
         found["reference"] = shape_of(source_of("reference", cfg.reference), vocab_size)
@@ -329,8 +342,10 @@ def _policy(cfg: Config, source: Source, voice: Voice, mesh: Mesh) -> Model:
     """The model that is trained, or a frozen base and what is trained beside it."""
     is_lora = cfg.policy.lora.rank > 0
     dtype = cfg.compute.frozen if is_lora else cfg.compute.trained
-    model = open_model(source, voice, mesh, dtype, shape=cfg.policy.shape, seed=cfg.seed)
-    return with_lora(model, cfg.policy, mesh, dtype, cfg.seed) if is_lora else as_one(model)
+    scores = cfg.method == REWARD
+    model = open_model(source, voice, mesh, dtype, shape=cfg.policy.shape, seed=cfg.seed, as_reward=scores)
+    model = with_lora(model, cfg.policy, mesh, dtype, cfg.seed) if is_lora else as_one(model)
+    return with_score(model, cfg.seed) if scores else model
 
 
 @phase("loading the reference")
@@ -356,7 +371,20 @@ def _open_frozen(cfg: Config, key: str, section: config.Annotator | config.Judge
     source = source_of(key, section)
     with phase(f"loading the {key}"):
         voice = voice_of(source, section.chat, section.chat_args)
-        return open_frozen(source, voice, mesh, cfg.compute.frozen, quant)
+        scores = key == "annotator" and is_reward(source)
+        return open_frozen(source, voice, mesh, cfg.compute.frozen, quant, as_reward=scores)
+
+
+@phase("fitting prompts")
+def _scores(cfg: Config, model: Model, data: DataSet, compute: ComputeConfig) -> RewardAnnotator:
+    """A reward model that is shown what the policy is: an example's prompt, and a response."""
+    voice, given = model.voice, cfg.annotator.question_tokens
+    width = widest(voice.prompt, given, data, ("train", *EVALUATED), most=data.prompt_tokens)
+    asked = RewardAnnotator(voice, width, model.cfg, model.params, compute, model.normal)
+    room = cfg.data.response_tokens * (1 if asked.writes_as(data.voice) else 2)
+    said = f"config.annotator.question_tokens={width} and a response of {room} tokens"
+    check_context(model, width + room, f"{said} (config.data.response_tokens={cfg.data.response_tokens})")
+    return asked
 
 
 @phase("fitting questions")
@@ -414,9 +442,9 @@ def _judge(
     evaluated: tuple[str, ...],
 ) -> tuple[Annotator, str]:
     """Who compares policy and reference in evaluations, and its name for reports."""
-    if cfg.judge.init == "annotator" and model is None:
+    if cfg.judge.init == "annotator" and (model is None or model.is_reward):  # neither reads an instruction
         assert annotator is not None
-        return annotator, cfg.annotator.init
+        return annotator, _said(source_of("annotator", cfg.annotator))
     if cfg.judge.init != "annotator":
         model = _open_frozen(cfg, "judge", cfg.judge, mesh, "none")
     assert model is not None
@@ -443,4 +471,5 @@ def stored_model(workdir: str | pathlib.Path, which: str) -> tuple[Config, int, 
     is_there = count == len(jax.devices())
     mesh = sharding.make_mesh(*(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor) if is_there else (-1, 1, 1))
     voice = voice_of(source, cfg.policy.chat, cfg.policy.chat_args)
-    return cfg, checkpoint_step(source), open_model(source, voice, mesh, cfg.compute.frozen)
+    model = open_model(source, voice, mesh, cfg.compute.frozen, as_reward=cfg.method == REWARD)
+    return cfg, checkpoint_step(source), model

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 import sys
 
@@ -12,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from oaif_jax import config
 from oaif_jax.base.errors import UserError
-from oaif_jax.base.files import is_dir, is_file, reason
+from oaif_jax.base.files import is_dir, is_file, read_json, reason
 from oaif_jax.config import Config
 from oaif_jax.data.chat import open_template
 from oaif_jax.data.tokenizer import Tokenizer, open_tokenizer
@@ -24,6 +25,8 @@ from oaif_jax.tiny.data import asset, plain_voice, policy_voice
 
 WANTED = "wanted tiny:NAME, hf, scratch, or WORKDIR[@best | @last | @STEP]"
 POLICY = "policy"  # the key of the model that a run trains
+REWARD = "reward"  # the method whose runs make reward models
+NORMAL = "reward.json"  # in such a run's workdir: mean and scale of scores, and of which step's parameters
 MERGING = (
     "which can't hold {:.0%} of them; the same policy.lora and policy.quant as in that run train them further instead, "
     "and compute.frozen=float32 holds them all"
@@ -57,6 +60,7 @@ class Model:
     directory: hf.HFModel | None = None
     base: PyTree | None = None
     goes_on: bool = False  # the additions are another run's, which are trained further
+    normal: tuple[float, float] = (0.0, 1.0)  # mean and scale of a reward model's scores on its training responses
     notes: tuple[str, ...] = ()  # what a user should know of how it was opened
 
     def whole(self, params: PyTree) -> PyTree:
@@ -66,6 +70,11 @@ class Model:
     def merged(self, params: PyTree) -> PyTree:
         """One model's parameters, whatever was trained: additions are added to their base, in float32 sums."""
         return params if self.base is None else merge(self.base, params, self.cfg)
+
+    @property
+    def is_reward(self) -> bool:
+        """Whether it scores responses, and doesn't write them."""
+        return "score" in self.params or (self.base is not None and "score" in self.base)
 
 
 # ------------------------------------------------------------------------------------------------ tokenizer and chat
@@ -87,6 +96,16 @@ def home(source: Source) -> pathlib.Path | None:
     return home(source_of(POLICY, run_config(source).policy))
 
 
+def is_reward(source: Source) -> bool:
+    """Whether a source names a reward model: a directory of one, or a run of the method that makes them."""
+    if source.init == "hf":
+        directory = home(source)
+        assert directory is not None
+        return hf.read(directory).labels > 0
+    is_run = source.init != "scratch" and not source.init.startswith("tiny:")
+    return is_run and run_config(source).method == REWARD
+
+
 def chat_of(source: Source, chat: str, arguments: str = "") -> tuple[str, str]:
     """A model's chat template as `open_template` takes it, and what that is told; "auto" is, of a run, what that run was trained
     with."""
@@ -103,7 +122,8 @@ def voice_of(source: Source, chat: str, arguments: str = "") -> Voice:
     if directory is None:
         if arguments:
             raise UserError(f"config.{source.key}.chat_args={arguments!r}: {source} has no chat template, wanted none")
-        return policy_voice() if source.key in (POLICY, "reference") else plain_voice()
+        reads_as_policy = source.key in (POLICY, "reference") or is_reward(source)
+        return policy_voice() if reads_as_policy else plain_voice()
     model = hf.read(directory)
     tokenizer = open_tokenizer(directory, model.cfg.rows)
     chat, arguments = chat_of(source, chat, arguments)
@@ -141,26 +161,38 @@ def shape_of(source: Source, vocab_size: int, shape: config.Shape | None = None)
 
 
 def open_model(
-    source: Source, voice: Voice, mesh: Mesh, dtype: str, *, shape: config.Shape | None = None, seed: int = 0
+    source: Source,
+    voice: Voice,
+    mesh: Mesh,
+    dtype: str,
+    *,
+    shape: config.Shape | None = None,
+    seed: int = 0,
+    as_reward: bool = False,
 ) -> Model:
     """The model that `source` names; from a directory in `dtype` on the mesh, else on the host as it is stored. Where another run
-    trained additions, they and their base, which lies on the mesh as it did in that run."""
+    trained additions, they and their base, which lies on the mesh as it did in that run.
+
+    `as_reward`: one that is to score, so that it may be a reward model, and a directory's language-model head isn't read.
+    """
+    if not as_reward and is_reward(source):
+        raise UserError(f"{source} is a reward model, wanted one with a language-model head")
     vocab_size = voice.tokenizer.vocab_size
     if source.init == "scratch":
         cfg = shape_of(source, vocab_size, shape)
         _check_mesh(source, cfg, mesh)
         return Model(cfg, jax.jit(transformer.init, static_argnums=1)(jax.random.key(seed), cfg), voice, source)
     if source.init == "hf":
-        found = _directory(source, voice.tokenizer)
+        found = _directory(source, voice.tokenizer, as_reward)
         _check_mesh(source, found.cfg, mesh)
-        return Model(found.cfg, hf.load(found, mesh, dtype), voice, source, found)
+        return Model(found.cfg, hf.load(found, mesh, dtype), voice, source, found, normal=found.normal)
     if source.init.startswith("tiny:"):
         path = asset(source.init.removeprefix("tiny:"))
         params, cfg = single.load(path)
         finite.check(params, path)
         model = Model(cfg, params, voice, source)
     else:
-        model = _of_run(source, voice, mesh, dtype)
+        model = _of_run(source, voice, mesh, dtype, as_reward)
     if model.cfg.vocab_size != vocab_size:
         raise UserError(f"{source} has a vocabulary of {model.cfg.vocab_size}, wanted the tokenizer's {vocab_size}")
     _check_mesh(source, model.cfg, mesh)
@@ -175,10 +207,12 @@ def _check_mesh(source: Source, cfg: ModelConfig, mesh: Mesh) -> None:
         raise sharding.ShardingError(f"{source}: {error}") from error
 
 
-def open_frozen(source: Source, voice: Voice, mesh: Mesh, dtype: str, quant: str = "none") -> Model:
+def open_frozen(
+    source: Source, voice: Voice, mesh: Mesh, dtype: str, quant: str = "none", *, as_reward: bool = False
+) -> Model:
     """A model that isn't trained, on the mesh, its parameters nobody else's; quantised as `quant` says. Additions of a run stay
     beside their base, which is what was trained: a sum in bfloat16 would lose most of them."""
-    model = open_model(source, voice, mesh, dtype)
+    model = open_model(source, voice, mesh, dtype, as_reward=as_reward)
     if model.base is None:
         model = on_mesh(model, mesh, dtype)
     else:
@@ -231,6 +265,33 @@ def with_lora(model: Model, section: config.Policy, mesh: Mesh, dtype: str, seed
     return dataclasses.replace(model, cfg=cfg, params=params, base=base, notes=notes)
 
 
+def with_score(model: Model, seed: int) -> Model:
+    """The model with a reward model's head to train, its own or a new one, in place of the language model's.
+
+    A new head is normal with variance 1 / (D + 1) (Stiennon et al. 2020, appendix B.1; Huang et al. 2024). Under LoRA it is
+    trained beside the additions.
+    """
+    parts = [tree for tree in (model.params, model.base) if tree is not None and "score" in tree]
+    if parts:
+        score = parts[0]["score"]
+    else:
+        # Another key than those of a model from scratch, and of new additions.
+        key = jax.random.fold_in(jax.random.key(seed), 2)
+        score = jax.random.normal(key, (1, model.cfg.width)) * (model.cfg.width + 1) ** -0.5
+
+    def headless(tree: PyTree) -> PyTree:
+        return {name: leaf for name, leaf in tree.items() if name not in ("head", "score")}
+
+    directory = None if model.directory is None else dataclasses.replace(model.directory, labels=1)
+    return dataclasses.replace(
+        model,
+        cfg=dataclasses.replace(model.cfg, tied=True),
+        params=headless(model.params) | {"score": score},
+        base=None if model.base is None else headless(model.base),
+        directory=directory,
+    )
+
+
 def quantised(params: PyTree, kind: str, mesh: Mesh) -> PyTree:
     """Frozen parameters that lie on the mesh, in fewer bits."""
     make = functools.partial(quant.quantise, kind=kind)
@@ -241,7 +302,8 @@ def quantised(params: PyTree, kind: str, mesh: Mesh) -> PyTree:
 def merge(base: PyTree, params: PyTree, cfg: ModelConfig) -> PyTree:
     """A base that lies on a mesh with its additions merged in float32, sharded as it is."""
     on = {name: jax.tree.map(lambda leaf: leaf.sharding, tree) for name, tree in base.items() if name != "scales"}
-    return jax.jit(lora.merge, static_argnums=1, out_shardings=on)({**base, **params}, cfg)
+    merged = jax.jit(lora.merge, static_argnums=1, out_shardings=on)({**base, "lora": params["lora"]}, cfg)
+    return merged | {name: leaf for name, leaf in params.items() if name != "lora"}  # a reward model's head
 
 
 def lost_in_merging(base: PyTree, params: PyTree, cfg: ModelConfig, dtype: str) -> float:
@@ -270,16 +332,17 @@ def _same_additions(before: config.Policy, now: config.Policy, cfg: ModelConfig)
     return each[0] == each[1]
 
 
-def _directory(source: Source, tokenizer: Tokenizer) -> hf.HFModel:
+def _directory(source: Source, tokenizer: Tokenizer, as_reward: bool) -> hf.HFModel:
     """The model of a directory; ids that its tokenizer doesn't know are never sampled."""
     directory = home(source)
     assert directory is not None
     found = hf.read(directory)
-    if found.labels:
-        raise UserError(f"{source} is a reward model, wanted one with a language-model head")
     # Ids of the tokenizer that have no row aren't the model's.
     cfg = dataclasses.replace(
-        found.cfg, vocab_size=min(tokenizer.vocab_size, found.cfg.rows), embedding_rows=found.cfg.rows
+        found.cfg,
+        vocab_size=min(tokenizer.vocab_size, found.cfg.rows),
+        embedding_rows=found.cfg.rows,
+        tied=found.cfg.tied or as_reward,  # then its head, where it has one of its own, is passed over
     )
     return dataclasses.replace(found, cfg=cfg)
 
@@ -335,7 +398,24 @@ def checkpoint_step(source: Source) -> int:
     return int(source.init.rpartition("@")[2])
 
 
-def _of_run(source: Source, voice: Voice, mesh: Mesh, dtype: str) -> Model:
+def normal_of(workdir: pathlib.Path, step: int) -> tuple[tuple[float, float], tuple[str, ...]]:
+    """Mean and scale of a reward run's scores by its parameters of a step; 0 and 1 where that isn't known, and a note of it."""
+    path = workdir / NORMAL
+    if not is_file(path):
+        return (0.0, 1.0), (f"{path} isn't there yet: scores of step {step} are taken as they are",)
+    found = read_json(path)
+    try:
+        measured, mean, scale = int(found["step"]), float(found["mean"]), float(found["scale"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} isn't what a run writes, wanted step, mean and scale") from error
+    if not (math.isfinite(mean) and 0 < scale < math.inf):
+        raise UserError(f"{path}: mean is {mean} and scale {scale}, wanted finite numbers, and a scale above 0")
+    if measured != step:
+        return (0.0, 1.0), (f"{path} is of step {measured}: scores of step {step} are taken as they are",)
+    return (mean, scale), ()
+
+
+def _of_run(source: Source, voice: Voice, mesh: Mesh, dtype: str, as_reward: bool) -> Model:
     cfg = run_config(source)
     workdir, which = run_of(source)
     params, meta = checkpoint.load_params(workdir / "checkpoints", which)
@@ -348,9 +428,13 @@ def _of_run(source: Source, voice: Voice, mesh: Mesh, dtype: str) -> Model:
     if "lora" in params:
         # As that run had it: in its type, or in its few bits.
         frozen = cfg.compute.frozen
-        below = open_model(first, voice, mesh, frozen, shape=cfg.policy.shape, seed=cfg.seed)
+        below = open_model(first, voice, mesh, frozen, shape=cfg.policy.shape, seed=cfg.seed, as_reward=as_reward)
         base = with_lora(below, cfg.policy, mesh, frozen, cfg.seed).base
         assert base is not None
         base = base if "scales" in base or dtype == frozen else sharding.place(base, mesh, dtype)
     notes = tuple(f"{source}: {note}" for note in config.read(workdir / "config.json")[1])
-    return Model(model, params, voice, source, form, base, notes=notes)
+    found = Model(model, params, voice, source, form, base, notes=notes)
+    if cfg.method != REWARD:
+        return found
+    normal, said = normal_of(workdir, int(meta["step"]))
+    return dataclasses.replace(with_score(found, cfg.seed), normal=normal, notes=(*notes, *said))

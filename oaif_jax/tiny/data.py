@@ -77,13 +77,14 @@ def instruction(name: str) -> Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Posts(Sequence[Example]):
-    """The posts of a split by their number, with references by a writer where one is named; each is a pure function of
-    (seed, split, number)."""
+    """The posts of a split by their number, with references by a writer where one is named, or with pairs of at most so many
+    words that the gold judge labels; each is a pure function of (seed, split, number)."""
 
     seed: int
     split: str
     writer: str = ""
     count: int = WITHOUT_END
+    paired: int = 0  # words; 0: no pairs
 
     def __len__(self) -> int:
         return self.count
@@ -91,7 +92,14 @@ class Posts(Sequence[Example]):
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # slices aren't asked for
         post = world.post(self.seed, self.split, index)
         reference = writers.reference(self.seed, self.split, index, self.writer) if self.writer else ""
-        return Example((Message("user", post.text),), reference=reference, source=f"{self.split}:{index}")
+        found = Example((Message("user", post.text),), reference=reference, source=f"{self.split}:{index}")
+        if not self.paired:
+            return found
+        two = writers.candidates(world.generator(self.seed, self.split, index, purpose=4), post.topics, self.paired)
+        first, second = map(world.join, two)
+        difference = gold.score(post.text, first) - gold.score(post.text, second)
+        chosen, rejected = (first, second) if difference >= 0 else (second, first)
+        return dataclasses.replace(found, chosen=chosen, rejected=rejected, preference=1.0 if difference else 0.5)
 
 
 def post_of(example: Example) -> str:
@@ -157,7 +165,7 @@ def dataset(
     if reads == "pairs":
         path = asset(pairs.removeprefix("tiny:")) if pairs.startswith("tiny:") else pathlib.Path(pairs)
         splits["train"] = [
-            Example((Message("user", pair.prompt),), chosen=pair.chosen, rejected=pair.rejected)
+            Example((Message("user", pair.prompt),), pair.chosen, pair.rejected, preference=pair.preference)
             for pair in jsonl.read_pairs(path)
         ]
         data.batch(splits["train"], reads)  # all of them fit the limits, or an error now

@@ -65,6 +65,14 @@ def number(value: object, name: str) -> float:
     return found
 
 
+def probability(value: object, name: str) -> float:
+    """A number from 0 to 1."""
+    found = number(value, name)
+    if not 0 <= found <= 1:
+        raise RecordError("no probability", f"{name} is {short(value)}, wanted a number from 0 to 1")
+    return found
+
+
 def sequence(value: object, name: str) -> Sequence[object]:
     """A JSON list."""
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):

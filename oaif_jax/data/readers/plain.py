@@ -4,6 +4,7 @@ is shown a text as it stands, and a list as a conversation.
     {"prompt": ...}
     {"prompt": ..., "response": "..."}
     {"prompt": ..., "chosen": "...", "rejected": "..."}
+    {"prompt": ..., "chosen": "...", "rejected": "...", "preference": 0.8}
 
 `path` is a file, or a directory with SPLIT.jsonl or SPLIT.jsonl.gz. Other keys are left alone.
 """
@@ -47,4 +48,5 @@ def _pair(row: object) -> Example:
     record = fields.mapping(row)
     asked = _prompt(record)
     found = fields.pair(asked.prompt, *fields.texts(record, "chosen", "rejected"))
-    return dataclasses.replace(found, is_conversation=asked.is_conversation)
+    preference = fields.probability(record["preference"], "preference") if "preference" in record else 1.0
+    return dataclasses.replace(found, preference=preference, is_conversation=asked.is_conversation)

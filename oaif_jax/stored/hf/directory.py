@@ -18,6 +18,7 @@ from oaif_jax.stored.hf.tensors import has_weights, layers, open_tensors, weight
 from oaif_jax.stored.hf.values import Values, read_json
 
 ROWS = 4096  # of embedding and head that are compared at a time
+MEAN, SCALE = "reward_mean", "reward_scale"  # keys of config.json that are this library's own
 REWARD, LANGUAGE = "ForSequenceClassification", ("ForCausalLM", "ForConditionalGeneration")
 
 
@@ -35,6 +36,7 @@ class HFModel:
     stop_ids: tuple[int, ...]  # eos_token_id of generation_config.json, else of config.json; empty if neither has it
     labels: int  # 1 for a reward model, which has a score head instead of a language-model head; else 0
     context: int = 0  # positions that it was made for; 0: config.json doesn't say
+    normal: tuple[float, float] = (0.0, 1.0)  # mean and scale of a reward model's scores on its training responses
 
 
 def read(directory: str | pathlib.Path) -> HFModel:
@@ -61,7 +63,8 @@ def read(directory: str | pathlib.Path) -> HFModel:
         stamps = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in weight_files(directory))
         cfg = dataclasses.replace(cfg, tied=not _has_another_head(directory, name, stamps))
     context = text.integer("max_position_embeddings", 0)
-    return HFModel(directory, name, cfg, _stop_ids(directory, values, text), labels, context)
+    normal = values.number(MEAN, 0.0), values.positive(SCALE, 1.0)
+    return HFModel(directory, name, cfg, _stop_ids(directory, values, text), labels, context, normal)
 
 
 def text_config(values: Values) -> Values:

@@ -45,6 +45,11 @@ class Family:
     heads: tuple[str, ...] = ("lm_head",)  # as in files, the one to write first
     harmless: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)  # patterns of keys that are no parameters
 
+    @property
+    def reward(self) -> str:
+        """transformers' class of a reward model."""
+        return self.architecture.replace("Gemma3For", "Gemma3TextFor").replace("CausalLM", "SequenceClassification")
+
 
 GATED_MLP: tuple[Row, ...] = (
     ("mlp.gate_proj", "gate", "F D", "all"),

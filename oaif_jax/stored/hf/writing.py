@@ -19,7 +19,7 @@ from oaif_jax.base import files
 from oaif_jax.base.errors import UserError
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.stored.hf import pieces as geometry
-from oaif_jax.stored.hf.directory import HFModel, abstract_params, text_config
+from oaif_jax.stored.hf.directory import MEAN, SCALE, HFModel, abstract_params, text_config
 from oaif_jax.stored.hf.families import FAMILIES
 from oaif_jax.stored.hf.pieces import Leaf, Piece
 from oaif_jax.stored.hf.reading import DTYPES, names_in
@@ -49,6 +49,8 @@ class Chat:
 
     stop_ids: tuple[int, ...] = ()  # what ends an answer, the usual one first; empty: as in the source
     template: str = ""  # a chat template; "": the source's
+    pad_id: int | None = None  # of a reward model: no stop id, since scores are read before it; None: as in the source
+    pad_token: str = ""  # its text, where the tokenizer is to be told
 
 
 def save(
@@ -212,6 +214,11 @@ def _copy(source: HFModel, target: pathlib.Path, dtype: str, cfg: ModelConfig, c
         }
         config |= own | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
     config.pop("auto_map", None)  # it names code that isn't copied
+    if source.labels:
+        # transformers reads the score at the last token that isn't padding.
+        padding = {} if chat.pad_id is None else {"pad_token_id": chat.pad_id}
+        config |= {"architectures": [FAMILIES[source.family].reward], "id2label": {"0": "LABEL_0"}}
+        config |= {"label2id": {"LABEL_0": 0}} | dict(zip((MEAN, SCALE), source.normal, strict=True)) | padding
     config |= dict.fromkeys([name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"], dtype)
     if text.entries.get("tie_word_embeddings") or not cfg.tied:
         config["tie_word_embeddings"] = cfg.tied
@@ -233,6 +240,7 @@ def _copy(source: HFModel, target: pathlib.Path, dtype: str, cfg: ModelConfig, c
         kept.pop("auto_map", None)
         if chat.template:
             kept.pop("chat_template", None)
+        kept |= {"pad_token": chat.pad_token} if chat.pad_token else {}
         if kept != read_json(path).entries:
             _write_json(path, kept)
     if chat.template:
