@@ -172,9 +172,11 @@ def _cut(finished: float | None, reference: float | None) -> Crossing | None:
     """More than half, and 20 points more than the reference: a model that never ended isn't the training's fault."""
     if finished is None or reference is None or finished >= 0.5 or finished > reference - 0.2:
         return None
-    said = f"{1 - finished:.0%} of responses are cut at the limit, {1 - reference:.0%} of the reference's: the policy no longer "
     return Crossing(
-        1 - finished, 0.5, said + "ends. Longer wins, or it repeats itself; see annotator.missing_eos and the samples"
+        1 - finished,
+        0.5,
+        f"{1 - finished:.0%} of responses are cut at the limit, {1 - reference:.0%} of the reference's: the policy no longer ends. "
+        "Longer wins, or it repeats itself: read the samples; annotator.missing_eos=loses is against it",
     )
 
 
@@ -189,13 +191,15 @@ def cut_evaluated(seen: Seen) -> Crossing | None:
 
 
 def _repetition(share: float | None, reference: float | None) -> Crossing | None:
-    """Plain prose has 0.0 to 0.1 (quickstart: 0.07), "doctor,,,, beach, beach" 0.38; twice the reference's, since lists and code
+    """Plain prose has 0.0 to 0.1 (quickstart: 0.04), "doctor,,,, beach, beach" 0.38; twice the reference's, since lists and code
     repeat themselves by right."""
     if share is None or reference is None or share <= max(0.3, 2 * reference):
         return None
-    said = f"{share:.0%} of a response's tokens repeat what stands before them, {reference:.0%} of the reference's: the policy has "
     return Crossing(
-        share, 0.3, said + "collapsed, whatever the judge says. Read the samples; a larger loss.beta, a smaller lr"
+        share,
+        max(0.3, 2 * reference),
+        f"{share:.0%} of a response's tokens repeat what stands before them, {reference:.0%} of the reference's: the policy "
+        "has collapsed, whatever the judge says. Read the samples; take a larger loss.beta or a smaller optimizer.lr",
     )
 
 
@@ -210,13 +214,15 @@ def repetition_evaluated(seen: Seen) -> Crossing | None:
 
 
 def _log_ratio(nats: float | None, length: float | None) -> Crossing | None:
-    """At log 2 = 0.7 nats a token the policy's tokens are half as likely to the reference, on average (quickstart: 0.4 a token, 2.9 a
-    response). Below 10 nats a response short ones are let be: the best of n of its own samples is about log n - 1 away."""
+    """At log 2 = 0.7 nats a token the policy's tokens are half as likely to the reference, on average (quickstart: 0.4 a token,
+    2.9 a response). Short ones are let be below 10 nats: the best of n of the reference's samples is about log n - 1 away."""
     if nats is None or length is None or nats <= (limit := max(10.0, 0.7 * length)):
         return None
-    said = f"the log-ratio to the reference is {nats:.1f} nats a response of {length:.0f} tokens: the policy writes what the "
     return Crossing(
-        nats, limit, said + "reference never would. Read the samples; a larger loss.beta, a smaller lr, fewer steps"
+        nats,
+        limit,
+        f"the log-ratio to the reference is {nats:.1f} nats a response of {length:.0f} tokens: the policy writes what the "
+        "reference never would. Read the samples; take a larger loss.beta, a smaller optimizer.lr or fewer steps",
     )
 
 
@@ -231,8 +237,8 @@ def log_ratio_evaluated(seen: Seen) -> Crossing | None:
 
 
 def jump(seen: Seen) -> Crossing | None:
-    """The mean of 5 steps against the median of the 20 before: a healthy run's grows by less than half in 20 steps once it has
-    left 0, and within 5 nats it may grow as it likes (quickstart: at most 3.2 in all)."""
+    """The mean of 5 steps against the median of the 20 before. It grows from 0, so that only 5 nats and more count (quickstart: 3.2
+    at most); growth in proportion to the steps is by a factor of 2 at most, what runs away by more (2.5 to 22)."""
     values = [line["log_ratio"] for line in seen.train if "log_ratio" in line]
     if len(values) < WINDOW + 5:
         return None
@@ -240,9 +246,11 @@ def jump(seen: Seen) -> Crossing | None:
     limit = max(5.0, 3 * before)
     if now <= limit:
         return None
-    said = f"the log-ratio to the reference jumped from {before:.1f} to {now:.1f} nats a response within {WINDOW} steps: the policy "
     return Crossing(
-        now, limit, said + "is running away. Read the samples; a larger loss.beta or a smaller optimizer.lr"
+        now,
+        limit,
+        f"the log-ratio to the reference jumped from {before:.1f} to {now:.1f} nats a response within {WINDOW} steps: the "
+        "policy is running away. Read the samples; take a larger loss.beta or a smaller optimizer.lr",
     )
 
 
@@ -252,9 +260,11 @@ def length(seen: Seen) -> Crossing | None:
     difference, tokens = seen.mean("length_difference", WINDOW), seen.mean("length", WINDOW)
     if difference is None or not tokens or difference / tokens <= 0.5:
         return None
-    said = f"chosen responses are {difference:.1f} tokens longer than rejected ones, of {tokens:.1f} on average: length is what is "
     return Crossing(
-        difference / tokens, 0.5, said + "learned. See loss.length_alpha (rdpo), simpo, or the annotator's instruction"
+        difference / tokens,
+        0.5,
+        f"chosen responses are {difference:.1f} tokens longer than rejected ones, of {tokens:.1f} on average: length is "
+        "what is learned. Take loss.name=rdpo or simpo, or another instruction of the annotator",
     )
 
 
@@ -263,11 +273,11 @@ def still(seen: Seen) -> Crossing | None:
     lines = seen.train[-WINDOW:]
     if len(lines) < WINDOW or any(line.get("changed", 1) > 0 and line.get("weight", 1) > 0 for line in lines):
         return None
-    decided = any(line.get("weight", 1) > 0 for line in lines)
+    counts = any(line.get("weight", 1) > 0 for line in lines)
     why = (
-        "updates are too small for the type (optimizer.lr, compute.trained)"
-        if decided
-        else "no pair counts (annotator, identical)"
+        "updates are too small (optimizer.lr, compute.trained)"
+        if counts
+        else "no pair counts (see identical, abstained)"
     )
     return Crossing(0.0, 0.0, f"no weight has changed in {WINDOW} steps: nothing is trained, since {why}")
 
