@@ -175,8 +175,8 @@ def _cut(finished: float | None, reference: float | None) -> Crossing | None:
     return Crossing(
         1 - finished,
         0.5,
-        f"{1 - finished:.0%} of responses are cut at the limit, {1 - reference:.0%} of the reference's: the policy no longer ends. "
-        "Longer wins, or it repeats itself: read the samples; annotator.missing_eos=loses is against it",
+        f"{1 - finished:.0%} of responses are cut at the limit, {1 - reference:.0%} of the reference's: the policy no longer "
+        "ends. Longer wins, or it repeats itself: read the samples; annotator.missing_eos=loses is against it",
     )
 
 
@@ -237,8 +237,8 @@ def log_ratio_evaluated(seen: Seen) -> Crossing | None:
 
 
 def jump(seen: Seen) -> Crossing | None:
-    """The mean of 5 steps against the median of the 20 before. It grows from 0, so that only 5 nats and more count (quickstart: 3.2
-    at most); growth in proportion to the steps is by a factor of 2 at most, what runs away by more (2.5 to 22)."""
+    """The mean of 5 steps against the median of the 20 before. It grows from 0, so that only 5 nats and more count (quickstart:
+    3.2 at most); growth in proportion to the steps is by a factor of 2 at most, what runs away by more (2.5 to 22)."""
     values = [line["log_ratio"] for line in seen.train if "log_ratio" in line]
     if len(values) < WINDOW + 5:
         return None
