@@ -40,11 +40,12 @@ from oaif_jax.base.output import Lasting
 from oaif_jax.base.phases import Watch, phase
 from oaif_jax.collect import Batches
 from oaif_jax.config import Config
-from oaif_jax.evals.of_run import Evaluations, agreement_with_gold, control_tokens, described, low_masses
+from oaif_jax.evals.of_run import Evaluations, agreement_with_gold, control_tokens, described, of_samples
 from oaif_jax.methods.base import known
 from oaif_jax.models import sharding
 from oaif_jax.rollout import named_key
 from oaif_jax.run import resume
+from oaif_jax.run.health import Health, HealthError
 from oaif_jax.run.inputs import Say
 from oaif_jax.run.interrupts import Interrupts
 from oaif_jax.run.log import MetricsLog, RecordError
@@ -159,6 +160,8 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             say(f"not bit for bit what an uninterrupted run gives: {difference}")
     sharding.free(setup.policy.params)  # the state has them, or a checkpoint's
     log = MetricsLog(workdir, begin, say)
+    health = Health(cfg, annotator=setup.measured_as, is_tiny=setup.data.gold is not None)
+    health.replay(log.lines())
     evaluations = Evaluations(setup)
 
     # ----------------------------------------------------------------------------------------------------- the step
@@ -212,9 +215,11 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             # A step begins when it is dispatched, or when the one before it ends.
             now = time.monotonic()
             seconds, read_at = now - max(taken.began, read_at), now
-            if collect.method_at(setup, taken.number - 1).asks:
+            method = collect.method_at(setup, taken.number - 1)
+            if method.asks:
                 examples = collect.examples_at(setup, taken.number - 1)
                 metrics |= agreement_with_gold(setup, examples, outputs) | control_tokens(setup, outputs)
+                metrics |= of_samples(method, outputs)
             tokens = taken.tokens + (int(outputs["mask"].sum()) if "mask" in outputs else 0)
             which = (taken.number - 1) // cfg.steps
             metrics |= {
@@ -227,7 +232,29 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             add_to_history(history, metrics)
             progress.update(taken.number, metrics)
             if taken.number % cfg.log.every == 0 or taken.number == steps:
-                log.write(taken.number, "train", metrics)
+                look(taken.number, "train", log.write(taken.number, "train", metrics))
+
+        def look(number: int, kind: str, flat: Mapping[str, float]) -> None:
+            """Says what a line of the record shows to be wrong."""
+            for found in health.see({"step": number, "kind": kind, **flat}):
+                log.warn(**dataclasses.asdict(found))
+                progress.message(found.line, "bold red")
+
+        def stop() -> None:
+            """Ends the run, with a checkpoint of all steps taken, where a check that config.health.stop names is crossed."""
+            nonlocal unread
+            if health.stops is None or at == steps:
+                return
+            if unread is not None:
+                before, unread = unread, None
+                read(before)
+            if at != kept:
+                save(at, None, is_interim=True)
+            found = health.stops
+            raise HealthError(
+                f"step {found.step}: config.health.stop={cfg.health.stop!r}, {found.check}: {found.message}; {good()}. "
+                f"The same command without {found.check} goes on"
+            )
 
         def evaluate(number: int) -> float | None:
             """An evaluation on validation examples; returns what "best" is chosen by (higher is better)."""
@@ -239,9 +266,8 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             )
             if number == 0:
                 evaluations.check(metrics)
-            for line in low_masses(setup, metrics) if number == 0 else ():
-                say(line)
             flat = log.write(number, "eval", metrics)
+            look(number, "eval", flat)
             log.write_samples(f"step_{number:06d}", records)
             progress.update(number, flat)
             if "annotator" in metrics:
@@ -304,6 +330,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
                 batches.restore(begin, checkpoints.restore(begin, {"pending": shapes})["pending"])
             if begin and (begin % cfg.eval.every == 0 or begin == steps) and begin not in log.evaluated:
                 save(begin, evaluate(begin))  # which a signal cut short, or which another config didn't ask for
+            stop()
             for number in range(at + 1, steps + 1):
                 interrupts.check()
                 which, inside = divmod(number - 1, cfg.steps)
@@ -340,6 +367,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
                     before, unread = unread, None
                     read(before)
                     save(number, evaluate(number) if evaluates else None)
+                stop()
             with phase("saving the checkpoint"):
                 checkpoints.wait()
 
@@ -393,6 +421,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
         "seconds": seconds_before + time.monotonic() - began,
         "command": shlex.join(sys.orig_argv),
         "params_sha256": sha256_of_tree(jax.tree.map(np.asarray, training.params)),
+        "health": [dataclasses.asdict(found) for found in health.found],
     }
     summary = finite(summary)
     atomic_write_json(workdir / "summary.json", summary)

@@ -28,6 +28,21 @@ def within(low: float, high: float) -> Check:
     return lambda value: None if low <= value <= high else f"a number from {said}"
 
 
+def listed(*choices: str) -> Check:
+    """A check that a text is empty, or some of the choices with commas between them."""
+
+    def check(value: str) -> str | None:
+        unknown = sorted(names(value) - {*choices})
+        return f"some of {', '.join(choices)}, with commas between; there is no {unknown[0]!r}" if unknown else None
+
+    return check
+
+
+def names(listed: str) -> set[str]:
+    """In: "orders, cut". Out: {"orders", "cut"}."""
+    return {name.strip() for name in listed.split(",") if name.strip()}
+
+
 def assignments(value: str) -> str | None:
     """A check that a text is empty, or NAME=VALUE,... with names as programs have them."""
     parts = [each.partition("=") for each in value.split(",")] if value else []

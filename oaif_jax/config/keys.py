@@ -7,12 +7,15 @@ no lists, which couldn't be.
 import dataclasses
 from typing import Annotated
 
-from oaif_jax.config.checks import above, assignments, at_least, one_of, within
+from oaif_jax.config.checks import above, assignments, at_least, listed, one_of, within
 
 DATA = (
     "tiny", "prompts", "references", "pairs", "tldr_posts", "tldr_comparisons", "hh", "ultrafeedback", "tfds",
 )  # fmt: skip
 DTYPES = ("float32", "bfloat16")
+HEALTH = (
+    "orders", "position", "mass", "overoptimised", "identical", "cut", "repetition", "log_ratio", "jump", "length", "still",
+)  # fmt: skip
 QUANT = ("none", "int8", "nf4")
 MANY = 1_000_000  # rows, tokens or columns: more can't be meant; run/sizes.py counts whether a run fits
 CPU_DEVICES = 1024  # parts of a CPU: each has a thread of its own
@@ -222,6 +225,14 @@ class Log:
 
 
 @dataclasses.dataclass(frozen=True)
+class Health:
+    """Checks of the run's own numbers (docs/metrics.md): each is a warning when it is crossed."""
+
+    stop: Annotated[str, listed(*HEALTH)] = ""  # checks at which the run stops, such as orders,repetition
+    off: Annotated[str, listed(*HEALTH)] = ""  # checks that aren't made
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One run."""
 
@@ -244,6 +255,7 @@ class Config:
     checkpoint: Checkpoint = Checkpoint()
     export: Export = Export()
     log: Log = Log()
+    health: Health = Health()
 
 
 # What may differ when a run goes on in its workdir: nothing of it changes the steps already taken.
@@ -260,6 +272,8 @@ MAY_CHANGE = (
     "export.dtype",
     "export.adapter",
     "export.check",
+    "health.stop",
+    "health.off",
 )
 
 # Keys that there once were, with their defaults: a stored config may still have them.

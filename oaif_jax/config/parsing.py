@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from oaif_jax.base.errors import UserError, near
 from oaif_jax.base.files import read_json
+from oaif_jax.config.checks import names
 from oaif_jax.config.keys import REMOVED, Config
 
 
@@ -132,7 +133,11 @@ def _value(name: str, value: Any, wanted: type, check: Callable[[Any], str | Non
         raise ConfigError(f"config.{name}={value!r}, wanted at most {LARGEST}")
     problem = check(value) if check else None
     if problem:
-        hint = near(value, problem.removeprefix("one of ").split(", ")) if isinstance(value, str) else ""
+        hint = (
+            near(value, problem.removeprefix("one of ").split(", "))
+            if isinstance(value, str) and problem.startswith("one of ")
+            else ""
+        )
         raise ConfigError(f"config.{name}={value!r}, wanted {problem}{hint}")
     if wanted is float and not abs(value) < SMALLER:
         raise ConfigError(f"config.{name}={value!r}, wanted a number that float32 can hold")
@@ -185,6 +190,8 @@ def _check_together(config: Config) -> None:
             f"config.eval.every={config.eval.every} is not a multiple of config.checkpoint.every={config.checkpoint.every}, "
             "so that the best evaluated step may have no checkpoint"
         )
+    if both := names(config.health.stop) & names(config.health.off):
+        raise ConfigError(f"config.health.stop={config.health.stop!r}: {both.pop()} is in config.health.off, too")
     _check_rounds(config)
 
 

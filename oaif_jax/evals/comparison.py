@@ -35,11 +35,13 @@ def evaluate(
     annotators: Mapping[str, Annotator],
     place: Callable,
     cache: Cache,
+    own: str = "",
 ) -> Evaluation:
     """Metrics (nested) and a record for each of the first `count` examples of a split, `chunk` at a time.
 
     params: all of the policy's. The first of its two samples meets the reference's first one; the agreement of `annotators`, by
-    instruction, is measured on the two samples of the policy, since that is what an annotator sees in training.
+    instruction, is measured on the two samples of the policy, since that is what an annotator sees in training. The `own` one,
+    which trains, is one more judge: a policy that only it likes has learned its errors.
     """
 
     def one_chunk(indices: np.ndarray) -> tuple[dict[str, np.ndarray], list[dict]]:
@@ -59,6 +61,8 @@ def evaluate(
             "reference_length": theirs.mask[:, 0].sum(-1),
             "finished": ours.finished[:, 0],
             "reference_finished": theirs.finished[:, 0],
+            "repetition": drawing.repetition(ours.tokens, ours.mask)[:, 0],
+            "reference_repetition": drawing.repetition(theirs.tokens, theirs.mask)[:, 0],
             "words": np.array([drawing.in_words(text) for text in texts]),
             "log_ratio": np.asarray(ratios)[:, 0],
             "same": np.array([a == b for a, b in zip(texts, their_texts, strict=True)]),
@@ -68,11 +72,13 @@ def evaluate(
             part["gold_policy"] = np.array([gold.score(*pair) for pair in zip(examples, texts, strict=True)])
             part["gold_reference"] = np.array([gold.score(*pair) for pair in zip(examples, their_texts, strict=True)])
             part["gold_most"] = np.array([gold.most(example) for example in examples])
+        both = lambda name: np.stack([getattr(each, name)[:, 0] for each in (ours, theirs)], axis=1)  # noqa: E731
+        against = Asks(examples, both("tokens"), both("mask"), list(zip(texts, their_texts, strict=True)))
         if judge is not None:
-            both = lambda name: np.stack([getattr(each, name)[:, 0] for each in (ours, theirs)], axis=1)  # noqa: E731
-            pairs = list(zip(texts, their_texts, strict=True))
-            said = judge.score(Asks(examples, both("tokens"), both("mask"), pairs))
+            said = judge.score(against)
             part |= {"judge": orders(said)} | mass_of(said, "judge_mass")
+        if own in annotators:
+            part["own"] = orders(annotators[own].score(against))
         for name, annotator in annotators.items():
             said = annotator.score(Asks(examples, ours.tokens, ours.mask, ours.texts))
             part |= {f"orders.{name}": orders(said)} | mass_of(said, f"mass.{name}")
@@ -100,6 +106,8 @@ def evaluate(
         "reference_length": float(joined["reference_length"].mean()),
         "finished": float(joined["finished"].mean()),
         "reference_finished": float(joined["reference_finished"].mean()),
+        "repetition": float(joined["repetition"].mean()),
+        "reference_repetition": float(joined["reference_repetition"].mean()),
         "words": float(joined["words"].mean()),
         "log_ratio": float(joined["log_ratio"].mean()),
     }
@@ -125,6 +133,10 @@ def evaluate(
             | answer_mass(f"mass.{name}")
             for name in annotators
         }
+    if own in annotators:
+        metrics["annotator"][own]["score"] = verdicts.summarise(verdicts.by_orders(joined["own"], joined["same"]))[
+            "score"
+        ]
     return metrics, [record for _, records in parts for record in records][:count]
 
 

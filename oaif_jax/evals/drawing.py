@@ -77,6 +77,23 @@ def chunks(count: int, chunk: int) -> list[np.ndarray]:
     return [np.arange(start, start + chunk, dtype=np.int32) % count for start in range(0, count, chunk)]
 
 
+def repetition(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The share of each response's tokens that are the same as the one before, or end three tokens that stood there before, [...]
+    of token ids and mask [..., R]. In: 7 5 5 5 7 5 5. Out: 3/7, the second, the third and the last 5."""
+    ids = np.where(mask, tokens, -1).astype(np.int64)
+    is_repeated = np.zeros(ids.shape, bool)
+    is_repeated[..., 1:] = (ids[..., 1:] == ids[..., :-1]) & mask[..., 1:]
+    if ids.shape[-1] > 2:
+        base = int(ids.max()) + 2
+        threes = ((ids[..., :-2] + 1) * base + ids[..., 1:-1] + 1) * base + ids[..., 2:] + 1
+        order = np.argsort(threes, axis=-1, kind="stable")  # equal ones beside each other, the first one first
+        in_order = np.take_along_axis(threes, order, axis=-1)
+        was_there = np.zeros(threes.shape, bool)
+        np.put_along_axis(was_there, order[..., 1:], in_order[..., 1:] == in_order[..., :-1], axis=-1)
+        is_repeated[..., 2:] |= was_there & mask[..., 2:]
+    return is_repeated.sum(-1) / np.maximum(mask.sum(-1), 1)
+
+
 def in_words(text: str) -> int:
     """In: "river, dinner" -> Out: 2."""
     return len(text.replace(",", " ").split())

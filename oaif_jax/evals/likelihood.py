@@ -30,7 +30,7 @@ def evaluate(
     """Loss on references (nats a token), and what the policy's samples are worth where gold is known: gold_share is the
     mean gold score as a share of the largest."""
     loss = tokens = most = 0.0
-    records, lengths, finished = [], [], []
+    records, lengths, finished, repeated, repeated_by_data = [], [], [], [], []
     with phase("evaluating", count) as under_way:
         for indices in drawing.chunks(count, chunk):
             under_way.at(len(records))
@@ -38,12 +38,14 @@ def evaluate(
             prompts = data.prompts(examples, indices)
             own = min(len(indices), count - len(records))  # the others fill the last part up, and don't count
             given = data.rollout(prompts, [[example.reference] for example in examples], examples)
+            repeated_by_data.append(drawing.repetition(np.asarray(given.tokens), np.asarray(given.mask))[:own, 0])
             given = place(dataclasses.replace(given, mask=given.mask & (np.arange(len(indices)) < own)[:, None, None]))
             part, size = drawing.log_likelihood(params, given, cfg=policy.cfg, compute=compute)
             loss, tokens = loss - float(part), tokens + float(size)
             made = drawing.respond(params, place(prompts), key, sampler=sampler, cfg=policy.cfg, compute=compute)
             drawn, mask = np.asarray(made.tokens)[:own, 0], np.asarray(made.mask)[:own, 0]
             lengths.append(mask.sum(-1))
+            repeated.append(drawing.repetition(drawn, mask))
             finished.append(np.asarray(made.finished)[:own, 0])
             for example, response, kept in zip(examples[:own], drawn, mask, strict=True):
                 text = data.voice.text(response, kept)
@@ -57,6 +59,8 @@ def evaluate(
         "validation_loss": loss / tokens,
         "mean_length": float(np.concatenate(lengths).mean()),
         "finished": float(np.concatenate(finished).mean()),
+        "repetition": float(np.concatenate(repeated).mean()),
+        "reference_repetition": float(np.concatenate(repeated_by_data).mean()),
     }
     if data.gold:
         total = sum(record["gold_policy"] for record in records)

@@ -12,17 +12,18 @@ from jaxtyping import PyTree
 from oaif_jax.annotate.base import Annotator, asks_of
 from oaif_jax.base.errors import UserError
 from oaif_jax.data.records import Example
-from oaif_jax.evals import agreement, comparison, likelihood, reward, verdicts
+from oaif_jax.evals import agreement, comparison, drawing, likelihood, reward, verdicts
 from oaif_jax.evals.comparison import Cache, Evaluation
+from oaif_jax.methods.base import Method
 from oaif_jax.rollout import named_key
 from oaif_jax.run import compiling
 from oaif_jax.run.setup import Setup, eval_chunk
+from oaif_jax.types import POLICY
 
-LOW_MASS = 0.1  # of an annotator's probability on its two answers
 NUMBERS = "wanted a model whose answers are numbers (config.compute.dtype=float32 has the widest range)"
 NORMAL_PAIRS = 512  # of the training data, whose scores' mean and scale a reward model keeps
 # What is said of greedy samples.
-GREEDY = ("gold", "judge", "mean_length", "finished", "words", "gold_mean", "gold_share")
+GREEDY = ("gold", "judge", "mean_length", "finished", "repetition", "words", "gold_mean", "gold_share")
 
 
 class Evaluations:
@@ -107,6 +108,7 @@ class Evaluations:
             annotators=self._annotators(thorough) if temperature is None else {},
             place=setup.place,
             cache=cache,
+            own=setup.measured_as,
         )
 
     def _annotators(self, thorough: bool) -> Mapping[str, Annotator]:
@@ -199,10 +201,8 @@ def agreement_with_gold(setup: Setup, examples: Sequence[Example], outputs: dict
             for example, two in zip(examples, asks.texts, strict=True)
         ]
     )
-    two, kept = asks.tokens[:, :2], asks.mask[:, :2]
-    same = (kept[:, 0] == kept[:, 1]) & ((two[:, 0] == two[:, 1]) | ~kept[:, 0])
     p_orders = comparison.orders(outputs["scores"])
-    agreed = verdicts.agreement(p_orders, worth[:, 0] - worth[:, 1], same.all(-1))
+    agreed = verdicts.agreement(p_orders, worth[:, 0] - worth[:, 1], _same(asks.tokens, asks.mask))
     return {f"annotator.{name}": agreed[name] for name in ("gold_agreement", "decided") if name in agreed}
 
 
@@ -212,16 +212,22 @@ def control_tokens(setup: Setup, outputs: dict) -> dict[str, float]:
     return {"control_tokens": float(is_control.sum(-1).mean())}
 
 
-def low_masses(setup: Setup, metrics: Mapping) -> list[str]:
-    """What there is to say of models that hardly answer where they are asked. The tiny world's learned to choose between their
-    answers and nothing else: of them it says nothing."""
-    found = {f"annotator.{name}": each for name, each in metrics.get("annotator", {}).items()}
-    found |= {"judge": metrics["judge"]} if "judge" in metrics else {}
-    if setup.data.gold is not None:
-        return []
-    return [
-        f"{name}.answer_mass={each['answer_mass']:.2g}: the model hardly ever answers with one of the two answers, so that its "
-        f"preference says little; wanted more than {LOW_MASS} (docs/annotators.md)"
-        for name, each in found.items()
-        if each.get("answer_mass", 1.0) < LOW_MASS
-    ]
+def of_samples(method: Method, outputs: dict) -> dict[str, float]:
+    """Of a step's samples by the policy: how much they repeat themselves; and where both of a pair are the policy's, how often
+    the first is preferred, of those that differ and are decided."""
+    own = [at for at, writer in enumerate(method.writers) if writer == POLICY]
+    if not own:
+        return {}
+    tokens, mask, scores = outputs["tokens"], outputs["mask"], outputs["scores"]
+    found = {"repetition": float(drawing.repetition(tokens[:, own], mask[:, own]).mean())}
+    if len(method.writers) == len(own) == 2:
+        difference = scores.value[:, 0] - scores.value[:, 1]
+        is_decided = scores.known.all(-1) & (difference != 0) & ~_same(tokens, mask)
+        found |= {"annotator.first": float((difference > 0)[is_decided].mean())} if is_decided.any() else {}
+    return found
+
+
+def _same(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Whether the first two completions of each prompt are the same tokens, [B]."""
+    equal = (tokens[:, 0] == tokens[:, 1]) | ~mask[:, 0]
+    return ((mask[:, 0] == mask[:, 1]) & equal).all(-1)

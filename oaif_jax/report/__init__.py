@@ -60,6 +60,9 @@ def show(run: Run, console: Console | None = None) -> None:
     console = console or Console()
     console.print(tables.final_table(run))
     console.print(tables.side_by_side(run))
+    for line in tables.health(run):
+        said, style = (f"warning: {line}", "bold red") if run.health else (line, "green")
+        console.print(Text(said, style=style), soft_wrap=True)
     for name, path in (("curve ", run.workdir / CURVE), ("report", run.workdir / PAGE)):
         console.print(Text(f"{name}  {path}"), soft_wrap=True)
     if run.finished:

@@ -22,6 +22,7 @@ def report(run: Run) -> str:
     """The page of a run, finished or not."""
     parts = [
         _header(run),
+        _health(run),
         _tiles(run),
         _section("Results", '<div class="results">', *(_table(table) for table in _results(run)), "</div>"),
         _section("Course", _curves(run), f"<p class=note>{escape(setting.normal_loss(run))}</p>"),
@@ -84,6 +85,16 @@ def _header(run: Run) -> str:
     again = f'<p class="again">The command:</p><pre>{escape(str(command))}</pre>' if command else ""
     further = f'<p class="again">To train further: {escape(setting.longer(run))}.</p>' if run.finished else ""
     return f"<header><h1>{escape(_name(run))}</h1><p>{escape(state)}</p>{again}{further}</header>"
+
+
+def _health(run: Run) -> str:
+    """What was found wrong, before any result: a calm page over a broken run is worse than none."""
+    said = tables.health(run)
+    if not run.health:
+        return "".join(f'<p class="health">{escape(line)}</p>' for line in said)
+    count = f"{len(said)} warning{'s' if len(said) > 1 else ''}"
+    listed = "".join(f"<li>{escape(line)}</li>" for line in said)
+    return f'<section class="health broken" role="alert"><h2>This run isn\'t healthy: {count}</h2><ul>{listed}</ul></section>'
 
 
 # ------------------------------------------------------------------------------------------------ tiles
@@ -266,6 +277,11 @@ header p { margin: 0; color: var(--muted); }
 header .again { margin-top: 16px; font-size: 13px; }
 pre { margin: 4px 0 0; padding: 10px 14px; background: var(--card); border-radius: 8px; white-space: pre-wrap;
   overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; }
+.health { margin: 18px 0 0; color: var(--green); }
+.health.broken { padding: 12px 18px; color: inherit; background: var(--card); border: 2px solid var(--vermillion);
+  border-radius: 10px; overflow-wrap: anywhere; }
+.health.broken h2 { margin: 0; color: var(--vermillion); }
+.health ul { margin: 6px 0 0; padding-left: 20px; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(215px, 1fr)); gap: 12px; margin: 28px 0 0; }
 .tile { background: var(--card); border-radius: 10px; padding: 12px 16px 14px; overflow-wrap: anywhere; }
 .tile dt { color: var(--muted); font-size: 13px; }

@@ -16,7 +16,7 @@ from typing import Any
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.files import reason
 
-KINDS = ("train", "eval")
+KINDS = ("train", "eval", "health")
 RENAMED = {"kl": "log_ratio"}  # keys of earlier versions' files
 FINAL = "final"
 SAMPLES = re.compile(rf"({FINAL}|step_\d+)\.jsonl")  # other files beside them aren't the run's
@@ -55,6 +55,7 @@ class Run:
     evals: tuple[Mapping[str, float], ...]  # lines of kind "eval", steps ascending
     samples: Mapping[str, tuple[Sample, ...]]  # by file name without its ending; the final evaluation's last
     summary: Mapping[str, Any]  # empty while the run goes on
+    health: tuple[Mapping[str, Any], ...] = ()  # lines of kind "health": what was found wrong, steps ascending
 
     @property
     def finished(self) -> bool:
@@ -103,6 +104,11 @@ class Run:
         return found
 
     @property
+    def is_checked(self) -> bool:
+        """Whether its health was looked at; earlier versions didn't."""
+        return isinstance(self.config.get("health"), Mapping)
+
+    @property
     def opponent(self) -> str:
         """What policies are compared with: the model that they began as."""
         return "SFT" if self.began_as_sft else "the reference"
@@ -146,6 +152,7 @@ def load(workdir: str | pathlib.Path, *, finished: bool = True) -> Run:
         evals=tuple(line for line in metrics if line["kind"] == "eval"),
         samples=_samples(workdir / "samples", is_live=found is None),
         summary=renamed(found) if found else {},
+        health=tuple(line for line in metrics if line["kind"] == "health"),
     )
 
 
@@ -213,6 +220,7 @@ def _is_result(value: Any) -> bool:
 Fields = Mapping[str, tuple[Callable[[Any], bool], str]]
 COUNT, TEXT, NUMBER = (_is_count, "a whole number"), (_is_text, "a text"), (_is_result, "a finite number")
 MEASURES = ("mean_length", "reference_length", "words", "reference_words", "finished", "reference_finished", "log_ratio",
+            "repetition", "reference_repetition",
             "gold_mean", "reference_gold_mean", "gold_share", "reference_gold_share", "validation_loss",
             "accuracy")  # fmt: skip
 VERDICT = ("win", "tie", "loss", "score")
@@ -229,6 +237,7 @@ SUMMARY: Fields = {
     "params_sha256": TEXT,
     **dict.fromkeys(("greedy", "versions"), (lambda value: isinstance(value, dict), "an object")),
     "annotator": (_is_agreement, "numbers by instruction"),
+    "health": (lambda value: isinstance(value, list), "a list"),
     **RESULTS,
 }
 
@@ -330,11 +339,14 @@ def _metrics(path: pathlib.Path, *, is_live: bool) -> list[dict[str, Any]]:
             raise ReportError(f"{where}: kind is {kind!r}; wanted one of {', '.join(KINDS)}")
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ReportError(f"{where}: step is {step!r}; wanted a number of steps")
-        if step <= last[kind]:
+        if step < last[kind] or (step == last[kind] and kind != "health"):
             raise ReportError(f"{where}: {kind} step {step} comes after {kind} step {last[kind]}")
         last[kind] = step
+        texts = ("check", "message") if kind == "health" else ()
+        if missing := [name for name in texts if not _is_text(line.get(name))]:
+            raise ReportError(f"{where}: {missing[0]} is {line.get(missing[0])!r}; wanted a text")
         for key, value in line.items():
-            if key != "kind" and not _is_number(value):
+            if key not in ("kind", *texts) and not _is_number(value):
                 raise ReportError(f"{where}: {key} is {value!r}; wanted a finite number")
         lines.append(renamed(line))
     return lines

@@ -26,7 +26,8 @@ PLACED = (
     "gold", "judge", "greedy", "annotator", "versions", "mean_length", "reference_length", "words", "log_ratio", "gold_mean",
     "reference_gold_mean", "gold_share", "reference_gold_share", "method", "loss", "beta", "instruction", "seed",
     "steps", "seconds", "params_sha256", "device", "cores", "evaluated_step", "split", "prompts", "command", "exported",
-    "finished", "reference_finished", "annotated_by", "judged_by", "settings",
+    "finished", "reference_finished", "annotated_by", "judged_by", "settings", "repetition",
+    "reference_repetition", "health",
 )  # fmt: skip
 
 
@@ -60,6 +61,15 @@ def final_tables(run: Run) -> tuple[Table, ...]:
 def final_table(run: Run) -> Group:
     """The results for the terminal."""
     return Group(*(to_rich(table) for table in final_tables(run)))
+
+
+def health(run: Run) -> list[str]:
+    """What was found wrong in a run, a line each; one that says that nothing was; [] of a run that wasn't looked at."""
+    if run.health:
+        return [f"step {line['step']}, {line['check']}: {one_line(line['message'])}" for line in run.health]
+    off = run.key("health.off", "")
+    left_out = f" (not made: {one_line(str(off))})" if off else ""
+    return [f"healthy: no check was crossed{'' if run.finished else ' yet'}{left_out}"] if run.is_checked else []
 
 
 def final_table_markdown(run: Run) -> str:
@@ -114,6 +124,7 @@ def _measure_table(run: Run) -> Table:
         ("gold_share", "reference_gold_share", "share of the largest gold score", percent),
         ("mean_length", "reference_length", f"mean length ({LENGTH_UNIT})", decimal),
         ("finished", "reference_finished", f"cut at the limit{_limit(run)}", lambda share: percent(1 - share)),
+        ("repetition", "reference_repetition", "repeated tokens", percent),
         ("words", "reference_words", "mean length (words)", decimal),
         ("log_ratio", "", f"{LOG_RATIO} (nats)", decimal),
     ):

@@ -91,12 +91,26 @@ class MetricsLog:
     def write(self, step: int, kind: str, metrics: Mapping) -> dict[str, float]:
         """One line; numbers that aren't finite (a share of nothing) are left out. Returns what was written."""
         flat = {name: value for name, value in flatten(metrics) if math.isfinite(value)}
-        left = memoryview((json.dumps({"step": step, "kind": kind, **flat}) + "\n").encode())
+        self._append(json.dumps({"step": step, "kind": kind, **flat}))
+        self._board.write(step, kind, flat)
+        return flat
+
+    def _append(self, line: str) -> None:
+        left = memoryview(f"{line}\n".encode())
         with self._errors(self.path):
             while left:
                 left = left[self._file.write(left) :]
-        self._board.write(step, kind, flat)
-        return flat
+
+    def warn(self, step: int, check: str, value: float, threshold: float, message: str) -> None:
+        """A line of a check of the run's health that was crossed."""
+        found = {"check": check, "value": value, "threshold": threshold, "message": message}
+        self._append(json.dumps(finite({"step": step, "kind": "health", **found})))
+        self._board.write(step, "health", {check: value})
+
+    def lines(self) -> list[dict]:
+        """All lines so far."""
+        with self._errors(self.path):
+            return [json.loads(line) for line in self.path.read_bytes().splitlines()]
 
     def write_samples(self, name: str, records: list[dict]) -> None:
         """The samples of one evaluation."""
@@ -130,4 +144,10 @@ def _read(line: bytes) -> tuple[str, int] | None:
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
     is_step = isinstance(step, int) and not isinstance(step, bool) and step >= 0
-    return (kind, step) if kind in ("train", "eval") and is_step else None
+    if (
+        kind == "health" and {"check", "value", "threshold", "message"} <= found.keys()
+    ):  # each check at most once a step
+        kind = f"health.{found['check']}"
+    elif kind not in ("train", "eval"):
+        return None
+    return (kind, step) if is_step else None

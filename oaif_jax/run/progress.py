@@ -88,9 +88,9 @@ class Progress:
             self._printed_at = now
             self._print_line()
 
-    def message(self, text: str) -> None:
+    def message(self, text: str, style: str = "") -> None:
         """Prints a line of its own, above the bar if there is one."""
-        self.console.print(Text(text), soft_wrap=True)
+        self.console.print(Text(text, style=style), soft_wrap=True)
         self._watch.said()
 
     def expect(self, seconds: float | None, by: str, also: str = "") -> None:
