@@ -22,7 +22,7 @@ from oaif_jax.annotate.base import asks_of
 from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
 from oaif_jax.data.tokenizer import right_pad
-from oaif_jax.evals.of_run import control_tokens, low_masses
+from oaif_jax.evals.of_run import control_tokens
 from oaif_jax.models import heads, sharding, transformer
 from oaif_jax.models.rows import trunk
 from oaif_jax.run.setup import open_setup, stored_model
@@ -308,13 +308,6 @@ def test_control_tokens_are_counted(home):
     tokens = np.array([[[5, control["<|start_header_id|>"], end], [control["<|begin_of_text|>"]] * 2 + [6]]])
     mask = np.array([[[True, True, True], [True, False, False]]])
     assert control_tokens(setup, {"tokens": tokens, "mask": mask}) == {"control_tokens": 1.0}
-
-
-def test_low_masses_are_said(home):
-    setup = setup_of(home)
-    metrics = {"judge": {"answer_mass": 0.02}, "annotator": {"helpful": {"answer_mass": 0.9}, "mine": {}}}
-    (line,) = low_masses(setup, metrics)
-    assert line.startswith("judge.answer_mass=0.02: the model hardly ever answers")
 
 
 def test_a_reference_needs_no_chat(home, tmp_path):
