@@ -74,7 +74,8 @@ def flip(path: pathlib.Path) -> None:
 def write_model(directory: pathlib.Path, *files: str) -> pathlib.Path:
     """A directory with a model's files; nobody looks into them here."""
     for name in files or MODEL_FILES:
-        write(directory / name, f"{name} of {directory.name}")
+        said = f"{name} of {directory.name}"
+        write(directory / name, json.dumps({"said": said}) if name.endswith(".json") else said)
     return directory
 
 

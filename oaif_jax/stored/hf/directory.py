@@ -104,6 +104,11 @@ def abstract_params(cfg: ModelConfig, labels: int) -> PyTree:
     return tree | {"score": jax.ShapeDtypeStruct((1, cfg.width), "float32")} if labels else tree
 
 
+def scores(directory: pathlib.Path) -> bool:
+    """Whether a directory's config.json names a reward model."""
+    return _labels(read_json(directory / "config.json")) > 0
+
+
 def _labels(values: Values) -> int:
     architectures = values.texts("architectures")
     name = architectures[0] if architectures else LANGUAGE[0]
