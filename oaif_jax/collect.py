@@ -59,7 +59,7 @@ def step_of(setup: Setup, at: int = 0) -> Step:
     )
 
 
-def is_fused(setup: Setup, at: int) -> bool:
+def is_fused(setup: Setup, at: int = 0) -> bool:
     """Whether completions and scores are made within the step that `at` steps were taken before."""
     asks = method_at(setup, at).asks
     return not asks or (setup.mesh_annotator is not None and not setup.cfg.async_steps)
@@ -97,7 +97,7 @@ class Batches:
         done.set_result(Ready(batch, self._tokens(at, jax.tree.map(np.asarray, batch)), at - 1))
         self._pending[at] = done
 
-    def abstract(self, params: PyTree, frozen: Frozen, at: int) -> Batch:
+    def abstract(self, params: PyTree, frozen: Frozen, at: int = 0) -> Batch:
         """Shapes and shardings of the batch of a step."""
         shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
         batch = jax.tree.map(shape, host_batch(self._setup, at))
