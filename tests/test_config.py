@@ -230,7 +230,7 @@ def test_near_choice_is_named():
 
 
 def test_methods_and_losses_are_known_by_name():
-    with pytest.raises(errors.UserError, match="one of online, selm, xpo, offline, sft, annotator"):
+    with pytest.raises(errors.UserError, match="one of online, selm, xpo, offline, sft, reward, annotator"):
         methods.named("ppo")
     with pytest.raises(errors.UserError, match="did you mean 'slic'"):
         losses.numbers_of("slci")

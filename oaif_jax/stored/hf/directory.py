@@ -1,5 +1,6 @@
 """What a model directory says about itself, before its parameters are read."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -65,6 +66,13 @@ def read(directory: str | pathlib.Path) -> HFModel:
     context = text.integer("max_position_embeddings", 0)
     normal = values.number(MEAN, 0.0), values.positive(SCALE, 1.0)
     return HFModel(directory, name, cfg, _stop_ids(directory, values, text), labels, context, normal)
+
+
+def is_reward(directory: pathlib.Path) -> bool:
+    """Whether config.json says that the model is a reward model; what is wrong with a broken one is for `read` to say."""
+    with contextlib.suppress(UserError):
+        return any(name.endswith(REWARD) for name in read_json(directory / "config.json").texts("architectures")[:1])
+    return False
 
 
 def text_config(values: Values) -> Values:
