@@ -236,7 +236,7 @@ class Health:
 class Config:
     """One run."""
 
-    method: str = "online"  # online, selm, xpo, offline, sft, reward, annotator: docs/methods.md
+    method: str = "online"  # online, selm, xpo, offline and reward (fixed pairs), sft (references), annotator (judged)
     seed: Annotated[int, at_least(0)] = 0  # of what is random: a policy from scratch, the order of examples, samples
     steps: Annotated[int, at_least(1)] = 240  # updates of the policy, in each round
     async_steps: Annotated[int, within(0, 1)] = 0  # 1: responses are drawn and scored a step ahead

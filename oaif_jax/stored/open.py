@@ -101,7 +101,7 @@ def is_reward(source: Source) -> bool:
     if source.init == "hf":
         directory = home(source)
         assert directory is not None
-        return hf.scores(directory)
+        return hf.is_reward(directory)
     is_run = source.init != "scratch" and not source.init.startswith("tiny:")
     return is_run and run_config(source).method == REWARD
 

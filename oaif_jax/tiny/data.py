@@ -95,11 +95,13 @@ class Posts(Sequence[Example]):
         found = Example((Message("user", post.text),), reference=reference, source=f"{self.split}:{index}")
         if not self.paired:
             return found
-        two = writers.candidates(world.generator(self.seed, self.split, index, purpose=4), post.topics, self.paired)
-        first, second = map(world.join, two)
-        difference = gold.score(post.text, first) - gold.score(post.text, second)
-        chosen, rejected = (first, second) if difference >= 0 else (second, first)
-        return dataclasses.replace(found, chosen=chosen, rejected=rejected, preference=1.0 if difference else 0.5)
+        rng, difference = world.generator(self.seed, self.split, index, purpose=4), 0.0
+        first = second = ""
+        while not difference:
+            first, second = map(world.join, writers.candidates(rng, post.topics, self.paired))
+            difference = gold.score(post.text, first) - gold.score(post.text, second)
+        chosen, rejected = (first, second) if difference > 0 else (second, first)
+        return dataclasses.replace(found, chosen=chosen, rejected=rejected)
 
 
 def post_of(example: Example) -> str:
@@ -129,9 +131,9 @@ def dataset(
     `pairs`, tiny:NAME or a path), or judged pairs. UserError for limits that its texts don't fit."""
     if train_posts < 1:
         raise UserError("config.data.train_posts=0: the tiny world has no end, wanted at least 1")
-    splits: dict[str, Sequence[Example]] = {
-        split: Posts(seed, split, writer if reads == "references" else "") for split in world.SPLITS
-    }
+    writer = writer if reads == "references" else ""
+    paired = words_within(response_tokens) if reads == "pairs" else 0
+    splits: dict[str, Sequence[Example]] = {split: Posts(seed, split, writer, paired=paired) for split in world.SPLITS}
     splits["train"] = dataclasses.replace(splits["train"], count=train_posts)  # type: ignore[type-var]
     voice, limits = policy_voice(), Limits(seed, prompt_tokens, response_tokens)
     tokenizer = voice.tokenizer
@@ -170,6 +172,11 @@ def dataset(
         ]
         data.batch(splits["train"], reads)  # all of them fit the limits, or an error now
     return data
+
+
+def words_within(response_tokens: int) -> int:
+    """Words of a summary of so many tokens: words and commas, and room for a stop token."""
+    return (response_tokens + 1) // 2 - 1
 
 
 def longest_post() -> Example:
@@ -226,7 +233,7 @@ def judged_batch(
     rng = world.generator(seed, split, step, purpose=2)
     posts = [world.write_post(rng) for _ in range(batch)]
     names = [instructions[i % len(instructions)] for i in range(batch)]
-    limit = (limits.response_tokens + 1) // 2 - 1  # words and commas, and room for a stop token
+    limit = words_within(limits.response_tokens)
     pairs = [
         writers.word_lists(rng, post.topics, limit)
         if rng.random() < lists

@@ -9,8 +9,8 @@
 """
 
 from oaif_jax.stored.hf.adapter import save_adapter
-from oaif_jax.stored.hf.directory import HFModel, abstract_params, read, scores
+from oaif_jax.stored.hf.directory import HFModel, abstract_params, is_reward, read
 from oaif_jax.stored.hf.reading import load
 from oaif_jax.stored.hf.writing import Chat, save
 
-__all__ = ["Chat", "HFModel", "abstract_params", "load", "read", "save", "save_adapter", "scores"]
+__all__ = ["Chat", "HFModel", "abstract_params", "is_reward", "load", "read", "save", "save_adapter"]

@@ -1,5 +1,6 @@
 """What a model directory says about itself, before its parameters are read."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -67,6 +68,13 @@ def read(directory: str | pathlib.Path) -> HFModel:
     return HFModel(directory, name, cfg, _stop_ids(directory, values, text), labels, context, normal)
 
 
+def is_reward(directory: pathlib.Path) -> bool:
+    """Whether config.json says that the model is a reward model; what is wrong with a broken one is for `read` to say."""
+    with contextlib.suppress(UserError):
+        return any(name.endswith(REWARD) for name in read_json(directory / "config.json").texts("architectures")[:1])
+    return False
+
+
 def text_config(values: Values) -> Values:
     """config.json, or the part of it about the language model where there is more."""
     if "text_config" not in values.entries:
@@ -102,11 +110,6 @@ def abstract_params(cfg: ModelConfig, labels: int) -> PyTree:
     """Shapes of the parameters: the transformer's, and a reward model's score head [1, D]."""
     tree = jax.eval_shape(lambda: transformer.init(jax.random.key(0), cfg))
     return tree | {"score": jax.ShapeDtypeStruct((1, cfg.width), "float32")} if labels else tree
-
-
-def scores(directory: pathlib.Path) -> bool:
-    """Whether a directory's config.json names a reward model."""
-    return _labels(read_json(directory / "config.json")) > 0
 
 
 def _labels(values: Values) -> int:
