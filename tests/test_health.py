@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from test_report import evaluation, printed, write_lines, write_online_run
-from test_train import base_of, lines, online_run, preference_config, run, summary_of
+from test_train import annotator_run, base_of, lines, online_run, preference_config, run, sft_run, summary_of
 
 from oaif_jax import config, report, train
 from oaif_jax.base.errors import UserError
@@ -240,7 +240,8 @@ def follower(base, tmp_path, monkeypatch) -> dict:
 
 def test_a_healthy_run_says_so(base):
     workdir = online_run(base)
-    assert lines(workdir, "health") == summary_of(workdir)["health"] == []
+    for each in (workdir, sft_run(base), annotator_run(base)):
+        assert lines(each, "health") == summary_of(each)["health"] == []
     assert all(0 <= line["repetition"] <= 1 for line in lines(workdir, "train") + lines(workdir, "eval"))
     assert all(0 <= line["annotator.helpful.score"] <= 1 for line in lines(workdir, "eval"))
     assert tables.health(report.load(workdir)) == ["healthy: no check was crossed"]

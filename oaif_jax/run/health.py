@@ -355,5 +355,6 @@ class Health:
             finding = Finding(int(line["step"]), name, **dataclasses.asdict(crossing))
             if not any(name == known for _, known in self._crossed):
                 new.append(finding)
-            self._crossed[kind, name], self._fine[kind, name] = finding, 0
+            self._crossed.setdefault((kind, name), finding)
+            self._fine[kind, name] = 0
         return new
