@@ -338,7 +338,8 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
                     factor = optim.round_factor(cfg.optimizer.lr, cfg.rounds.lr, which)
                     training, reference = next_round(training, np.float32(factor))
                     frozen |= {"reference": reference} if "reference" in frozen else {}
-                    if collect.method_at(setup, number - 1) != collect.method_at(setup, number - 2):
+                    is_compiled = number == (begin or 0) + 1  # for this stage
+                    if not is_compiled and collect.method_at(setup, number - 1) != collect.method_at(setup, number - 2):
                         take = interrupts.work(compiled, number - 1)
                 elif cfg.reference.every and number > 1 and (number - 1) % cfg.reference.every == 0:
                     frozen["reference"] = mix(frozen["reference"], training.params, np.float32(cfg.reference.share))

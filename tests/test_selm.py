@@ -175,3 +175,27 @@ def test_shapes_of_both_steps_on_a_mesh_and_in_parts():
     np.testing.assert_array_equal(whole.outputs["tokens"], parts.outputs["tokens"])
     np.testing.assert_allclose(whole.loss, parts.loss, rtol=1e-5)
     assert whole.outputs["tokens"].shape == (ROWS, 2, RESPONSE)
+
+
+@pytest.mark.parametrize("method", [SELM, XPO])
+def test_a_loss_without_a_reference_reads_none_beside_a_bonus_that_does(method):
+    """SimPO's part is of log-probabilities, though the reference's are there: by hand, means over two tokens and one."""
+    loss = PairLoss("simpo", (("beta", 2.0), ("gamma", 0.5)))
+    made = SELM(loss, 0.0, 3, 0, "ignore") if method is SELM else XPO(loss, 0.0, "ignore")
+    # (-0.5 - 0.5) / 2 - (-3.0) / 1 = 2.5
+    np.testing.assert_allclose(made.loss(LOGPS, ALL).total, np.log1p(np.exp(-(2.0 * 2.5 - 0.5))), rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [SELM, XPO])
+def test_soft_labels_reach_every_method_that_asks(method):
+    loss = PairLoss("dpo", (("beta", 0.5),), "soft")
+    made = SELM(loss, 0.0, 3, 0, "ignore") if method is SELM else XPO(loss, 0.0, "ignore")
+    completions = len(made.writers)
+    tokens = jnp.arange(2 * completions, dtype=jnp.int32).reshape(1, completions, 2)
+    rollout = Rollout(
+        given().prompts, tokens, jnp.ones(tokens.shape, bool), jnp.ones((1, completions), bool), made.writers
+    )
+    orders = jnp.array([[[0.9, 0.7], [0.9, 0.9], [0.6, 0.6]][: completions * (completions - 1) // 2]])
+    value = jnp.array([[0.85, 0.4, 0.25][:completions]])
+    pairs, _ = made.target(Batch(), rollout, Scores(value, jnp.ones(value.shape, bool), orders))
+    np.testing.assert_allclose(pairs.preference, [0.9 if completions == 3 else 0.8], rtol=1e-6)

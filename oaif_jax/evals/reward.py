@@ -1,27 +1,18 @@
 """A reward model on pairs that it wasn't trained on, and the mean and scale of its scores on those that it was."""
 
-import functools
 from collections.abc import Callable
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
-from oaif_jax import rollout
+from oaif_jax.annotate.reward import score
 from oaif_jax.base.phases import phase
 from oaif_jax.data.dataset import DataSet
 from oaif_jax.evals import drawing
 from oaif_jax.models.config import ComputeConfig, ModelConfig
-from oaif_jax.types import Rollout
 
 BINS = 10  # of a probability, for the calibration error
 LEAST_SCALE = 1e-6  # below it scores are all the same, but for rounding
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "compute"))
-def score(params, given: Rollout, *, cfg: ModelConfig, compute: ComputeConfig) -> Float[Array, "P C"]:
-    """Scores of given responses."""
-    return rollout.reward(params, given, cfg=cfg, compute=compute)
 
 
 def scored(

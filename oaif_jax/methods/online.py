@@ -10,7 +10,7 @@ from oaif_jax.config import Config
 from oaif_jax.data.dataset import DataSet
 from oaif_jax.losses import PairLoss
 from oaif_jax.methods.base import Loss, Method, Sums, over_rows
-from oaif_jax.methods.pairs import Pairs, annotator_metrics, best_and_worst, loss_of, pair_loss, preference_of
+from oaif_jax.methods.pairs import Pairs, annotated, loss_of, pair_loss
 from oaif_jax.types import POLICY, Batch, Logps, Rollout, Scores
 
 
@@ -44,10 +44,7 @@ class Online(Method):
     def target(self, batch: Batch, rollout: Rollout | None, scores: Scores | None) -> tuple[Pairs, Sums]:
         assert rollout is not None
         assert scores is not None
-        pairs = best_and_worst(rollout, scores, missing_eos=self.missing_eos)
-        if self.pair_loss.labels == "soft":
-            pairs = dataclasses.replace(pairs, preference=preference_of(scores, pairs))
-        return jax.lax.stop_gradient((pairs, annotator_metrics(rollout, scores, pairs)))
+        return jax.lax.stop_gradient(annotated(rollout, scores, self.pair_loss, missing_eos=self.missing_eos))
 
     def loss(self, predicted: Logps, target: Pairs) -> Loss:
         per_row, metrics = pair_loss(predicted, target, self.pair_loss)

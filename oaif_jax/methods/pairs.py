@@ -60,6 +60,14 @@ def best_and_worst(rollout: Rollout, scores: Scores, *, missing_eos: str) -> Pai
     return Pairs(best.astype(jnp.int32), worst.astype(jnp.int32), weight)
 
 
+def annotated(rollout: Rollout, scores: Scores, loss: PairLoss, *, missing_eos: str) -> tuple[Pairs, Sums]:
+    """What methods that ask an annotator train on: the best and the worst completion, by hard or soft labels; and metrics."""
+    pairs = best_and_worst(rollout, scores, missing_eos=missing_eos)
+    if loss.labels == "soft":
+        pairs = dataclasses.replace(pairs, preference=preference_of(scores, pairs))
+    return pairs, annotator_metrics(rollout, scores, pairs)
+
+
 def preference_of(scores: Scores, pairs: Pairs) -> Float[Array, " P"]:
     """P(chosen is better), of annotators that compare: the mean of both presentation orders. Of those that score each completion
     by itself: Bradley and Terry's, the sigmoid of the scores' difference."""
@@ -104,12 +112,14 @@ def annotator_metrics(rollout: Rollout, scores: Scores, pairs: Pairs) -> Sums:
 def pair_loss(logps: Logps, pairs: Pairs, loss: PairLoss) -> tuple[Float[Array, " P"], Sums]:
     """A pairwise loss of the log-ratios of chosen and rejected completions, by row; and metrics."""
     reference = 0.0 if logps.reference is None else logps.reference.sum(-1)
-    log_ratios = logps.policy.sum(-1) - reference
+    log_probs = logps.policy.sum(-1)
+    log_ratios = log_probs - reference
+    taken = log_ratios if loss.has_reference else log_probs
     lengths = jnp.sum(logps.mask, axis=-1).astype(jnp.float32)
     at = lambda x, index: jnp.take_along_axis(x, index[:, None], axis=1)[:, 0]  # noqa: E731
     ratios = LogRatios(
-        chosen=at(log_ratios, pairs.chosen),
-        rejected=at(log_ratios, pairs.rejected),
+        chosen=at(taken, pairs.chosen),
+        rejected=at(taken, pairs.rejected),
         chosen_length=at(lengths, pairs.chosen),
         rejected_length=at(lengths, pairs.rejected),
     )
@@ -122,7 +132,7 @@ def pair_loss(logps: Logps, pairs: Pairs, loss: PairLoss) -> tuple[Float[Array, 
     if logps.reference is not None:
         metrics |= {
             "log_ratio": mean_of(jnp.mean(log_ratios, axis=-1)),
-            "log_ratio_chosen": mean_of(ratios.chosen, pairs.weight),
-            "log_ratio_rejected": mean_of(ratios.rejected, pairs.weight),
+            "log_ratio_chosen": mean_of(at(log_ratios, pairs.chosen), pairs.weight),
+            "log_ratio_rejected": mean_of(at(log_ratios, pairs.rejected), pairs.weight),
         }
     return loss(ratios, pairs.preference), metrics

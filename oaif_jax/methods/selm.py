@@ -12,7 +12,7 @@ from oaif_jax.data.dataset import DataSet
 from oaif_jax.losses import PairLoss
 from oaif_jax.methods.base import Loss, Method, Sums, mean_of, over_rows
 from oaif_jax.methods.offline import Offline
-from oaif_jax.methods.pairs import Pairs, annotator_metrics, best_and_worst, loss_of, pair_loss
+from oaif_jax.methods.pairs import Pairs, annotated, loss_of, pair_loss
 from oaif_jax.types import DATA, REFERENCE, Batch, Logps, Rollout, Scores
 
 OWN = 0  # among the completions: the reference's
@@ -53,13 +53,13 @@ class SELM(Method):
     def target(self, batch: Batch, rollout: Rollout | None, scores: Scores | None) -> tuple[Pairs, Sums]:
         assert rollout is not None
         assert scores is not None
-        pairs = best_and_worst(rollout, scores, missing_eos=self.missing_eos)
+        pairs, metrics = annotated(rollout, scores, self.pair_loss, missing_eos=self.missing_eos)
         own = {
             "own_chosen": mean_of(pairs.chosen == OWN, pairs.weight),
             "own_rejected": mean_of(pairs.rejected == OWN, pairs.weight),
             "own_length": mean_of(jnp.sum(rollout.mask[:, OWN], axis=-1).astype(jnp.float32)),
         }
-        return jax.lax.stop_gradient((pairs, annotator_metrics(rollout, scores, pairs) | own))
+        return jax.lax.stop_gradient((pairs, metrics | own))
 
     def loss(self, predicted: Logps, target: Pairs) -> Loss:
         assert predicted.reference is not None

@@ -12,7 +12,7 @@ from oaif_jax.config import Config
 from oaif_jax.data.dataset import DataSet
 from oaif_jax.losses import PairLoss
 from oaif_jax.methods.base import Loss, Method, Sums, mean_of, over_rows
-from oaif_jax.methods.pairs import Pairs, annotator_metrics, best_and_worst, loss_of, pair_loss
+from oaif_jax.methods.pairs import Pairs, annotated, loss_of, pair_loss
 from oaif_jax.types import POLICY, REFERENCE, Batch, Logps, Rollout, Scores
 
 
@@ -41,9 +41,9 @@ class XPO(Method):
     def target(self, batch: Batch, rollout: Rollout | None, scores: Scores | None) -> tuple[Pairs, Sums]:
         assert rollout is not None
         assert scores is not None
-        pairs = best_and_worst(rollout, scores, missing_eos=self.missing_eos)
+        pairs, metrics = annotated(rollout, scores, self.pair_loss, missing_eos=self.missing_eos)
         own = {"policy_chosen": mean_of(pairs.chosen == 0, pairs.weight)}
-        return jax.lax.stop_gradient((pairs, annotator_metrics(rollout, scores, pairs) | own))
+        return jax.lax.stop_gradient((pairs, metrics | own))
 
     def loss(self, predicted: Logps, target: Pairs) -> Loss:
         per_row, metrics = pair_loss(predicted, target, self.pair_loss)
