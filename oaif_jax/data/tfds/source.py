@@ -16,7 +16,7 @@ TEXTS = "oaif_tldr"  # whose prompts are texts to be continued; the others' are 
 
 
 def features() -> tfds.features.FeaturesDict:
-    """What is stored of an example."""
+    """What is stored of an example: no `preference`, since no format that is prepared has one below 1."""
     message = {"role": tfds.features.Text(), "content": tfds.features.Text()}
     texts = {name: tfds.features.Text() for name in (*RESPONSES, "source")}
     return tfds.features.FeaturesDict({"prompt": tfds.features.Sequence(message), **texts})
@@ -33,7 +33,7 @@ def restored(record: Mapping) -> Example:
     columns = record["prompt"]
     turns = zip(columns["role"], columns["content"], strict=True)
     prompt = tuple(Message(role.decode(), content.decode()) for role, content in turns)
-    return Example(prompt, *(record[name].decode() for name in (*RESPONSES, "source")))
+    return Example(prompt, **{name: record[name].decode() for name in (*RESPONSES, "source")})
 
 
 @dataclasses.dataclass(frozen=True)
