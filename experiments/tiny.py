@@ -24,7 +24,10 @@ MEMBERS = {
     "tldr,iterative": "iterative dpo: the same rounds without SELM's bonus",
     "tldr,xpo": "XPO: a sample of the policy against one of the fixed reference, with a bonus",
     "tldr,sft": "fine-tuning from scratch on noisy references; the start of the preference runs",
-    "tldr,reward": "a reward model of the offline pairs, from the fine-tuned policy",
+    "tldr,reward": "a reward model of the offline pairs, from the fine-tuned policy; RLHF's",
+    "tldr,reward,ai": "the same pairs as the annotator labels them; RLAIF's",
+    "tldr,rlhf": "REINFORCE on the reward model of the offline pairs (annotator.init: a run of tldr,reward)",
+    "tldr,rlaif": "REINFORCE on the annotator's reward model (annotator.init: a run of tldr,reward,ai)",
     "annotator": "the annotator: one model that judges pairs under several instructions",
     "judge": "the judge: as the annotator, trained apart with another seed, for evaluations only",
 }
@@ -56,10 +59,13 @@ def get_config(argument: str = "tldr,online,dpo") -> ConfigDict:
         case ["tldr", "sft"]:
             _from_scratch(config, steps=3000, lr=2e-3, warmup=100)
             config.method = "sft"
-        case ["tldr", "reward"]:
-            config.method = "reward"
+        case ["tldr", "reward", *labels]:
+            config.method = "reward_ai" if labels else "reward"
             config.optimizer.lr = 2e-4
             config.eval.best = "validation_loss"
+        case ["tldr", "rlhf" | "rlaif" as name]:
+            config.method = "reinforce"
+            config.annotator.init = {"rlhf": "runs/reward", "rlaif": "runs/reward_ai"}[name]
         case ["annotator"]:
             _judging(config, layers=5)
         case ["judge"]:

@@ -134,6 +134,22 @@ def score(
     One row for each prompt, [prompt | y1 | y2 ...], in which the completions don't see one another. `prefilled` is what
     `prefill` of the same parameters made of the prompts, where that has been done.
     """
+    hidden_PCRD = before_each_token(params, rollout, cfg=cfg, compute=compute, prefilled=prefilled)
+    logprobs = heads.token_logprobs(params, hidden_PCRD, rollout.tokens, cfg=cfg, compute=compute)
+    return jnp.where(rollout.mask, logprobs, 0.0)
+
+
+def values(params, rollout: Rollout, *, cfg: ModelConfig, compute: ComputeConfig) -> Float[Array, "P C R"]:
+    """What a value model says before each token of each completion, 0 where the mask is 0."""
+    hidden_PCRD = before_each_token(params, rollout, cfg=cfg, compute=compute, prefilled=None)
+    return jnp.where(rollout.mask, heads.reward(params, hidden_PCRD), 0.0)
+
+
+def before_each_token(
+    params, rollout: Rollout, *, cfg: ModelConfig, compute: ComputeConfig, prefilled: Prefill | None
+) -> Float[Array, "P C R D"]:
+    """The hidden states that predict each completion's tokens: that of the prompt's last column (the same for all rows, which are
+    padded on the left), then those of its own columns but the last."""
     prompts, (count, completions, _) = rollout.prompts, rollout.tokens.shape
     rows = branch(prompts.tokens, prompts.valid, rollout.tokens, rollout.mask)
     if prefilled is None:
@@ -142,13 +158,9 @@ def score(
     else:
         own = transformer.forward_branches(params, rows, prefilled.prefix, cfg=cfg, compute=compute)
         last_P1D = prefilled.last
-    # What predicts a completion's tokens: the prompt's last column (the same for all rows, which are padded on the left),
-    # then its own columns but the last.
     own_PCRD = own.reshape(count, completions, -1, own.shape[-1])[:, :, :-1]
     first_PC1D = jnp.broadcast_to(last_P1D[:, None], (count, completions, 1, own.shape[-1]))
-    hidden_PCRD = jnp.concatenate([first_PC1D, own_PCRD], axis=2)
-    logprobs = heads.token_logprobs(params, hidden_PCRD, rollout.tokens, cfg=cfg, compute=compute)
-    return jnp.where(rollout.mask, logprobs, 0.0)
+    return jnp.concatenate([first_PC1D, own_PCRD], axis=2)
 
 
 def reward(params, rollout: Rollout, *, cfg: ModelConfig, compute: ComputeConfig) -> Float[Array, "P C"]:

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from oaif_jax import collect, config, export, report, step
+from oaif_jax import collect, config, export, methods, report, step
 from oaif_jax.base.files import atomic_write_json, finite, sha256_of_tree
 from oaif_jax.base.output import Lasting
 from oaif_jax.base.phases import Watch, phase
@@ -55,6 +55,7 @@ from oaif_jax.stored.checkpoint import Checkpoints, Reader, load_params
 from oaif_jax.stored.open import NORMAL
 from oaif_jax.update import optim, state
 from oaif_jax.update.state import TrainState
+from oaif_jax.update.value import without_value
 
 FINITE = ("loss", "grad_norm", "update_rms", "annotator.confidence")  # metrics that must be
 
@@ -135,7 +136,8 @@ def _run(values: Any, workdir: str | pathlib.Path, console: Console) -> dict[str
 def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, began: float) -> dict[str, Any]:
     """The run itself, in a workdir that is ours; `began` is the time from which its seconds count."""
     cfg, mesh, steps = setup.cfg, setup.mesh, total_steps(setup.cfg)
-    tx, learning_rate = optim.optimizer(optimizer_config(cfg)), optim.schedule(optimizer_config(cfg))
+    tx = optim.optimizer(optimizer_config(cfg))
+    scheduled = optim.schedule(optim.of_policy(optimizer_config(cfg)))
 
     # ------------------------------------------------------------------------------------ state, new or from a checkpoint
     checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.checkpoint.keep)
@@ -160,7 +162,8 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             say(f"not bit for bit what an uninterrupted run gives: {difference}")
     sharding.free(setup.policy.params)  # the state has them, or a checkpoint's
     log = MetricsLog(workdir, begin, say)
-    health = Health(cfg, annotator=setup.measured_as, is_tiny=setup.data.gold is not None)
+    learns = setup.method.evaluation == "agreement"
+    health = Health(cfg, annotator=setup.measured_as, is_tiny=setup.data.gold is not None, learns=learns)
     health.replay(log.lines())
     evaluations = Evaluations(setup)
 
@@ -178,9 +181,9 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
     next_round = jax.jit(
         functools.partial(state.next_round, tx=tx, dtype=cfg.compute.frozen),
         donate_argnums=0,
-        out_shardings=(on, on.params),
+        out_shardings=(on, without_value(on.params)),
     )
-    mix = jax.jit(state.mixed, out_shardings=on.params)  # what evaluations compare with stays as it was
+    mix = jax.jit(state.mixed, out_shardings=without_value(on.params))  # what evaluations compare with stays as it was
     key = named_key(jax.random.key(cfg.seed), "train")
     batches = Batches(setup, key)
 
@@ -223,8 +226,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             tokens = taken.tokens + (int(outputs["mask"].sum()) if "mask" in outputs else 0)
             which = (taken.number - 1) // cfg.steps
             metrics |= {
-                "lr": float(np.asarray(learning_rate(updates)))
-                * optim.round_factor(cfg.optimizer.lr, cfg.rounds.lr, which),
+                "lr": learning_rate(updates, which),
                 "seconds": seconds,
                 "tokens_per_second": tokens / seconds,
             }
@@ -233,6 +235,11 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             progress.update(taken.number, metrics)
             if taken.number % cfg.log.every == 0 or taken.number == steps:
                 look(taken.number, "train", log.write(taken.number, "train", metrics))
+
+        def learning_rate(updates: int, which: int) -> float:
+            """After so many updates in a round; below 0: the policy waits."""
+            rate = float(np.asarray(scheduled(updates))) if updates >= 0 else 0.0
+            return rate * optim.round_factor(cfg.optimizer.lr, cfg.rounds.lr, which)
 
         def look(number: int, kind: str, flat: Mapping[str, float]) -> None:
             """Says what a line of the record shows to be wrong."""
@@ -443,7 +450,9 @@ def optimizer_config(cfg: Config) -> optim.OptimizerConfig:
     """The optimizer's part of a config, and what its schedule needs."""
     values = dataclasses.asdict(cfg.optimizer)
     del values["accumulate"]
-    return optim.OptimizerConfig(**values, steps=cfg.steps, has_rounds=cfg.rounds.count > 1)
+    own = cfg.reinforce if methods.named(cfg.method).trains_value(cfg) else None
+    of_value = {} if own is None else {"value_lr": own.value_lr, "value_warmup": own.value_warmup}
+    return optim.OptimizerConfig(**values, steps=cfg.steps, has_rounds=cfg.rounds.count > 1, **of_value)
 
 
 def first_move(cfg: Config) -> int:
@@ -474,7 +483,8 @@ def expected_seconds(cfg: Config, evaluated: float, begin: int, before: float) -
 def abstract_reference(wanted: TrainState, cfg: Config) -> PyTree:
     """Shapes, types and shardings of the reference of a later round."""
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, cfg.compute.frozen, sharding=leaf.sharding), wanted.params
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, cfg.compute.frozen, sharding=leaf.sharding),
+        without_value(wanted.params),
     )
 
 

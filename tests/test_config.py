@@ -230,7 +230,9 @@ def test_near_choice_is_named():
 
 
 def test_methods_and_losses_are_known_by_name():
-    with pytest.raises(errors.UserError, match="one of online, selm, xpo, offline, sft, reward, annotator"):
+    with pytest.raises(
+        errors.UserError, match="one of online, selm, xpo, reinforce, offline, sft, reward, reward_ai, annotator"
+    ):
         methods.named("ppo")
     with pytest.raises(errors.UserError, match="did you mean 'slic'"):
         losses.numbers_of("slci")

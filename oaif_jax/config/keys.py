@@ -46,6 +46,18 @@ class Loss:
 
 
 @dataclasses.dataclass(frozen=True)
+class Reinforce:
+    """REINFORCE on an annotator's scores: (1 - kl) score - kl KL(policy || reference) is maximised."""
+
+    kl: Annotated[float, within(0, 0.9999)] = 0.05  # share of the KL divergence in the reward
+    completions: Annotated[int, within(1, 64)] = 1  # samples of each prompt
+    baseline: Annotated[str, one_of("value", "others")] = "value"  # a value model's; the mean of the other samples
+    missing_eos: Annotated[float, at_least(0)] = 1.0  # taken off the score of a response cut at the limit
+    value_lr: Annotated[float, above(0)] = 1e-3  # the value model's learning rate; the schedule is the policy's
+    value_warmup: Annotated[int, at_least(0)] = 0  # first steps, in which the value model learns and the policy waits
+
+
+@dataclasses.dataclass(frozen=True)
 class Shape:
     """A model from scratch; others bring their own."""
 
@@ -236,12 +248,13 @@ class Health:
 class Config:
     """One run."""
 
-    method: str = "online"  # online, selm, xpo, offline and reward (fixed pairs), sft (references), annotator (judged)
+    method: str = "online"  # online, selm, xpo, reinforce, offline and reward (pairs), reward_ai, sft, annotator
     seed: Annotated[int, at_least(0)] = 0  # of what is random: a policy from scratch, the order of examples, samples
     steps: Annotated[int, at_least(1)] = 240  # updates of the policy, in each round
     async_steps: Annotated[int, within(0, 1)] = 0  # 1: responses are drawn and scored a step ahead
     rounds: Rounds = Rounds()
     loss: Loss = Loss()
+    reinforce: Reinforce = Reinforce()
     policy: Policy = Policy()
     reference: Reference = Reference()
     annotator: Annotator = Annotator()
@@ -256,6 +269,11 @@ class Config:
     export: Export = Export()
     log: Log = Log()
     health: Health = Health()
+
+    @property
+    def makes_reward_model(self) -> bool:
+        """Whether what is trained scores responses, and doesn't write them."""
+        return self.method in ("reward", "reward_ai")
 
 
 # What may differ when a run goes on in its workdir: nothing of it changes the steps already taken.

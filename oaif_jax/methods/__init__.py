@@ -5,7 +5,8 @@ from oaif_jax.methods.annotator import AnnotatorTraining
 from oaif_jax.methods.base import Method
 from oaif_jax.methods.offline import Offline
 from oaif_jax.methods.online import Online
-from oaif_jax.methods.reward import Reward
+from oaif_jax.methods.reinforce import Reinforce
+from oaif_jax.methods.reward import Reward, RewardOfAI
 from oaif_jax.methods.selm import SELM
 from oaif_jax.methods.sft import SFT
 from oaif_jax.methods.xpo import XPO
@@ -14,9 +15,11 @@ METHODS: dict[str, type[Method]] = {
     "online": Online,
     "selm": SELM,
     "xpo": XPO,
+    "reinforce": Reinforce,
     "offline": Offline,
     "sft": SFT,
     "reward": Reward,
+    "reward_ai": RewardOfAI,
     "annotator": AnnotatorTraining,
 }
 

@@ -61,12 +61,27 @@ class Method(abc.ABC):
     reads: ClassVar[str] = "prompts"  # what it needs of the data: prompts, references, pairs, judged
     asks: ClassVar[bool] = False  # whether an annotator scores the completions
     has_reference: ClassVar[bool] = True  # whether policies are compared with a reference
+    takes: ClassVar[
+        tuple[str, ...]
+    ] = ()  # of the config's sections and keys that not all methods have a use for: its own
     evaluation: ClassVar[str] = "comparison"  # how it is measured: comparison, or another name that evals/of_run.py has
 
     @classmethod
     @abc.abstractmethod
     def of(cls, cfg: Config, data: DataSet) -> "Method":
         """The method with the config's numbers; UserError for one of config.loss that a preference method has no use for."""
+
+    @classmethod
+    def at_most(cls, cfg: Config) -> tuple[str, ...]:
+        """`by`, unless that is a number of the config: what memory is counted by."""
+        del cfg
+        return cls.by
+
+    @classmethod
+    def trains_value(cls, cfg: Config) -> bool:
+        """Whether a value model is trained beside the policy (update/value.py)."""
+        del cfg
+        return False
 
     @property
     def writers(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ class Offline(Method):
 
     by = (DATA, DATA)
     reads = "pairs"
+    takes = ("loss",)
 
     pair_loss: PairLoss
 

@@ -20,6 +20,7 @@ class Online(Method):
 
     by = (POLICY, POLICY)
     asks = True
+    takes = ("loss",)
 
     pair_loss: PairLoss
     missing_eos: str  # "loses" against a response that ends, or "ignore"

@@ -1,4 +1,4 @@
-"""Reward models: Bradley and Terry's likelihood of human pairs, and cross-entropy on an AI's soft labels."""
+"""Reward models: Bradley and Terry's likelihood of the data's pairs, and cross-entropy on an annotator's soft labels of them."""
 
 import dataclasses
 
@@ -7,11 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from oaif_jax import rollout as rollouts
-from oaif_jax.base.errors import UserError
 from oaif_jax.config import Config
 from oaif_jax.data.dataset import DataSet
 from oaif_jax.methods.base import Loss, Method, Models, Sums, mean_of, over_rows
-from oaif_jax.methods.pairs import same
+from oaif_jax.methods.pairs import Pairs, annotator_metrics, best_and_worst, preference_of, same
 from oaif_jax.models.prefill import Prefill
 from oaif_jax.types import DATA, Batch, Rollout, Scores
 
@@ -37,13 +36,7 @@ class Reward(Method):
 
     @classmethod
     def of(cls, cfg: Config, data: DataSet) -> "Reward":
-        del data
-        for field in dataclasses.fields(cfg.loss):
-            value = getattr(cfg.loss, field.name)
-            if value != field.default:
-                raise UserError(
-                    f"config.loss.{field.name}={value!r}: method reward has a loss of its own, wanted {field.default!r}"
-                )
+        del cfg, data
         return cls()
 
     def target(self, batch: Batch, rollout: Rollout | None, scores: Scores | None) -> tuple[Labels, Sums]:
@@ -74,3 +67,19 @@ class Reward(Method):
         is_right = jnp.where(p == 0.5, 0.5, (margin > 0) == (p > 0.5))
         metrics = {"margin": mean_of(margin, target.weight), "accuracy": mean_of(is_right, target.weight)}
         return over_rows(per_row, target.weight, jax.lax.stop_gradient(metrics))
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardOfAI(Reward):
+    """The same by an annotator's preferences (RLAIF, Lee et al. 2023): it is asked about the data's pairs, and the mean of both
+    presentation orders is the label. What the data themselves prefer is read in evaluations alone."""
+
+    asks = True
+
+    def target(self, batch: Batch, rollout: Rollout | None, scores: Scores | None) -> tuple[Labels, Sums]:
+        assert rollout is not None
+        assert scores is not None
+        first = jnp.zeros(len(rollout.tokens), jnp.int32)
+        known, _ = super().target(batch, rollout, scores)
+        labels = Labels(preference_of(scores, Pairs(first, first + 1, known.weight)), known.weight)
+        return labels, annotator_metrics(rollout, scores, best_and_worst(rollout, scores, missing_eos="ignore"))

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from oaif_jax.base.errors import UserError
 from oaif_jax.config import Config
 from oaif_jax.data.dataset import DataSet
 from oaif_jax.losses import PairLoss
@@ -26,6 +27,7 @@ class SELM(Method):
     by = (REFERENCE, DATA, DATA)
     reads = "pairs"
     asks = True
+    takes = ("loss", "rounds.on_pairs", "rounds.ranked", "sample.reference_temperature")
 
     pair_loss: PairLoss
     alpha: float  # the bonus' weight, before beta
@@ -37,6 +39,10 @@ class SELM(Method):
     def of(cls, cfg: Config, data: DataSet) -> "SELM":
         del data
         rounds = cfg.rounds
+        if rounds.on_pairs >= rounds.count:
+            raise UserError(
+                f"config.rounds.on_pairs={rounds.on_pairs}, wanted fewer than config.rounds.count={rounds.count}"
+            )
         return cls(loss_of(cfg, "alpha"), cfg.loss.alpha, rounds.ranked, rounds.on_pairs, cfg.annotator.missing_eos)
 
     @property

@@ -22,6 +22,7 @@ class XPO(Method):
 
     by = (POLICY, REFERENCE)
     asks = True
+    takes = ("loss", "sample.reference_temperature")
 
     pair_loss: PairLoss
     alpha: float  # 5e-6 to 1e-5 in the paper

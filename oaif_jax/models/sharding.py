@@ -21,7 +21,7 @@ AXES = ("data", "fsdp", "tensor")
 
 # Pattern of a leaf's path -> its spec. Layers are stacked: their leaves have a leading L, which is never sharded.
 PARTITION_RULES = (
-    (r"^(embedding|head)$", PartitionSpec("tensor", "fsdp")),  # V D
+    (r"^(value/)?(embedding|head)$", PartitionSpec("tensor", "fsdp")),  # V D
     (r"layers/qkv$", PartitionSpec(None, "fsdp", "tensor", None, None)),  # L D K G+2 H
     (r"layers/qkv_bias$", PartitionSpec(None, "tensor", None, None)),  # L K G+2 H
     (r"layers/out$", PartitionSpec(None, "tensor", None, None, "fsdp")),  # L K G H D
@@ -43,7 +43,7 @@ PARTITION_RULES = (
     (r"scales/out$", PartitionSpec(None, None, None, None, "fsdp")),  # L K G H/block D
     (r"scales/(gate|up)$", PartitionSpec(None, None, "tensor")),  # L D/block F
     (r"scales/down$", PartitionSpec(None, None, "fsdp")),  # L F/block D
-    (r"^score$", PartitionSpec()),  # 1 D
+    (r"^(value/)?score$", PartitionSpec()),  # 1 D
 )
 
 HEADS = re.compile(

@@ -41,11 +41,18 @@ def origin(run: Run, section: str) -> str:
 
 def annotator(run: Run) -> str:
     """Who annotated, and by which instruction; "" where nobody did."""
-    if run.method in ("offline", "sft", "reward", "annotator") or not run.is_comparison:
+    if not was_asked(run):
         return ""
     who = origin(run, "annotator") or str(run.summary.get("annotated_by", ""))
     asked = "" if _only_scores(run, who) else run.summary.get("instruction", run.key("annotator.instruction", ""))
     return ", ".join(one_line(str(each)) for each in (who, asked) if each)
+
+
+def was_asked(run: Run) -> bool:
+    """Whether an annotator took part in training; of a run that is at its start: whether its agreement was measured."""
+    if run.train or "annotated_by" in run.summary:
+        return "annotated_by" in run.summary or any("abstained" in line for line in run.train)
+    return run.is_comparison and any(key.startswith("annotator.") for key in set().union(*run.evals))
 
 
 def _only_scores(run: Run, who: str) -> bool:
@@ -68,15 +75,26 @@ def judge(run: Run) -> str:
     return f"{who}, {one_line(str(run.key('judge.instruction', NONE)))}"
 
 
+OF_SCORES = (
+    f"A normal loss: starts at about {plain(math.log(2))}, where all scores are alike, and falls slowly and noisily."
+)
+
+
 def normal_loss(run: Run) -> str:
     """What a loss of this kind usually looks like, in one line; "" where nothing is known of it."""
-    if run.method == "sft":
-        return (
+    of_method = {
+        "sft": (
             "A normal loss, in nats a token: falls fast, then ever more slowly; held out it rises again where the model "
             "learns its examples by heart."
-        )
-    if run.method == "reward":
-        return f"A normal loss: starts at about {plain(math.log(2))}, where all scores are alike, and falls slowly and noisily."
+        ),
+        **dict.fromkeys(("reward", "reward_ai"), OF_SCORES),
+        "reinforce": (
+            "This loss says little: it is an advantage times a log-probability, whose gradient is what counts. The reward rises, "
+            "the value's loss falls, and the log-ratio stays bounded."
+        ),
+    }
+    if run.method in of_method:
+        return of_method[run.method]
     starts, beta = (
         {"dpo": math.log(2), "dpo_mean": math.log(2), "slic": 1.0},
         run.key("loss.beta", run.summary.get("beta")),

@@ -204,7 +204,8 @@ def _run_table(run: Run) -> Table:
 def method(run: Run) -> str:
     """What was done: "online dpo", "sft"."""
     loss = run.config.get("loss", {}).get("name", "") if run.is_comparison else ""
-    return f"{run.method} {loss}".strip()
+    has_loss = not run.finished or "loss" in run.summary  # of pairs; else the method has one of its own
+    return f"{run.method} {loss}".strip() if has_loss else run.method
 
 
 def _last_step(run: Run) -> int:

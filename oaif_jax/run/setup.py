@@ -30,7 +30,6 @@ from oaif_jax.run import sizes
 from oaif_jax.step import Frozen
 from oaif_jax.stored.open import (
     POLICY,
-    REWARD,
     Model,
     Source,
     as_one,
@@ -49,6 +48,7 @@ from oaif_jax.stored.open import (
 from oaif_jax.tiny import data as tiny
 from oaif_jax.tiny import templates
 from oaif_jax.types import REFERENCE
+from oaif_jax.update.value import with_value, without_value
 
 EVALUATED = ("validation", "test")
 PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}  # kernel -> what runs it
@@ -94,7 +94,8 @@ class Setup:
         elif self.reference.params is not self.policy.base:
             frozen["reference"] = self.reference.params
         elif moves_reference(self.cfg):
-            frozen["reference"] = sharding.place(self.policy.params, self.mesh, self.cfg.compute.frozen)
+            own = without_value(self.policy.params)
+            frozen["reference"] = sharding.place(own, self.mesh, self.cfg.compute.frozen)
         if self.mesh_annotator is not None:
             frozen["annotator"] = self.mesh_annotator.params
         return frozen
@@ -133,6 +134,8 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
     is_compared = kind.evaluation == "comparison"
     reads_reference = kind.has_reference or is_compared or REFERENCE in kind.by
     reference = _reference(cfg, policy, mesh) if reads_reference else None
+    if kind.trains_value(cfg):
+        policy = dataclasses.replace(policy, params=with_value(policy.params, policy.cfg.width))
 
     if cfg.reference.every and not method.uses_reference:
         raise UserError(
@@ -159,6 +162,11 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
             control_ids |= model.voice.tokenizer.special_ids if annotator.reads_policy_ids else frozenset()
             notes = (*notes, *model.notes)
             notes = notes if on_the_mesh is not None or not kind.asks else (*notes, OVER_THE_HOST)
+    if kind.asks and annotator is not None and annotator.compares and len(kind.at_most(cfg)) == 1:
+        raise UserError(
+            f"{source_of('annotator', cfg.annotator)} compares responses, and there is one to each prompt, "
+            "wanted a reward model, python:MODULE.FUNCTION, or more of config.reinforce.completions"
+        )
     judge, judged_by = None, ""
     if is_compared and cfg.judge.init != "none":
         judge, judged_by = _judge(cfg, model, annotator, data, compute, mesh, evaluated)
@@ -185,15 +193,13 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
 def check(cfg: Config, kind: type[Method], mesh: Mesh) -> None:
     """UserError for settings that don't go together with the method or the mesh."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    _check_taken(cfg, kind)
     for name, count in (("prompts", cfg.eval.prompts), ("final_prompts", cfg.eval.final_prompts)):
         if count % parts:
             raise UserError(f"config.eval.{name}={count} doesn't divide over data x fsdp = {parts} devices")
     if cfg.async_steps and not kind.asks:
         raise UserError(f"config.async_steps={cfg.async_steps}: method {cfg.method} collects no pairs, wanted 0")
     _check_reference(cfg, kind)
-    if cfg.rounds.on_pairs and (cfg.method != "selm" or cfg.rounds.on_pairs >= cfg.rounds.count):
-        wanted = "0" if cfg.method != "selm" else f"fewer than config.rounds.count={cfg.rounds.count}"
-        raise UserError(f"config.rounds.on_pairs={cfg.rounds.on_pairs}: method {cfg.method}, wanted {wanted}")
     if cfg.rounds.count > 1:
         moved = (
             f"config.rounds.count={cfg.rounds.count}: each round's reference is the policy of the one before, wanted"
@@ -214,6 +220,17 @@ def check(cfg: Config, kind: type[Method], mesh: Mesh) -> None:
     if cfg.eval.best not in measured:
         wanted = f"wanted {' or '.join([*measured, 'config.eval.final=last'])} for method {cfg.method}"
         raise UserError(f"config.eval.best={cfg.eval.best!r}, {wanted}")
+
+
+def _check_taken(cfg: Config, kind: type[Method]) -> None:
+    """UserError for a key that other methods have a use for, and this one hasn't: it would be set in vain."""
+    others = {name for method in methods.METHODS.values() for name in method.takes} - set(kind.takes)
+    defaults = config.flatten(Config())
+    for name, value in config.flatten(cfg).items():
+        if value != defaults[name] and any(f"{name}.".startswith(f"{other}.") for other in others):
+            raise UserError(
+                f"config.{name}={value!r}: method {cfg.method} has no use for it, wanted {defaults[name]!r}"
+            )
 
 
 def _check_reference(cfg: Config, kind: type[Method]) -> None:
@@ -300,7 +317,7 @@ def _shapes(cfg: Config, kind: type[Method], source: Source, voice: Voice) -> di
     """Of the models that a run reads, by the key of the config, as their files say them: no parameter is read."""
     vocab_size = voice.tokenizer.vocab_size
     policy = shape_of(source, vocab_size, cfg.policy.shape)
-    found = {"policy": dataclasses.replace(policy, tied=True) if cfg.method == REWARD else policy}
+    found = {"policy": dataclasses.replace(policy, tied=True) if cfg.makes_reward_model else policy}
     is_compared = kind.evaluation == "comparison"
     if (kind.has_reference or is_compared) and cfg.reference.init != "policy":
         found["reference"] = shape_of(source_of("reference", cfg.reference), vocab_size)
@@ -342,7 +359,7 @@ def _policy(cfg: Config, source: Source, voice: Voice, mesh: Mesh) -> Model:
     """The model that is trained, or a frozen base and what is trained beside it."""
     is_lora = cfg.policy.lora.rank > 0
     dtype = cfg.compute.frozen if is_lora else cfg.compute.trained
-    scores = cfg.method == REWARD
+    scores = cfg.makes_reward_model
     model = open_model(source, voice, mesh, dtype, shape=cfg.policy.shape, seed=cfg.seed, as_reward=scores)
     model = with_lora(model, cfg.policy, mesh, dtype, cfg.seed) if is_lora else as_one(model)
     return with_score(model, cfg.seed) if scores else model
@@ -471,5 +488,5 @@ def stored_model(workdir: str | pathlib.Path, which: str) -> tuple[Config, int, 
     is_there = count == len(jax.devices())
     mesh = sharding.make_mesh(*(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor) if is_there else (-1, 1, 1))
     voice = voice_of(source, cfg.policy.chat, cfg.policy.chat_args)
-    model = open_model(source, voice, mesh, cfg.compute.frozen, as_reward=cfg.method == REWARD)
+    model = open_model(source, voice, mesh, cfg.compute.frozen, as_reward=cfg.makes_reward_model)
     return cfg, checkpoint_step(source), model

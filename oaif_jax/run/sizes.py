@@ -55,7 +55,7 @@ def models(cfg: Config, kind: type[Method], shapes: Mapping[str, ModelConfig], m
     )
     itemsize = jnp.dtype(cfg.compute.trained).itemsize
     moments = jnp.dtype(cfg.optimizer.moments).itemsize + itemsize if cfg.optimizer.name == "adamw" else 0
-    total = trained * (2 * itemsize + moments)
+    total = trained * (2 * itemsize + moments) * (2 if kind.trains_value(cfg) else 1)
     total += policy.parameters * (BITS[cfg.policy.quant] or 8 * frozen) // 8 if rank else 0
     if kind.has_reference and not rank and "reference" not in shapes:
         total += policy.parameters * frozen  # a copy of the policy's start
@@ -69,12 +69,14 @@ def models(cfg: Config, kind: type[Method], shapes: Mapping[str, ModelConfig], m
 def step(cfg: Config, kind: type[Method], shapes: Mapping[str, ModelConfig]) -> int:
     """Bytes of a step's tokens, and of what a micro-batch can't do without."""
     policy, itemsize = shapes["policy"], jnp.dtype(cfg.compute.dtype).itemsize
-    completions, limit = max(len(kind.by), 1), cfg.data.response_tokens
+    completions, limit = max(len(kind.at_most(cfg)), 1), cfg.data.response_tokens
     columns = cfg.data.prompt_tokens + completions * limit
     rows = cfg.data.batch // cfg.optimizer.accumulate
     backward = rows * columns * policy.layers * policy.width * itemsize
     sampling = (
-        rows * (columns * cache(policy) * itemsize + completions * policy.vocab_size * 4) if POLICY in kind.by else 0
+        rows * (columns * cache(policy) * itemsize + completions * policy.vocab_size * 4)
+        if POLICY in kind.at_most(cfg)
+        else 0
     )
     asked = 0
     if kind.asks and "annotator" in shapes:
@@ -107,7 +109,7 @@ def memory(mesh: Mesh) -> int:
 
 
 def _rows(cfg: Config, kind: type[Method]) -> str:
-    completions = max(len(kind.by), 1)
+    completions = max(len(kind.at_most(cfg)), 1)
     return (
         f"a step's rows (config.data.batch={cfg.data.batch} of config.data.prompt_tokens={cfg.data.prompt_tokens} and "
         f"{completions} x config.data.response_tokens={cfg.data.response_tokens})"

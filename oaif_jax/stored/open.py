@@ -22,10 +22,10 @@ from oaif_jax.models import lora, quant, sharding, transformer
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.stored import checkpoint, finite, hf, single
 from oaif_jax.tiny.data import asset, plain_voice, policy_voice
+from oaif_jax.update.value import without_value
 
 WANTED = "wanted tiny:NAME, hf, scratch, or WORKDIR[@best | @last | @STEP]"
 POLICY = "policy"  # the key of the model that a run trains
-REWARD = "reward"  # the method whose runs make reward models
 NORMAL = "reward.json"  # in such a run's workdir: mean and scale of scores, and of which step's parameters
 MERGING = (
     "which can't hold {:.0%} of them; the same policy.lora and policy.quant as in that run train them further instead, "
@@ -64,11 +64,13 @@ class Model:
     notes: tuple[str, ...] = ()  # what a user should know of how it was opened
 
     def whole(self, params: PyTree) -> PyTree:
-        """All parameters, from trained ones (or from all)."""
+        """All parameters that it is made of, from trained ones (or from all); a value model beside it is none of them."""
+        params = without_value(params)
         return params if self.base is None or "layers" in params else {**self.base, **params}
 
     def merged(self, params: PyTree) -> PyTree:
         """One model's parameters, whatever was trained: additions are added to their base, in float32 sums."""
+        params = without_value(params)
         return params if self.base is None else merge(self.base, params, self.cfg)
 
     @property
@@ -103,7 +105,7 @@ def is_reward(source: Source) -> bool:
         assert directory is not None
         return hf.is_reward(directory)
     is_run = source.init != "scratch" and not source.init.startswith("tiny:")
-    return is_run and run_config(source).method == REWARD
+    return is_run and run_config(source).makes_reward_model
 
 
 def chat_of(source: Source, chat: str, arguments: str = "") -> tuple[str, str]:
@@ -420,6 +422,7 @@ def _of_run(source: Source, voice: Voice, mesh: Mesh, dtype: str, as_reward: boo
     workdir, which = run_of(source)
     params, meta = checkpoint.load_params(workdir / "checkpoints", which)
     finite.check(params, f"{source}: {workdir / 'checkpoints' / str(meta['step'])}")
+    params = without_value(params)
     model = ModelConfig.from_json(meta["model"])
     first = source_of(POLICY, cfg.policy)
     directory = home(first)
@@ -434,7 +437,7 @@ def _of_run(source: Source, voice: Voice, mesh: Mesh, dtype: str, as_reward: boo
         base = base if "scales" in base or dtype == frozen else sharding.place(base, mesh, dtype)
     notes = tuple(f"{source}: {note}" for note in config.read(workdir / "config.json")[1])
     found = Model(model, params, voice, source, form, base, notes=notes)
-    if cfg.method != REWARD:
+    if not cfg.makes_reward_model:
         return found
     normal, said = normal_of(workdir, int(meta["step"]))
     return dataclasses.replace(with_score(found, cfg.seed), normal=normal, notes=(*notes, *said))

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from oaif_jax.update.value import BesideValue, beside_value
+
 STACKED = ("layers", "lora")  # subtrees whose leaves have a leading L
 
 
@@ -28,6 +30,8 @@ class OptimizerConfig:
     steps: int
     moments: str = "float32"  # type of adamw's first moment
     has_rounds: bool = False  # each round begins anew, at its own share of the learning rate
+    value_lr: float = 0.0  # the value model's learning rate; 0: there is none
+    value_warmup: int = 0  # updates in which it learns alone
 
 
 def schedule(cfg: OptimizerConfig) -> optax.Schedule:
@@ -49,6 +53,11 @@ def schedule(cfg: OptimizerConfig) -> optax.Schedule:
         return jnp.where(number < cfg.warmup, warmup(number), after(jnp.maximum(number - cfg.warmup, 0)))
 
     return rate
+
+
+def of_policy(cfg: OptimizerConfig) -> OptimizerConfig:
+    """The policy's own part: it takes no step while a value model warms up."""
+    return dataclasses.replace(cfg, value_lr=0.0, value_warmup=0, steps=cfg.steps - cfg.value_warmup)
 
 
 def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -74,7 +83,11 @@ def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping by global norm, then the named rule, then the learning rate (decay is decoupled and scaled by it)."""
+    """Clipping by global norm, then the named rule, then the learning rate (decay is decoupled and scaled by it). A value model
+    has all of it by itself, at its own learning rate; the policy's schedule is that of the updates for which it doesn't wait."""
+    if cfg.value_lr:
+        value = dataclasses.replace(cfg, value_lr=0.0, value_warmup=0, lr=cfg.value_lr)
+        return beside_value(optimizer(of_policy(cfg)), optimizer(value), cfg.value_warmup)
     clip = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
     decay = [optax.add_decayed_weights(cfg.weight_decay)] if cfg.weight_decay else []
     if cfg.name == "adamw":
@@ -133,8 +146,11 @@ def in_round(state: Any, factor: Float[Array, ""]) -> Any:
 
 
 def updates_before(state: Any) -> Int[Array, ""] | None:
-    """The count by which the next update's learning rate is chosen, of an optimizer's state; None: by nothing. A step in which no
-    pair has any weight isn't counted: the schedule doesn't move then either."""
+    """The count by which the next update's learning rate is chosen, of an optimizer's state; None: by nothing; -1: the policy
+    waits for its value model. A step in which no pair has any weight isn't counted: the schedule doesn't move then either."""
+    if isinstance(state, BesideValue):
+        found = updates_before(state.policy)
+        return None if found is None else jnp.where(state.waits > 0, -1, found)
     counts = (RoundState, optax.ScaleByScheduleState)
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, counts))
     return next((jnp.asarray(node.count) for node in nodes if isinstance(node, counts)), None)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from oaif_jax.models import sharding
 from oaif_jax.update.optim import in_round, updates_before
+from oaif_jax.update.value import without_value
 
 Metrics = dict[str, Array]
 
@@ -74,7 +75,7 @@ def next_round(
 ) -> tuple[TrainState, PyTree]:
     """A round begins (SELM, algorithm 1): the policy is the new reference, a copy in `dtype`, and the optimizer starts anew, at
     `factor` times the first round's learning rate."""
-    reference = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), state.params)
+    reference = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), without_value(state.params))
     return dataclasses.replace(state, optimizer=in_round(tx.init(state.params), factor)), reference
 
 
@@ -84,7 +85,7 @@ def mixed(reference: PyTree, params: PyTree, share: Float[Array, ""]) -> PyTree:
     def mix(old: Array, new: Array) -> Array:
         return (share * new.astype(jnp.float32) + (1 - share) * old.astype(jnp.float32)).astype(old.dtype)
 
-    return jax.tree.map(mix, reference, params)
+    return jax.tree.map(mix, reference, without_value(params))
 
 
 def apply_gradients(
