@@ -165,8 +165,8 @@ class Reader:
         return max(alike, key=lambda step: measured[step]["metric"])
 
     def named(self, which: str) -> int:
-        """The step that "best", "last" or a decimal number names; CheckpointError where there is none. Of a run that measures none
-        and ends with its last one (eval.final=last), that is the best."""
+        """The step that "best", "last" or a decimal number names; CheckpointError where there is none. Of a run that measures
+        none, and ends with its last one (eval.final=last), that is the best."""
         if which in ("best", "last"):
             step = self.best() if which == "best" else None
             step = self.latest() if step is None and (which == "last" or self._ends_with_last()) else step
