@@ -10,9 +10,10 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import flags
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from oaif_jax.base import cli, options
@@ -28,13 +29,15 @@ import jax
 import numpy as np
 
 from oaif_jax import train
+from oaif_jax.config import Config
 from oaif_jax.data.jsonl import TextPair, write_pairs
 from oaif_jax.data.tokenizer import left_pad
 from oaif_jax.evals import drawing
-from oaif_jax.rollout import named_key
+from oaif_jax.rollout import Sampler, named_key
 from oaif_jax.run.setup import compute_of, sampler_of, stored_model
 from oaif_jax.stored import single
-from oaif_jax.tiny import gold, tokenizer_recipe, world
+from oaif_jax.stored.open import Model, read_run
+from oaif_jax.tiny import gold, tokenizer_recipe, world, written
 from oaif_jax.tiny.data import ASSETS, Posts, policy_voice
 from oaif_jax.types import Prompts
 
@@ -63,6 +66,49 @@ PAIRS = 7680  # 240 steps of 32: what an online run sees
 MODELS = {"sft": "tldr,sft", "annotator": "annotator", "judge": "judge"}  # members of experiments/tiny.py
 
 
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """A policy that is trained online against an earlier annotator, to see what that one likes."""
+
+    seed: int
+    against: int  # which annotator: from scratch, or after so many trainings
+    steps: int = 160
+    lr: float = 1e-3
+    beta: float = 0.03
+
+
+@dataclasses.dataclass(frozen=True)
+class Further:
+    """One more training of an annotator, on what these learners wrote and those of the trainings before."""
+
+    seed: int
+    steps: int
+    learners: tuple[Learner, ...]
+
+
+# Learners as in the experiments, and some that break their annotator: a higher rate, a weaker hold on the reference. The judge
+# is made apart: other learners, other posts, other seeds.
+FURTHER = {
+    "annotator": (
+        Further(2, 400, (Learner(11, 0, 240, 5e-4), Learner(101, 0, beta=0.01), Learner(102, 0, lr=2e-3))),
+        Further(4, 400, (Learner(103, 1, 240, 5e-4), Learner(104, 1, beta=0.01), Learner(105, 1, lr=2e-3))),
+    ),
+    "judge": (
+        Further(
+            3,
+            500,
+            (
+                *(Learner(111, 0, beta=0.01), Learner(112, 0, lr=2e-3)),
+                *(Learner(113, 1, beta=0.01), Learner(114, 1, lr=2e-3)),
+            ),
+        ),
+    ),
+}
+ANSWERED = {"annotator": range(512), "judge": range(512, 1024)}  # training posts that its learners answer
+CHUNK = 128  # posts that are answered at a time
+KEPT = 40  # steps between the checkpoints at which they do
+
+
 def build_tokenizer(workdir: pathlib.Path) -> None:
     """tokenizer.model, trained on the world's texts."""
     del workdir
@@ -77,6 +123,76 @@ def build_model(name: str, workdir: pathlib.Path) -> None:
     _, step, best = stored_model(workdir / name, "best")
     recipe = f"python -m oaif_jax.train --config={file} (step {step})"
     single.save(ASSETS / f"{name}.safetensors", best.params, best.cfg, recipe)
+
+
+def build_annotator(name: str, workdir: pathlib.Path) -> None:
+    """NAME.safetensors, and NAME_candidates.jsonl.gz with their recipe: trained from scratch to compare, then further on what
+    learners wrote; the first three lines of the docstring of oaif_jax/tiny/written.py say why."""
+    file = f"experiments/tiny.py:{MODELS[name]}"
+    train.run(cli.load_config(file), workdir / f"{name}_0")
+    answers: dict[int, list[list[int]]] = {index: [] for index in ANSWERED[name]}
+    described, candidates, run = [], pathlib.Path(), workdir
+    for time, further in enumerate(FURTHER[name], 1):
+        for learner in further.learners:
+            train.run(learning(learner, workdir), workdir / f"learner_{learner.seed}")
+            found = answered(workdir / f"learner_{learner.seed}", ANSWERED[name], learner.seed)
+            described.append(dataclasses.asdict(learner) | {"by_step": found.described})
+            for index, ids in found.responses:
+                answers[index].append(ids)
+        candidates, run = workdir / f"{name}_{time}.jsonl.gz", workdir / f"{name}_{time}"
+        written.write(candidates, answers)
+        train.run(trained_further(name, time, workdir, candidates), run)
+    _, step, last = stored_model(run, "last")
+    single.save(
+        ASSETS / f"{name}.safetensors", last.params, last.cfg, f"python -m launch.assets --only={name} (step {step})"
+    )
+    (ASSETS / f"{name}_candidates.jsonl.gz").write_bytes(candidates.read_bytes())
+    recipe = {"posts": [ANSWERED[name].start, ANSWERED[name].stop], "learners": described}
+    (ASSETS / f"{name}_candidates_recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+
+
+def learning(learner: Learner, workdir: pathlib.Path) -> ConfigDict:
+    """A learner's config."""
+    config = cli.load_config("experiments/tiny.py:tldr,online,dpo")
+    overrides = {"seed": learner.seed, "steps": learner.steps, "optimizer.lr": learner.lr, "loss.beta": learner.beta}
+    overrides |= {"annotator.init": workdir / f"annotator_{learner.against}"}
+    overrides |= {"checkpoint.every": KEPT, "checkpoint.keep": learner.steps // KEPT + 1}
+    overrides |= {"eval.every": 2 * KEPT, "eval.prompts": 64, "eval.final_prompts": 64}
+    cli.override(config, {key: str(value) for key, value in overrides.items()})
+    return config
+
+
+def trained_further(name: str, time: int, workdir: pathlib.Path, candidates: pathlib.Path) -> ConfigDict:
+    """The config of an annotator's further training."""
+    config, further = cli.load_config(f"experiments/tiny.py:{MODELS[name]}"), FURTHER[name][time - 1]
+    before = f"{workdir / f'{name}_{time - 1}'}@{'best' if time == 1 else 'last'}"
+    overrides = {"policy.init": before, "data.candidates": candidates, "seed": further.seed, "steps": further.steps}
+    overrides |= {"optimizer.warmup": 40}
+    cli.override(config, {key: str(value) for key, value in overrides.items()})
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What a learner wrote: (post, token ids) each, and the mean gold score by step, as a share of the largest."""
+
+    responses: list[tuple[int, list[int]]]
+    described: dict[str, float]
+
+
+def answered(run: pathlib.Path, indices: range, seed: int) -> Answers:
+    """Two responses of a learner to each of some training posts, at each checkpoint."""
+    found, quality = [], {}
+    for step in range(KEPT, read_run(run, "last")[0].steps + 1, KEPT):
+        cfg, _, model = stored_model(run, str(step))
+        tokens, masks = drawn(cfg, model, indices, sampler_of(cfg, policy_voice(), cfg.sample.temperature), seed)
+        stop, texts = policy_voice().stop_ids, []
+        for place in range(2):
+            for index, row, mask in zip(indices, tokens[:, place], masks[:, place], strict=True):
+                found.append((index, [int(token) for token in row[mask] if token not in stop]))
+                texts.append(policy_voice().text(row, mask))
+        quality[str(step)] = quality_of(texts, [*indices] * 2)
+    return Answers(found, quality)
 
 
 def build_pairs(workdir: pathlib.Path) -> None:
@@ -101,7 +217,7 @@ def build_pairs(workdir: pathlib.Path) -> None:
         is_first, _ = gold.pick(rng, post, first, second)
         pairs.append(TextPair(post, *((first, second) if is_first else (second, first))))
     write_pairs(ASSETS / "pairs.jsonl.gz", pairs)
-    quality = {writer.name: quality_of(texts) for writer, texts in zip(WRITERS, written, strict=True)}
+    quality = {writer.name: quality_of(texts, range(PAIRS)) for writer, texts in zip(WRITERS, written, strict=True)}
     described = [dataclasses.asdict(writer) | {"gold_share": quality[writer.name]} for writer in WRITERS]
     recipe = {"writers": described, "posts": PAIRS, "raters": [dataclasses.asdict(rater) for rater in gold.RATERS]}
     (ASSETS / "pairs_recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
@@ -110,29 +226,37 @@ def build_pairs(workdir: pathlib.Path) -> None:
 def write_summaries(writer: Writer, workdir: pathlib.Path) -> list[str]:
     """A writer's summaries of the first PAIRS training posts; one that wasn't finished is drawn out to its limit."""
     cfg, _, model = stored_model(workdir, "last")
-    posts, voice = Posts(cfg.data.seed, "train"), policy_voice()
-    sampler, key = sampler_of(cfg, voice, writer.temperature), named_key(jax.random.key(writer.seed), "pairs")
-    texts: list[str] = []
-    for start in range(0, PAIRS, 128):
-        rows = [voice.prompt(posts[index]) for index in range(start, start + 128)]
+    voice = policy_voice()
+    tokens, masks = drawn(cfg, model, range(PAIRS), sampler_of(cfg, voice, writer.temperature), writer.seed)
+    return [voice.text(t[:-1], m[:-1]) for t, m in zip(tokens[:, 0], masks[:, 0], strict=True)]
+
+
+def drawn(cfg: Config, model: Model, indices: range, sampler: Sampler, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two responses of a policy to each of some training posts: tokens and mask [B, 2, R]."""
+    posts, voice, key = Posts(cfg.data.seed, "train"), policy_voice(), named_key(jax.random.key(seed), "pairs")
+    found = []
+    for part in drawing.chunks(len(indices), CHUNK):
+        part = indices.start + np.asarray(part, np.int32)
+        rows = [voice.prompt(posts[int(index)]) for index in part]
         tokens, valid = left_pad(rows, cfg.data.prompt_tokens, voice.tokenizer.pad_id, "prompt")
-        prompts = Prompts(tokens, valid, np.arange(start, start + 128, dtype=np.int32))  # type: ignore[arg-type]  # numpy's
+        prompts = Prompts(tokens, valid, part)  # type: ignore[arg-type]  # numpy's
         made = drawing.respond(model.params, prompts, key, sampler=sampler, cfg=model.cfg, compute=compute_of(cfg))
-        tokens, masks = np.asarray(made.tokens)[:, 0], np.asarray(made.mask)[:, 0]
-        texts += [voice.text(t[:-1], m[:-1]) for t, m in zip(tokens, masks, strict=True)]
-    return texts
+        found.append((np.asarray(made.tokens), np.asarray(made.mask)))
+    tokens, masks = map(np.concatenate, zip(*found, strict=True))
+    return tokens[: len(indices)], masks[: len(indices)]
 
 
-def quality_of(texts: list[str]) -> float:
-    """Mean gold score as a share of the largest."""
-    posts = [world.post(0, "train", index) for index in range(len(texts))]
+def quality_of(texts: list[str], indices: Sequence[int]) -> float:
+    """Mean gold score of summaries of training posts, as a share of the largest."""
+    posts = [world.post(0, "train", index) for index in indices]
     scores = [gold.score(post.text, text) for post, text in zip(posts, texts, strict=True)]
     return round(sum(scores) / sum(len(post.topics) for post in posts), 4)
 
 
 STAGES: dict[str, Callable[[pathlib.Path], None]] = {
     "tokenizer": build_tokenizer,
-    **{name: functools.partial(build_model, name) for name in MODELS},
+    "sft": functools.partial(build_model, "sft"),
+    **{name: functools.partial(build_annotator, name) for name in FURTHER},
     "pairs": build_pairs,
 }
 

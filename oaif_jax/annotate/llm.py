@@ -41,7 +41,7 @@ class LLMAnnotator:
     @functools.cached_property
     def is_hidden(self) -> np.ndarray:
         """Of each id: whether a response's token of it is kept from the annotator."""
-        ids = [*self.stop_ids, *self.questions.voice.control_ids]
+        ids = [*self.stop_ids, *self.questions.voice.tokenizer.special_ids]
         return np.isin(np.arange(max(self.cfg.padded_vocab_size, *(i + 1 for i in ids))), ids)
 
     def question(self, examples: Sequence[Example]) -> Arrays:

@@ -23,7 +23,6 @@ class Voice:
     chat: ChatTemplate
     stop_ids: tuple[int, ...]
     spaced: bool
-    has_control: bool = True  # whether special tokens mean something to it: the tiny world's models may write any token
 
     def prompt(self, example: Example) -> list[int]:
         """Token ids of an example's prompt, up to where the answer begins."""
@@ -46,18 +45,11 @@ class Voice:
         own = [int(token) for token, kept in zip(tokens, mask, strict=True) if kept and token not in self.stop_ids]
         return self.tokenizer.decode(own).strip()
 
-    @property
-    def control_ids(self) -> frozenset[int]:
-        """Ids that mean something to the model."""
-        return self.tokenizer.special_ids if self.has_control else frozenset()
-
     @functools.cached_property
     def never_sampled(self) -> tuple[int, ...]:
         """Ids that an answer doesn't have: tokens with a meaning that neither end it nor are what the template begins one with,
         and ids that are no token's."""
         tokenizer = self.tokenizer
-        if not self.has_control:
-            return ()
         own = tokenizer.special_ids - {*self.stop_ids, *self.answer("x", stop=False)}
         return tuple(sorted(i for i in own | tokenizer.unused_ids if i < tokenizer.vocab_size))
 

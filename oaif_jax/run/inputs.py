@@ -26,7 +26,7 @@ from oaif_jax.stored.checkpoint import Reader
 from oaif_jax.stored.hf.tensors import INDEX, weight_files
 from oaif_jax.stored.open import NORMAL, POLICY, Source, chat_of, home, is_reward, run_config, run_of, source_of
 from oaif_jax.tiny import templates
-from oaif_jax.tiny.data import asset, policy_voice
+from oaif_jax.tiny.data import asset, file_of, policy_voice
 
 FILE = "inputs.json"
 TEXTS = ("instruction", "chat template")  # kinds that are kept in full
@@ -271,9 +271,11 @@ def _data(cfg: Config, reads: str) -> Iterator[tuple[str, Found]]:
             for name in templates.INSTRUCTIONS:
                 path = templates.path_of(name)
                 yield f"data.name {name}", Found("instruction", path, _there(path.parent, [path]))
+            if section.candidates:
+                path = file_of(section.candidates)
+                yield "data.candidates", Found("candidates", path, _there(path.parent, [path]))
         if reads == "pairs":
-            is_asset = section.pairs.startswith("tiny:")
-            path = asset(section.pairs.removeprefix("tiny:")) if is_asset else pathlib.Path(section.pairs)
+            path = file_of(section.pairs)
             yield "data.pairs", Found("pairs", path, _there(path.parent, [path]))
         return
     root = pathlib.Path(section.path)

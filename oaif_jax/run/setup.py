@@ -356,6 +356,7 @@ def _data(cfg: Config, kind: type[Method], source: Source, voice: Voice) -> Data
         response_tokens=section.response_tokens,
         writer=section.writer,
         pairs=section.pairs,
+        candidates=section.candidates,
     )
 
 

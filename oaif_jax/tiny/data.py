@@ -19,15 +19,26 @@ from oaif_jax.data.dataset import Arrays, DataSet, Gold, Judged
 from oaif_jax.data.records import Example, Message
 from oaif_jax.data.tokenizer import Tokenizer, left_pad, right_pad
 from oaif_jax.data.voice import Voice
-from oaif_jax.tiny import gold, templates, world, writers
+from oaif_jax.tiny import degenerate, gold, templates, world, writers, written
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
 MARKS = "abcdefghijklmnopqrstuvwxyz"  # a summary's mark from the worst to the best, half a topic apart
 MARK_OF_ZERO = 14
 WITHOUT_END = 2**31 - 1  # examples of a split
 
-# An annotator first learns to find words again (writers.word_lists), then to compare.
-LIST_STEPS, EARLY_LISTS, LATE_LISTS = 500, 0.75, 0.1
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """Of an annotator's pairs; the others are ordinary summaries (writers.candidates)."""
+
+    lists: float = 0.0  # writers.word_lists
+    degenerate: float = 0.0  # degenerate.pair
+    written: float = 0.0  # what policies wrote, one of a pair or both
+
+
+# An annotator first learns to find words again (writers.word_lists), then to compare, and then, from what it is, what policies
+# wrote that were trained against it.
+LIST_STEPS, EARLY, LATE, FURTHER = 500, Shares(lists=0.75), Shares(lists=0.1), Shares(0.05, 0.3, 0.3)
 
 
 def asset(name: str) -> pathlib.Path:
@@ -38,6 +49,11 @@ def asset(name: str) -> pathlib.Path:
     return found[name]
 
 
+def file_of(source: str) -> pathlib.Path:
+    """The file of a source: tiny:NAME (an asset), or a path."""
+    return asset(source.removeprefix("tiny:")) if source.startswith("tiny:") else pathlib.Path(source)
+
+
 # ------------------------------------------------------------------------------------------------ how its models speak
 
 
@@ -46,14 +62,14 @@ def policy_voice() -> Voice:
     """How the world's policies read a post; a summary begins with a space."""
     tokenizer, path = Tokenizer(asset("tokenizer")), pathlib.Path(__file__).parent / "chat_template.jinja"
     template = ChatTemplate(path, path.read_text(), is_ours=True)
-    return Voice(tokenizer, template, tokenizer.stop_ids, spaced=True, has_control=False)
+    return Voice(tokenizer, template, tokenizer.stop_ids, spaced=True)
 
 
 @functools.cache
 def plain_voice() -> Voice:
     """How the world's annotators read: as plain text."""
     tokenizer = Tokenizer(asset("tokenizer"))
-    return Voice(tokenizer, ChatTemplate(tokenizer.path, ""), tokenizer.stop_ids, spaced=True, has_control=False)
+    return Voice(tokenizer, ChatTemplate(tokenizer.path, ""), tokenizer.stop_ids, spaced=True)
 
 
 def instruction(name: str) -> Instruction:
@@ -126,9 +142,11 @@ def dataset(
     response_tokens: int,
     writer: str = "reference",
     pairs: str = "tiny:pairs",
+    candidates: str = "",
 ) -> DataSet:
     """The world with a run's limits. `reads` says what training needs: prompts, references (by `writer`), pairs (the file
-    `pairs`, tiny:NAME or a path), or judged pairs. UserError for limits that its texts don't fit."""
+    `pairs`, tiny:NAME or a path), or judged pairs (with the file `candidates` of policies' responses and degenerate ones beside
+    the ordinary, or without). UserError for limits that its texts don't fit."""
     if train_posts < 1:
         raise UserError("config.data.train_posts=0: the tiny world has no end, wanted at least 1")
     writer = writer if reads == "references" else ""
@@ -137,6 +155,7 @@ def dataset(
     splits["train"] = dataclasses.replace(splits["train"], count=train_posts)  # type: ignore[type-var]
     voice, limits = policy_voice(), Limits(seed, prompt_tokens, response_tokens)
     tokenizer = voice.tokenizer
+    answered = written.read(file_of(candidates), tokenizer.vocab_size) if reads == "judged" and candidates else []
     judged = Judged(
         instructions=templates.INSTRUCTIONS,
         around={
@@ -148,7 +167,9 @@ def dataset(
         words=(tokenizer.single(" no"), tokenizer.single(" yes")),
         marks=tuple(tokenizer.single(letter) for letter in MARKS),
         train=lambda seed, step, batch: judged_batch(
-            "train", seed, step, batch, limits, lists=EARLY_LISTS if step < LIST_STEPS else LATE_LISTS
+            *("train", seed, step, batch, limits),
+            shares=FURTHER if answered else EARLY if step < LIST_STEPS else LATE,
+            answered=answered,
         ),
         held_out=lambda split, number, batch, name: judged_batch(
             split, limits.seed, number, batch, limits, instructions=(name,)
@@ -165,10 +186,9 @@ def dataset(
             f"config.data.response_tokens={response_tokens}, wanted at least {2 * world.MAX_WORDS}, the longest reference"
         )
     if reads == "pairs":
-        path = asset(pairs.removeprefix("tiny:")) if pairs.startswith("tiny:") else pathlib.Path(pairs)
         splits["train"] = [
             Example((Message("user", pair.prompt),), pair.chosen, pair.rejected, preference=pair.preference)
-            for pair in jsonl.read_pairs(path)
+            for pair in jsonl.read_pairs(file_of(pairs))
         ]
         data.batch(splits["train"], reads)  # all of them fit the limits, or an error now
     return data
@@ -217,30 +237,27 @@ def judged_batch(
     batch: int,
     limits: Limits,
     *,
-    lists: float = 0.0,
+    shares: Shares = Shares(),
+    answered: Sequence[written.Answered] = (),
+    kinds: Sequence[str] = tuple(degenerate.KINDS),
     instructions: Sequence[str] = templates.INSTRUCTIONS,
 ) -> Arrays:
-    """Judged pairs of fresh candidates under instructions in turn, with dense targets, for training an annotator.
+    """Judged pairs of candidates under instructions in turn, with dense targets, for training an annotator.
 
-    A share of `lists` of the pairs are word lists, see writers.word_lists.
-    words [B, 2, R]: at each word, 1 where it adds to the score and 0 where it doesn't; marks [B, 2, R]: at each comma,
-    the mark of the summary so far under the row's instruction; -1 elsewhere. mark [B, 2]: the whole summary's.
-    label [B]: 1 where the first is better, 0 where the second is, 1/2 for a tie; choice [B]: the same with ties broken
-    by taste (gold.first_in_tie).
+    words [B, 2, R]: at each token, 1 where it adds to the score and 0 where it doesn't; none at a comma that a word may follow.
+    marks [B, 2, R]: at each token that is no whole word, the mark of the summary so far under the row's instruction. -1 where
+    there is no target. mark [B, 2]: the whole summary's. label [B]: 1 where the first is better, 0 where the second is, 1/2 for
+    a tie; choice [B]: the same with ties broken by taste (gold.first_in_tie).
     """
     texts = {name: templates.instruction(name) for name in instructions}
     width = max(limits.question_tokens(text) for text in texts.values())
     rng = world.generator(seed, split, step, purpose=2)
     posts = [world.write_post(rng) for _ in range(batch)]
     names = [instructions[i % len(instructions)] for i in range(batch)]
-    limit = words_within(limits.response_tokens)
-    pairs = [
-        writers.word_lists(rng, post.topics, limit)
-        if rng.random() < lists
-        else writers.candidates(rng, post.topics, limit)
-        for post in posts
-    ]
-    voice = plain_voice()
+    voice, pairs = plain_voice(), []
+    for i in range(batch):
+        posts[i], pair = _candidates(rng, posts[i], limits, shares, answered, tuple(kinds))
+        pairs.append(pair)
     rows = [
         voice.tokenizer.encode(templates.annotation(post.text, texts[name]))
         for post, name in zip(posts, names, strict=True)
@@ -248,19 +265,17 @@ def judged_batch(
     questions, question_valid = left_pad(rows, width, voice.tokenizer.pad_id, "question")
     words = np.full((batch, 2, limits.response_tokens), -1, np.int32)
     marks, utility = np.full_like(words, -1), np.zeros((batch, 2))
+    shown = [[_text(ids) for ids in pair] for pair in pairs]
     for i, (post, name, pair) in enumerate(zip(posts, names, pairs, strict=True)):
-        for j, named in enumerate(pair):
-            # One word is one token, and every other token is a comma.
-            words[i, j, : 2 * len(named) : 2] = [w in post.topics and w not in named[:k] for k, w in enumerate(named)]
-            useful = [gold.utility(post.text, world.join(named[:k]), name) for k in range(len(named) + 1)]
-            marks[i, j, 1 : 2 * max(len(named), 1) - 1 : 2] = mark_of(np.array(useful[1:-1]))
-            utility[i, j] = useful[-1]
-    joined = [(world.join(first), world.join(second)) for first, second in pairs]
-    shown = [voice.answer(text, stop=False) for pair in joined for text in pair]
-    responses, mask = right_pad(shown, limits.response_tokens, voice.tokenizer.pad_id, "response")
+        for j, ids in enumerate(pair):
+            words[i, j, : len(ids)], marks[i, j, : len(ids)] = dense_targets(post.text, ids, name)
+            utility[i, j] = gold.utility(post.text, shown[i][j], name)
+    responses, mask = right_pad(
+        [ids for pair in pairs for ids in pair], limits.response_tokens, voice.tokenizer.pad_id, "response"
+    )
     difference = utility[:, 0] - utility[:, 1]
     label = np.where(np.abs(difference) < 1e-6, 0.5, difference > 0).astype(np.float32)
-    taste = [gold.first_in_tie(post.text, *texts) for post, texts in zip(posts, joined, strict=True)]
+    taste = [gold.first_in_tie(post.text, *pair) for post, pair in zip(posts, shown, strict=True)]
     taste = np.array([0.5 if is_first is None else is_first for is_first in taste], np.float32)
     return {
         "questions": questions,
@@ -273,3 +288,63 @@ def judged_batch(
         "label": label,
         "choice": np.where(label == 0.5, taste, label),
     }
+
+
+def dense_targets(post: str, ids: Sequence[int], instruction: str) -> tuple[list[int], list[int]]:
+    """At each token of a summary, from what gold says of the text up to it: does it add to the score (1, 0), and the mark of the
+    summary so far; -1 where there is no such target, see judged_batch."""
+    pieces, found = _pieces(), ([], [])
+    before = ""
+    for k, token in enumerate(ids):
+        now = _text(ids[: k + 1])
+        is_word = token in pieces.whole_words
+        may_go_on = token == pieces.comma and before[-1:].strip(",. \n") != ""
+        difference = gold.score(post, gold.so_far(now)) - gold.score(post, gold.so_far(before))
+        found[0].append(-1 if may_go_on else int(difference > 0))
+        found[1].append(-1 if is_word else int(mark_of(np.array(gold.utility(post, gold.so_far(now), instruction)))))
+        before = now
+    return found
+
+
+@functools.cache
+def _pieces() -> degenerate.Pieces:
+    return degenerate.Pieces(plain_voice().tokenizer)
+
+
+def _text(ids: Sequence[int]) -> str:
+    """The text of a summary's tokens, as gold is shown it."""
+    return plain_voice().text(np.array(ids, np.int32), np.ones(len(ids), bool))
+
+
+def _candidates(
+    rng: np.random.Generator,
+    post: world.Post,
+    limits: Limits,
+    shares: Shares,
+    answered: Sequence[written.Answered],
+    kinds: tuple[str, ...],
+) -> tuple[world.Post, tuple[list[int], list[int]]]:
+    """A post, which is another one where policies answered it, and two summaries of it in token ids."""
+    voice, limit, drawn = plain_voice(), limits.response_tokens, rng.random()
+    ids_of = lambda named: voice.answer(world.join(named), stop=False)  # noqa: E731
+    if drawn < shares.lists:
+        first, second = writers.word_lists(rng, post.topics, words_within(limit))
+        return post, (ids_of(first), ids_of(second))
+    is_written = drawn < shares.lists + shares.written
+    if is_written:
+        row = answered[int(rng.integers(len(answered)))]
+        post = row.post
+    ordinary = writers.candidates(rng, post.topics, words_within(limit))
+    first, second = map(ids_of, ordinary)
+    pen = degenerate.Pen(rng, _pieces(), voice.tokenizer.encode(" " + post.text))
+    if is_written:
+        one, other = row.pair(rng)
+        match int(rng.integers(4)):
+            case 0:  # against an ordinary one
+                one, other = (first, one) if rng.random() < 0.5 else (one, first)
+            case 1:  # a step further
+                return post, degenerate.pair(pen, one, other, kinds, limit)
+        return post, (one[:limit], other[:limit])
+    if drawn < shares.lists + shares.written + shares.degenerate:
+        return post, degenerate.pair(pen, first, second, kinds, limit)
+    return post, (first, second)

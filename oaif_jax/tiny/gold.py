@@ -5,6 +5,7 @@ trains an online policy, except in an experiment that is named so.
 """
 
 import dataclasses
+import re
 
 import numpy as np
 
@@ -12,16 +13,18 @@ from oaif_jax.tiny import world
 
 REPEAT_COST = 1.0
 INVENTION_COST = 1.0
-CHATTER_COST = 0.25
+CHATTER_COST = 0.25  # of another word
+STRAY_COST = 0.25  # of a sign that is no part of a list
 
 
 def score(post: str, summary: str) -> float:
-    """How good a summary is: +1 for each topic of the post, -1 for a repeat or an invented topic, -1/4 for another word.
+    """How good a summary is: +1 for each topic of the post, -1 for a repeat or an invented topic, -1/4 for another word, and
+    for each sign that a list of words joined by ", " doesn't have (see `strays`).
 
-    The largest score is the number of topics in the post; an empty summary scores 0.
+    The largest score is the number of topics in the post, and only a list of these has it; an empty summary scores 0.
     """
     topics = set(world.topics_of(post))
-    total, named = 0.0, set()
+    total, named = 0.0 - STRAY_COST * strays(summary), set()
     for word in world.words(summary):
         if word not in world.TOPICS:
             total -= CHATTER_COST
@@ -33,6 +36,25 @@ def score(post: str, summary: str) -> float:
             total += 1.0
             named.add(word)
     return total
+
+
+def strays(summary: str) -> int:
+    """How many signs of a summary are no part of words joined by ", ": each comma beyond the first between two words, each one
+    before the first word or behind the last, each full stop, line end and doubled space. Between two words there is at least
+    one where it isn't ", ". What else isn't a word of the world is another word.
+    """
+    first, *rest = re.split(r"([,.\s]+)", summary.strip(" "))
+    words, found = [first, *rest[1::2]], 0
+    for before, gap, after in zip(words, rest[::2], words[1:], strict=False):
+        signs = len(gap.replace(" ", ""))
+        is_between = before and after
+        found += (gap != ", ") * max(signs - 1, 1) if is_between else signs
+    return found
+
+
+def so_far(text: str) -> str:
+    """A summary that goes on, as it is judged until then: a comma that a word may follow isn't one too many yet."""
+    return text.removesuffix(",") if world.words(text) else text
 
 
 # The n-th word of a summary costs n times this: brevity counts for more the longer the summary already is.
