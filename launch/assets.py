@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -26,19 +26,22 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
     cli.parse()
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from oaif_jax import train
 from oaif_jax.config import Config
+from oaif_jax.data.dataset import Arrays
 from oaif_jax.data.jsonl import TextPair, write_pairs
 from oaif_jax.data.tokenizer import left_pad
-from oaif_jax.evals import drawing
+from oaif_jax.evals import agreement, drawing
+from oaif_jax.models.config import ComputeConfig
 from oaif_jax.rollout import Sampler, named_key
 from oaif_jax.run.setup import compute_of, sampler_of, stored_model
 from oaif_jax.stored import single
 from oaif_jax.stored.open import Model, read_run
-from oaif_jax.tiny import gold, tokenizer_recipe, world, written
-from oaif_jax.tiny.data import ASSETS, Posts, policy_voice
+from oaif_jax.tiny import degenerate, gold, tokenizer_recipe, world, written
+from oaif_jax.tiny.data import ASSETS, Limits, Posts, Shares, dataset, judged_batch, policy_voice
 from oaif_jax.types import Prompts
 
 BUDGET = 8 * 2**20  # bytes, of all assets together
@@ -105,6 +108,7 @@ FURTHER = {
     ),
 }
 ANSWERED = {"annotator": range(512), "judge": range(512, 1024)}  # training posts that its learners answer
+FRESH_SEED = 987  # of pairs that no model was trained on
 CHUNK = 128  # posts that are answered at a time
 KEPT = 40  # steps between the checkpoints at which they do
 
@@ -147,7 +151,11 @@ def build_annotator(name: str, workdir: pathlib.Path) -> None:
         ASSETS / f"{name}.safetensors", last.params, last.cfg, f"python -m launch.assets --only={name} (step {step})"
     )
     (ASSETS / f"{name}_candidates.jsonl.gz").write_bytes(candidates.read_bytes())
-    recipe = {"posts": [ANSWERED[name].start, ANSWERED[name].stop], "learners": described}
+    recipe = {
+        "posts": [ANSWERED[name].start, ANSWERED[name].stop],
+        "learners": described,
+        "agreement": by_kind(last, {}),
+    }
     (ASSETS / f"{name}_candidates_recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
 
 
@@ -193,6 +201,37 @@ def answered(run: pathlib.Path, indices: range, seed: int) -> Answers:
                 texts.append(policy_voice().text(row, mask))
         quality[str(step)] = quality_of(texts, [*indices] * 2)
     return Answers(found, quality)
+
+
+def by_kind(asked: Model, candidates: Mapping[str, pathlib.Path], count: int = 1024) -> dict[str, dict[str, float]]:
+    """Agreement with gold, and of the two orders, on fresh pairs of each kind of candidates under `helpful`: ordinary ones, each
+    degenerate kind, and what the learners wrote that files of `candidates` name."""
+    answered = {name: written.read(path, asked.voice.tokenizer.vocab_size) for name, path in candidates.items()}
+    kinds = {"ordinary": Shares(), **dict.fromkeys(degenerate.KINDS, Shares(degenerate=1.0))}
+    kinds |= dict.fromkeys(answered, Shares(written=1.0))
+
+    def fresh(split: str, number: int, batch: int, kind: str) -> Arrays:
+        only = (kind,) if kind in degenerate.KINDS else tuple(degenerate.KINDS)
+        numbers = (split, FRESH_SEED, number, batch, Limits(FRESH_SEED, 56, 16))
+        return judged_batch(
+            *numbers, shares=kinds[kind], answered=answered.get(kind, ()), kinds=only, instructions=("helpful",)
+        )
+
+    judged = dataset("judged", seed=FRESH_SEED, train_posts=1, prompt_tokens=56, response_tokens=16).judged
+    assert judged is not None
+    metrics, _ = agreement.evaluate(
+        jax.tree.map(lambda x: jnp.asarray(x, "float32"), asked.params),
+        judged=dataclasses.replace(judged, instructions=tuple(kinds), held_out=fresh),
+        split="test",
+        count=count,
+        chunk=CHUNK,
+        policy=asked,
+        compute=ComputeConfig(),
+        place=lambda batch: jax.tree.map(jnp.asarray, batch),
+    )
+    return {
+        kind: {key: round(value, 4) for key, value in found.items()} for kind, found in metrics["annotator"].items()
+    }
 
 
 def build_pairs(workdir: pathlib.Path) -> None:

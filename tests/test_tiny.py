@@ -13,12 +13,14 @@ from oaif_jax.base.errors import UserError
 from oaif_jax.data.dataset import DataSet, context_of
 from oaif_jax.data.jsonl import TextPair, write_pairs
 from oaif_jax.data.records import Message
-from oaif_jax.tiny import gold, templates, tokenizer_recipe, world, writers
+from oaif_jax.tiny import degenerate, gold, templates, tokenizer_recipe, world, writers, written
 from oaif_jax.tiny.data import (
     MARKS,
     Limits,
+    Shares,
     asset,
     dataset,
+    dense_targets,
     instruction,
     judged_batch,
     longest_post,
@@ -156,8 +158,22 @@ def test_a_prompt_that_is_too_long(data):
         ("boat, boat", -2.0),
         ("hello", -0.25),
         ("river, dog, exam, hello", 2.75),
-        ("river dog. exam", 3.0),
+        ("river dog. exam", 3.0 - 0.5),
         ("dogs, xyz", -0.5),
+        ("river,, dog", 1.75),
+        ("river,,,, dog, dog", 2.0 - 0.75 - 1.0),
+        (",river", 0.75),
+        ("river,", 0.75),
+        ("river.", 0.75),
+        (",,,", -0.75),
+        (".", -0.25),
+        ("river dog", 1.75),
+        ("river,dog", 1.75),
+        ("river,  dog", 1.75),
+        ("river\n, dog", 1.75),
+        ("river, do", 0.75),
+        ("river, TL;DR: dog", 1.5),
+        ("river, dog\x15", 0.75),
         ("river, boat, river, nice, exam", -0.25 + 1 - 1 - 1 + 1),
     ],
 )
@@ -197,13 +213,42 @@ def test_what_one_more_word_does():
         assert with_word(world.CHATTER[rng.integers(len(world.CHATTER))]) - before == -0.25
 
 
-def test_order_and_commas_do_not_matter():
+def test_order_does_not_matter():
     for rng, post, named in random_summaries():
         expected = gold.score(post.text, world.join(named))
         assert gold.score(post.text, world.join(list(rng.permutation(named)))) == expected
-        assert gold.score(post.text, " ".join(named)) == expected
         shuffled = ". ".join(rng.permutation(post.text.split(". ")))
         assert gold.score(shuffled, world.join(named)) == expected
+
+
+def test_each_stray_sign_costs():
+    """Words joined by ", " have none. One comma or full stop more costs a quarter wherever it stands, and so does each space
+    without its comma; the text of the best score is the list of topics and no other."""
+    for rng, post, named in random_summaries():
+        text = world.join(named)
+        assert gold.strays(text) == 0
+        before = gold.score(post.text, text)
+        ends = [i for i in range(len(text) + 1) if i == len(text) or text[i] == ","] or [0]
+        for sign in ",.":
+            place = ends[rng.integers(len(ends))]
+            assert gold.score(post.text, text[:place] + sign + text[place:]) == before - 0.25
+            assert gold.score(post.text, sign + text) == before - 0.25
+        assert gold.score(post.text, " ".join(named)) == before - 0.25 * max(len(named) - 1, 0)
+
+
+def test_references_have_no_strays():
+    """What policies are fine-tuned on is scored as by its words alone."""
+    for index in range(500):
+        for writer in writers.STYLES:
+            assert gold.strays(writers.reference(0, "train", index, writer)) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "judged"),
+    [("river,", "river"), ("river,,", "river,"), ("river, dog", "river, dog"), (",", ","), (",,", ",,"), ("", "")],
+)
+def test_a_comma_that_a_word_may_follow(text, judged):
+    assert gold.so_far(text) == judged
 
 
 @pytest.mark.parametrize(("instruction", "best"), [("helpful", 5), ("short", 3), ("very_short", 2)])
@@ -461,7 +506,7 @@ def test_choices_break_ties_by_taste(data):
 
 
 def recompute(data: DataSet, batch: dict, i: int, j: int, instruction: str) -> tuple[list[int], list[int], float]:
-    """A summary's word targets and marks, token by token, and its utility, all from the texts in the batch."""
+    """A list's word targets and marks, word by word, and its utility, all from the texts in the batch."""
     question = data.voice.tokenizer.decode(batch["questions"][i][batch["question_valid"][i]])
     start, end = templates.annotation("", templates.instruction(instruction)), ""
     assert question.startswith(start)
@@ -479,7 +524,7 @@ def recompute(data: DataSet, batch: dict, i: int, j: int, instruction: str) -> t
 
 @pytest.mark.parametrize("lists", [0.0, 1.0])
 def test_annotator_batch_targets(data, lists):
-    batch = judged_batch("train", 0, 1, 60, LIMITS, lists=lists)
+    batch = judged_batch("train", 0, 1, 60, LIMITS, shares=Shares(lists=lists))
     comma = data.voice.tokenizer.single(",")
     for i in range(60):
         instruction = templates.INSTRUCTIONS[i % 3]
@@ -498,6 +543,96 @@ def test_annotator_batch_targets(data, lists):
         difference = useful[0] - useful[1]
         assert batch["label"][i] == (0.5 if abs(difference) < 1e-6 else float(difference > 0))
     assert {0.0, 1.0} <= set(batch["label"].tolist()) <= {0.0, 0.5, 1.0}
+
+
+def test_dense_targets_of_degenerate_text(tokenizer):
+    """`doctor,,,, beach, beach`: the first comma belongs to the list, the next three don't, and neither does the repeat."""
+    post = "we talked about the doctor. i worry about the beach."
+    cases = {
+        " doctor,,,, beach, beach": ([1, -1, 0, 0, 0, 1, -1, 0], [-1, 16, 16, 15, 14, -1, 16, -1]),
+        ",": ([0], [14]),
+        " beach doctor.": ([1, 1, 0], [-1, -1, 17]),
+        " boat\n2:": ([0, 0], [-1, 11]),
+        "": ([], []),
+    }
+    for text, (words, marks) in cases.items():
+        found = dense_targets(post, tokenizer.encode(text), "helpful")
+        assert found == (words, marks), text
+
+
+@pytest.mark.parametrize("kind", degenerate.KINDS)
+def test_degenerate_candidates(data, kind):
+    """They fit, hold no token that no policy draws, are judged by their texts, and gold prefers the other one far more often."""
+    batch = judged_batch(
+        "train", 0, 1, 60, LIMITS, shares=Shares(degenerate=1.0), kinds=(kind,), instructions=("short",)
+    )
+    ids = [batch["responses"][i, j][batch["mask"][i, j]] for i in range(60) for j in range(2)]
+    assert max(map(len, ids)) <= RESPONSE_TOKENS
+    assert not {int(token) for row in ids for token in row} & data.voice.tokenizer.special_ids
+    start = templates.annotation("", templates.instruction("short"))
+    degenerate_rows = 0
+    for i in range(60):
+        post = data.voice.tokenizer.decode(batch["questions"][i][batch["question_valid"][i]]).removeprefix(start)
+        useful = []
+        for j in range(2):
+            text = data.voice.text(batch["responses"][i, j], batch["mask"][i, j])
+            useful.append(gold.utility(post, text, "short"))
+            is_list = gold.strays(text) == 0 and {*world.words(text)} <= {*world.TOPICS, *world.CHATTER}
+            degenerate_rows += not is_list or not text or kind == "repeats"
+        assert batch["label"][i] == pytest.approx(0.5 + 0.5 * np.sign(round(useful[0] - useful[1], 6)))
+    assert degenerate_rows >= 40
+
+
+def test_candidates_that_policies_wrote(tmp_path, tokenizer):
+    """A file of responses: pairs are of its posts, and of its responses as they are, or beside others."""
+    rows = {
+        5: [tokenizer.encode(" doctor,,,, beach"), tokenizer.encode(" beach.")],
+        900: [[], tokenizer.encode(" boat,")],
+    }
+    written.write(tmp_path / "own.jsonl.gz", {index: [*row, row[0]] for index, row in rows.items()})
+    again = (tmp_path / "own.jsonl.gz").read_bytes()
+    written.write(tmp_path / "own.jsonl.gz", rows)
+    assert (tmp_path / "own.jsonl.gz").read_bytes() == again, "the same responses, each once, in the same bytes"
+    answered = written.read(tmp_path / "own.jsonl.gz", tokenizer.vocab_size)
+    assert [row.post for row in answered] == [world.post(0, "train", index) for index in rows]
+    batch = judged_batch("train", 0, 1, 60, LIMITS, shares=Shares(written=1.0), answered=answered)
+    posts = {world.post(0, "train", index).text for index in rows}
+    known = {tuple(ids) for row in rows.values() for ids in row}
+    seen = 0
+    for i in range(60):
+        assert tokenizer.decode(batch["questions"][i][batch["question_valid"][i]]).split("POST: ")[1] in posts
+        pair = [tuple(batch["responses"][i, j][batch["mask"][i, j]].tolist()) for j in range(2)]
+        seen += sum(ids in known for ids in pair)
+    assert 60 <= seen <= 119
+    data = data_for("judged", candidates=str(tmp_path / "own.jsonl.gz")).judged
+    early, ordinary = data.train(0, 0, 60), judged_batch("train", 0, 0, 60, LIMITS)
+    assert not np.array_equal(early["responses"], ordinary["responses"])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", ":1: not JSON"),
+        ("[]", ":1: wanted an object with a post's number and responses"),
+        ('{"post": -1, "responses": [[5]]}', ":1: wanted an object with a post's number and responses"),
+        ('{"post": 0, "responses": []}', ":1: wanted an object with a post's number and responses"),
+        ('{"post": 0, "responses": [[100000]]}', ":1: wanted responses in token ids, each from 0 to 482"),
+        ('{"post": 0, "responses": [["dog"]]}', ":1: wanted responses in token ids"),
+        ("", "no responses in it"),
+    ],
+)
+def test_candidates_that_cannot_be_read(tmp_path, line, said):
+    (tmp_path / "own.jsonl").write_text(line and line + "\n")
+    with pytest.raises(UserError, match=said):
+        data_for("judged", candidates=str(tmp_path / "own.jsonl"))
+
+
+def test_tokens_with_a_meaning_are_not_drawn_or_shown(data):
+    """Gold's text has none of them, so that neither policy nor annotator may have them for free."""
+    special = data.voice.tokenizer.special_ids
+    assert set(data.voice.never_sampled) == special - set(data.voice.stop_ids)
+    with_them = data.voice.tokenizer.encode(" river") + sorted(special) + data.voice.tokenizer.encode(", dog")
+    assert data.voice.tokenizer.decode(with_them) == " river, dog"
 
 
 def test_annotator_batches_are_pure_functions(data):
@@ -577,6 +712,7 @@ def test_unknown_names(tmp_path):
         ("references", {"response_tokens": 12}, "config.data.response_tokens=12, wanted at least 16"),
         ("pairs", {"pairs": "nowhere.jsonl"}, "nowhere.jsonl"),
         ("pairs", {"pairs": "tiny:nothing"}, "tiny:nothing: no such asset"),
+        ("judged", {"candidates": "nowhere.jsonl"}, "candidates nowhere.jsonl: no such file"),
     ],
 )
 def test_limits_that_do_not_fit(reads, changes, said):
