@@ -40,7 +40,7 @@ from oaif_jax.rollout import Sampler, named_key
 from oaif_jax.run.setup import compute_of, sampler_of, stored_model
 from oaif_jax.stored import single
 from oaif_jax.stored.open import Model, read_run
-from oaif_jax.tiny import degenerate, gold, tokenizer_recipe, world, written
+from oaif_jax.tiny import degenerate, gold, templates, tokenizer_recipe, world, written
 from oaif_jax.tiny.data import ASSETS, Limits, Posts, Shares, dataset, judged_batch, policy_voice
 from oaif_jax.types import Prompts
 
@@ -203,25 +203,30 @@ def answered(run: pathlib.Path, indices: range, seed: int) -> Answers:
     return Answers(found, quality)
 
 
-def by_kind(asked: Model, candidates: Mapping[str, pathlib.Path], count: int = 1024) -> dict[str, dict[str, float]]:
-    """Agreement with gold, and of the two orders, on fresh pairs of each kind of candidates under `helpful`: ordinary ones, each
-    degenerate kind, and what the learners wrote that files of `candidates` name."""
+def by_kind(asked: Model, candidates: Mapping[str, pathlib.Path], count: int = 512) -> dict[str, dict[str, float]]:
+    """Agreement with gold, and of the two orders, on fresh pairs of each kind of candidates: ordinary ones under each
+    instruction, and under `helpful` each degenerate kind and what learners wrote, by a name for each file of `candidates`."""
     answered = {name: written.read(path, asked.voice.tokenizer.vocab_size) for name, path in candidates.items()}
-    kinds = {"ordinary": Shares(), **dict.fromkeys(degenerate.KINDS, Shares(degenerate=1.0))}
-    kinds |= dict.fromkeys(answered, Shares(written=1.0))
+    shares = {
+        **dict.fromkeys(templates.INSTRUCTIONS, Shares()),
+        **dict.fromkeys(degenerate.KINDS, Shares(degenerate=1.0)),
+    }
+    shares |= dict.fromkeys(answered, Shares(written=1.0))
 
-    def fresh(split: str, number: int, batch: int, kind: str) -> Arrays:
-        only = (kind,) if kind in degenerate.KINDS else tuple(degenerate.KINDS)
-        numbers = (split, FRESH_SEED, number, batch, Limits(FRESH_SEED, 56, 16))
+    def fresh(split: str, number: int, batch: int, name: str) -> Arrays:
         return judged_batch(
-            *numbers, shares=kinds[kind], answered=answered.get(kind, ()), kinds=only, instructions=("helpful",)
+            *(split, FRESH_SEED, number, batch, Limits(FRESH_SEED, 56, 16)),
+            shares=shares[name],
+            answered=answered.get(name, ()),
+            kinds=(name,) if name in degenerate.KINDS else tuple(degenerate.KINDS),
+            instructions=(name,) if name in templates.INSTRUCTIONS else ("helpful",),
         )
 
     judged = dataset("judged", seed=FRESH_SEED, train_posts=1, prompt_tokens=56, response_tokens=16).judged
     assert judged is not None
     metrics, _ = agreement.evaluate(
         jax.tree.map(lambda x: jnp.asarray(x, "float32"), asked.params),
-        judged=dataclasses.replace(judged, instructions=tuple(kinds), held_out=fresh),
+        judged=dataclasses.replace(judged, instructions=tuple(shares), held_out=fresh),
         split="test",
         count=count,
         chunk=CHUNK,
@@ -230,7 +235,7 @@ def by_kind(asked: Model, candidates: Mapping[str, pathlib.Path], count: int = 1
         place=lambda batch: jax.tree.map(jnp.asarray, batch),
     )
     return {
-        kind: {key: round(value, 4) for key, value in found.items()} for kind, found in metrics["annotator"].items()
+        name: {key: round(value, 4) for key, value in found.items()} for name, found in metrics["annotator"].items()
     }
 
 
