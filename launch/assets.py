@@ -94,17 +94,10 @@ class Further:
 FURTHER = {
     "annotator": (
         Further(2, 400, (Learner(11, 0, 240, 5e-4), Learner(101, 0, beta=0.01), Learner(102, 0, lr=2e-3))),
-        Further(4, 400, (Learner(103, 1, 240, 5e-4), Learner(104, 1, beta=0.01), Learner(105, 1, lr=2e-3))),
+        Further(4, 700, (Learner(103, 1, 240, 5e-4), Learner(104, 1, lr=2e-3, beta=0.01), Learner(105, 1, lr=4e-3))),
     ),
     "judge": (
-        Further(
-            3,
-            500,
-            (
-                *(Learner(111, 0, beta=0.01), Learner(112, 0, lr=2e-3)),
-                *(Learner(113, 1, beta=0.01), Learner(114, 1, lr=2e-3)),
-            ),
-        ),
+        Further(3, 700, (Learner(111, 0, beta=0.01), Learner(112, 0, lr=4e-3), Learner(113, 1, lr=2e-3, beta=0.01))),
     ),
 }
 ANSWERED = {"annotator": range(512), "judge": range(512, 1024)}  # training posts that its learners answer
@@ -130,8 +123,8 @@ def build_model(name: str, workdir: pathlib.Path) -> None:
 
 
 def build_annotator(name: str, workdir: pathlib.Path) -> None:
-    """NAME.safetensors, and NAME_candidates.jsonl.gz with their recipe: trained from scratch to compare, then further on what
-    learners wrote; the first three lines of the docstring of oaif_jax/tiny/written.py say why."""
+    """NAME.safetensors, and NAME_candidates.jsonl.gz with their recipe: trained from scratch to compare, then further on
+    degenerate text and on what learners wrote."""
     file = f"experiments/tiny.py:{MODELS[name]}"
     train.run(cli.load_config(file), workdir / f"{name}_0")
     answers: dict[int, list[list[int]]] = {index: [] for index in ANSWERED[name]}
@@ -163,17 +156,22 @@ def learning(learner: Learner, workdir: pathlib.Path) -> ConfigDict:
     """A learner's config."""
     config = cli.load_config("experiments/tiny.py:tldr,online,dpo")
     overrides = {"seed": learner.seed, "steps": learner.steps, "optimizer.lr": learner.lr, "loss.beta": learner.beta}
-    overrides |= {"annotator.init": workdir / f"annotator_{learner.against}"}
+    overrides |= {"annotator.init": trained("annotator", learner.against, workdir)}
     overrides |= {"checkpoint.every": KEPT, "checkpoint.keep": learner.steps // KEPT + 1}
     overrides |= {"eval.every": 2 * KEPT, "eval.prompts": 64, "eval.final_prompts": 64}
     cli.override(config, {key: str(value) for key, value in overrides.items()})
     return config
 
 
+def trained(name: str, time: int, workdir: pathlib.Path) -> str:
+    """An annotator after so many further trainings: its best on ordinary candidates at first, then what it ended with."""
+    return f"{workdir / f'{name}_{time}'}@{'last' if time else 'best'}"
+
+
 def trained_further(name: str, time: int, workdir: pathlib.Path, candidates: pathlib.Path) -> ConfigDict:
     """The config of an annotator's further training."""
     config, further = cli.load_config(f"experiments/tiny.py:{MODELS[name]}"), FURTHER[name][time - 1]
-    before = f"{workdir / f'{name}_{time - 1}'}@{'best' if time == 1 else 'last'}"
+    before = trained(name, time - 1, workdir)
     overrides = {"policy.init": before, "data.candidates": candidates, "seed": further.seed, "steps": further.steps}
     overrides |= {"optimizer.warmup": 40}
     cli.override(config, {key: str(value) for key, value in overrides.items()})

@@ -14,8 +14,8 @@ from oaif_jax.models.config import ComputeConfig
 from oaif_jax.rollout import Sampler
 from oaif_jax.stored import single
 from oaif_jax.stored.open import Model, Source
-from oaif_jax.tiny import templates, tokenizer_recipe, world
-from oaif_jax.tiny.data import ASSETS, asset, dataset
+from oaif_jax.tiny import degenerate, gold, templates, tokenizer_recipe, world, written
+from oaif_jax.tiny.data import ASSETS, asset, dataset, text_of
 
 FRESH_SEED = 987  # no asset's recipe uses it
 COUNT = 256
@@ -65,6 +65,32 @@ def test_annotators_agree_with_gold_and_with_themselves(name, least):
         assert agreed["decided"] > COUNT / 2
         assert agreed["gold_agreement"] >= 0.85, instruction
         assert agreed["order_agreement"] >= least, instruction
+
+
+@pytest.mark.parametrize(("name", "other"), [("annotator", "judge"), ("judge", "annotator")])
+def test_annotators_know_degenerate_text(name, other):
+    """On fresh pairs of each kind, and on what the other one's learners wrote."""
+    found = build.by_kind(model(name), {"written": asset(f"{other}_candidates")}, count=128)
+    assert set(found) == {*templates.INSTRUCTIONS, *degenerate.KINDS, "written"}
+    for kind, agreed in found.items():
+        assert agreed["gold_agreement"] >= 0.9, kind
+
+
+def test_what_learners_wrote():
+    """Two sets on different posts, small and with their recipe; many texts are ordinary and some are what nobody else writes."""
+    indices = []
+    for name, posts in build.ANSWERED.items():
+        answered = written.read(asset(f"{name}_candidates"), data_for("prompts").voice.tokenizer.vocab_size)
+        assert {row.post for row in answered} == {world.post(0, "train", index) for index in posts}
+        indices += posts
+        texts = [[text_of(ids) for ids in row.responses] for row in answered]
+        assert all(len(ids) <= 16 for row in answered for ids in row.responses)
+        strays = [gold.strays(text) > 0 for row in texts for text in row]
+        assert 0.02 < np.mean(strays) < 0.6
+        recipe = json.loads((ASSETS / f"{name}_candidates_recipe.json").read_text())
+        learners = [learner for further in build.FURTHER[name] for learner in further.learners]
+        assert [each["seed"] for each in recipe["learners"]] == [learner.seed for learner in learners]
+    assert len(set(indices)) == len(indices)
 
 
 def test_the_sft_policy_is_mediocre_on_fresh_posts():

@@ -1,6 +1,8 @@
 """The recipe of the assets in miniature: its stages run one after another, and leave what the tiny world reads."""
 
 import dataclasses
+import json
+import pathlib
 
 from ml_collections import ConfigDict
 from test_train import sft_config
@@ -9,6 +11,11 @@ from launch import assets as build
 from oaif_jax.base import cli
 from oaif_jax.data.jsonl import read_pairs
 from oaif_jax.stored import single
+from oaif_jax.stored.open import Model, Source
+from oaif_jax.tiny import written
+from oaif_jax.tiny.data import asset, policy_voice
+
+SOURCE = Source("annotator", "tiny:annotator", "")
 
 
 def test_models_and_pairs_in_miniature(tmp_path, monkeypatch):
@@ -27,3 +34,49 @@ def test_models_and_pairs_in_miniature(tmp_path, monkeypatch):
     assert 0 < len(pairs) <= 128
     assert all(pair.chosen != pair.rejected for pair in pairs)
     assert '"gold_share"' in (tmp_path / "pairs_recipe.json").read_text()
+
+
+def test_annotators_learn_from_what_was_written_against_them(tmp_path, monkeypatch):
+    """The order of the stages: from scratch, then learners against what there is, then further from there on all that they and
+    the learners before wrote; the last one and its candidates become assets."""
+    runs, read = [], []
+    monkeypatch.setattr(build, "ASSETS", tmp_path)
+    monkeypatch.setattr(build, "by_kind", lambda asked, candidates: {})
+    params, cfg = single.load(asset("annotator"))
+    monkeypatch.setattr(
+        build, "stored_model", lambda run, which: (None, 400, Model(cfg, params, policy_voice(), SOURCE))
+    )
+
+    def run(config, workdir):
+        workdir.mkdir(parents=True)
+        runs.append((workdir.name, config))
+        if config.method == "annotator" and config.data.candidates:
+            read.append([row.responses for row in written.read(pathlib.Path(config.data.candidates), 483)][7])
+
+    def answered(run, indices, seed):
+        return build.Answers([(index, [seed]) for index in indices], {"40": 0.5})
+
+    monkeypatch.setattr(build.train, "run", run)
+    monkeypatch.setattr(build, "answered", answered)
+    for name in build.FURTHER:
+        build.STAGES[name](tmp_path / "runs")
+    names = [name for name, _ in runs]
+    assert names == [
+        *("annotator_0", "learner_11", "learner_101", "learner_102", "annotator_1"),
+        *("learner_103", "learner_104", "learner_105", "annotator_2"),
+        *("judge_0", "learner_111", "learner_112", "learner_113", "judge_1"),
+    ]
+    assert read == [[[11], [101], [102]], [[11], [101], [102], [103], [104], [105]], [[111], [112], [113]]]
+    by_name = dict(runs)
+    against = {name: by_name[name].annotator.init.rpartition("/")[2] for name in names if name.startswith("learner")}
+    assert against["learner_101"] == against["learner_111"] == "annotator_0@best"
+    assert against["learner_104"] == against["learner_113"] == "annotator_1@last"
+    before = {name: by_name[name].policy.init.rpartition("/")[2] for name in ("annotator_1", "annotator_2", "judge_1")}
+    assert before == {"annotator_1": "annotator_0@best", "annotator_2": "annotator_1@last", "judge_1": "judge_0@best"}
+    seeds = {config.seed for _, config in runs}
+    assert len(seeds) == len(runs), "no two runs have the same seed"
+    assert not set(build.ANSWERED["annotator"]) & set(build.ANSWERED["judge"])
+    for name in build.FURTHER:
+        assert single.load(tmp_path / f"{name}.safetensors")[1] == cfg
+        assert written.read(tmp_path / f"{name}_candidates.jsonl.gz", 483)
+        assert json.loads((tmp_path / f"{name}_candidates_recipe.json").read_text())["learners"]

@@ -36,8 +36,8 @@ class Judged:
 
     instructions: tuple[str, ...]
     around: dict[str, tuple[int, ...]]  # token ids of an annotate.orders.Template: first, second, closing, answers
-    words: tuple[int, int]  # no, yes: the answers at each word
-    marks: tuple[int, ...]  # from the worst to the best: the answers at each comma and at the end
+    words: tuple[int, int]  # no, yes: the answers at tokens that may add to the score
+    marks: tuple[int, ...]  # from the worst to the best: the answers at commas and other tokens, and at the end
     train: Callable[[int, int, int], Arrays]  # seed, step, batch -> a batch
     held_out: Callable[[str, int, int, str], Arrays]  # split, number, batch, instruction -> a batch
 

@@ -33,9 +33,9 @@ class AnnotatorTraining(Method):
     """The loss of B judged pairs:
 
     - the answer: cross-entropy of the two answer tokens, in both orders; half as much where the judge sees a tie;
-    - at each word of both summaries (yes or no): does it add to the score?
-    - at each comma the mark of the summary so far, and after each summary its mark. One answer a row is too little to
-      learn from; these two say why it is the answer;
+    - at each token of both summaries (yes or no): does it add to the score?
+    - at each comma, and each other token that is no whole word, the mark of the summary so far, and after each summary its
+      mark. One answer a row is too little to learn from; these two say why it is the answer;
     - the two orders' log-odds should agree.
     """
 

@@ -265,7 +265,7 @@ def judged_batch(
     questions, question_valid = left_pad(rows, width, voice.tokenizer.pad_id, "question")
     words = np.full((batch, 2, limits.response_tokens), -1, np.int32)
     marks, utility = np.full_like(words, -1), np.zeros((batch, 2))
-    shown = [[_text(ids) for ids in pair] for pair in pairs]
+    shown = [[text_of(ids) for ids in pair] for pair in pairs]
     for i, (post, name, pair) in enumerate(zip(posts, names, pairs, strict=True)):
         for j, ids in enumerate(pair):
             words[i, j, : len(ids)], marks[i, j, : len(ids)] = dense_targets(post.text, ids, name)
@@ -296,7 +296,7 @@ def dense_targets(post: str, ids: Sequence[int], instruction: str) -> tuple[list
     pieces, found = _pieces(), ([], [])
     before = ""
     for k, token in enumerate(ids):
-        now = _text(ids[: k + 1])
+        now = text_of(ids[: k + 1])
         is_word = token in pieces.whole_words
         may_go_on = token == pieces.comma and before[-1:].strip(",. \n") != ""
         difference = gold.score(post, gold.so_far(now)) - gold.score(post, gold.so_far(before))
@@ -311,7 +311,7 @@ def _pieces() -> degenerate.Pieces:
     return degenerate.Pieces(plain_voice().tokenizer)
 
 
-def _text(ids: Sequence[int]) -> str:
+def text_of(ids: Sequence[int]) -> str:
     """The text of a summary's tokens, as gold is shown it."""
     return plain_voice().text(np.array(ids, np.int32), np.ones(len(ids), bool))
 
