@@ -35,7 +35,7 @@ FREE_TEXTS = ("method", "loss.name",  # checked where methods and losses are nam
               "annotator.path", "annotator.chat", "judge.path", "judge.chat",
               "data.path", "data.train", "data.validation", "data.test",
               "reference.init", "annotator.init", "annotator.instruction", "judge.init",
-              "judge.instruction", "data.pairs")  # fmt: skip
+              "judge.instruction", "data.pairs", "data.candidates")  # fmt: skip
 SECTIONS = [field.name for field in dataclasses.fields(config.Config) if isinstance(BASE[field.name], dict)]
 
 

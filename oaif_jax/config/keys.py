@@ -146,9 +146,7 @@ class Data:
     response_tokens: Annotated[int, within(1, MANY)] = 16  # limit of a response, with its end
     writer: Annotated[str, one_of("reference", "careless", "careful")] = "reference"  # tiny, sft: of references
     pairs: str = "tiny:pairs"  # tiny, offline: tiny:NAME (an asset), or a path to JSONL
-    candidates: str = (
-        ""  # tiny, annotator: policies' responses (tiny:NAME or a path), degenerate ones beside them; or none
-    )
+    candidates: str = ""  # tiny, annotator: also degenerate texts, and what policies wrote (tiny:NAME, or a path)
 
 
 @dataclasses.dataclass(frozen=True)
