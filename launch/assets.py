@@ -94,11 +94,9 @@ class Further:
 FURTHER = {
     "annotator": (
         Further(2, 400, (Learner(11, 0, 240, 5e-4), Learner(101, 0, beta=0.01), Learner(102, 0, lr=2e-3))),
-        Further(4, 700, (Learner(103, 1, 240, 5e-4), Learner(104, 1, lr=2e-3, beta=0.01), Learner(105, 1, lr=4e-3))),
+        Further(4, 600, (Learner(104, 1, lr=2e-3, beta=0.01), Learner(105, 1, lr=4e-3))),
     ),
-    "judge": (
-        Further(3, 700, (Learner(111, 0, beta=0.01), Learner(112, 0, lr=4e-3), Learner(113, 1, lr=2e-3, beta=0.01))),
-    ),
+    "judge": (Further(3, 500, (Learner(112, 0, lr=4e-3), Learner(113, 1, lr=2e-3, beta=0.01))),),
 }
 ANSWERED = {"annotator": range(512), "judge": range(512, 1024)}  # training posts that its learners answer
 FRESH_SEED = 987  # of pairs that no model was trained on

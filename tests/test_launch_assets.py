@@ -63,13 +63,13 @@ def test_annotators_learn_from_what_was_written_against_them(tmp_path, monkeypat
     names = [name for name, _ in runs]
     assert names == [
         *("annotator_0", "learner_11", "learner_101", "learner_102", "annotator_1"),
-        *("learner_103", "learner_104", "learner_105", "annotator_2"),
-        *("judge_0", "learner_111", "learner_112", "learner_113", "judge_1"),
+        *("learner_104", "learner_105", "annotator_2"),
+        *("judge_0", "learner_112", "learner_113", "judge_1"),
     ]
-    assert read == [[[11], [101], [102]], [[11], [101], [102], [103], [104], [105]], [[111], [112], [113]]]
+    assert read == [[[11], [101], [102]], [[11], [101], [102], [104], [105]], [[112], [113]]]
     by_name = dict(runs)
     against = {name: by_name[name].annotator.init.rpartition("/")[2] for name in names if name.startswith("learner")}
-    assert against["learner_101"] == against["learner_111"] == "annotator_0@best"
+    assert against["learner_101"] == against["learner_112"] == "annotator_0@best"
     assert against["learner_104"] == against["learner_113"] == "annotator_1@last"
     before = {name: by_name[name].policy.init.rpartition("/")[2] for name in ("annotator_1", "annotator_2", "judge_1")}
     assert before == {"annotator_1": "annotator_0@best", "annotator_2": "annotator_1@last", "judge_1": "judge_0@best"}
