@@ -137,17 +137,21 @@ def build_annotator(name: str, workdir: pathlib.Path) -> None:
         candidates, run = workdir / f"{name}_{time}.jsonl.gz", workdir / f"{name}_{time}"
         written.write(candidates, answers)
         train.run(trained_further(name, time, workdir, candidates), run)
+    save_annotator(name, run, candidates, described)
+
+
+def save_annotator(name: str, run: pathlib.Path, candidates: pathlib.Path, learners: list[dict]) -> None:
+    """An annotator as an asset, with its candidates, who wrote them, and its agreement with gold by kind."""
     _, step, last = stored_model(run, "last")
-    single.save(
-        ASSETS / f"{name}.safetensors", last.params, last.cfg, f"python -m launch.assets --only={name} (step {step})"
-    )
+    recipe = f"python -m launch.assets --only={name} (step {step})"
+    single.save(ASSETS / f"{name}.safetensors", last.params, last.cfg, recipe)
     (ASSETS / f"{name}_candidates.jsonl.gz").write_bytes(candidates.read_bytes())
-    recipe = {
+    described = {
         "posts": [ANSWERED[name].start, ANSWERED[name].stop],
-        "learners": described,
+        "learners": learners,
         "agreement": by_kind(last, {}),
     }
-    (ASSETS / f"{name}_candidates_recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    (ASSETS / f"{name}_candidates_recipe.json").write_text(json.dumps(described, indent=2) + "\n")
 
 
 def learning(learner: Learner, workdir: pathlib.Path) -> ConfigDict:
