@@ -34,6 +34,12 @@ def test_models_and_pairs_in_miniature(tmp_path, monkeypatch):
     assert 0 < len(pairs) <= 128
     assert all(pair.chosen != pair.rejected for pair in pairs)
     assert '"gold_share"' in (tmp_path / "pairs_recipe.json").read_text()
+    monkeypatch.setattr(build, "KEPT", 2)
+    found = build.answered(tmp_path / "runs" / "sft", range(5, 9), 0)
+    assert [index for index, _ in found.responses] == [5, 6, 7, 8] * 2, "two responses to each post"
+    limit, special = values["data"]["response_tokens"], policy_voice().tokenizer.special_ids
+    assert all(len(ids) <= limit and not special & {*ids} for _, ids in found.responses)
+    assert list(found.described) == ["2"]
 
 
 def test_annotators_learn_from_what_was_written_against_them(tmp_path, monkeypatch):
