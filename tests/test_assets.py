@@ -73,7 +73,7 @@ def test_annotators_know_degenerate_text(name, other):
     found = build.by_kind(model(name), {"written": asset(f"{other}_candidates")}, count=128)
     assert set(found) == {*templates.INSTRUCTIONS, *degenerate.KINDS, "written"}
     for kind, agreed in found.items():
-        assert agreed["gold_agreement"] >= 0.9, kind
+        assert agreed["gold_agreement"] >= (0.95 if kind in templates.INSTRUCTIONS else 0.8), kind
 
 
 def test_what_learners_wrote():
