@@ -1,6 +1,6 @@
 """Rebuilds the tiny world's assets: tokenizer, policies, annotators, offline pairs.
 
-    python -m launch.assets --workdir=runs/assets            everything, about an hour on two cores
+    python -m launch.assets --workdir=runs/assets            everything, about an hour and a half on two cores
     python -m launch.assets --workdir=runs/assets --only=sft
 
 Each model is an ordinary run of an experiment file; a stage that is finished in the workdir isn't trained again.
@@ -203,14 +203,16 @@ def answered(run: pathlib.Path, indices: range, seed: int) -> Answers:
     return Answers(found, quality)
 
 
-def by_kind(asked: Model, candidates: Mapping[str, pathlib.Path], count: int = 512) -> dict[str, dict[str, float]]:
+def by_kind(
+    asked: Model,
+    candidates: Mapping[str, pathlib.Path],
+    kinds: Sequence[str] = (*templates.INSTRUCTIONS, *degenerate.KINDS),
+    count: int = 512,
+) -> dict[str, dict[str, float]]:
     """Agreement with gold, and of the two orders, on fresh pairs of each kind of candidates: ordinary ones under each
     instruction, and under `helpful` each degenerate kind and what learners wrote, by a name for each file of `candidates`."""
     answered = {name: written.read(path, asked.voice.tokenizer.vocab_size) for name, path in candidates.items()}
-    shares = {
-        **dict.fromkeys(templates.INSTRUCTIONS, Shares()),
-        **dict.fromkeys(degenerate.KINDS, Shares(degenerate=1.0)),
-    }
+    shares = {name: Shares(degenerate=1.0) if name in degenerate.KINDS else Shares() for name in kinds}
     shares |= dict.fromkeys(answered, Shares(written=1.0))
 
     def fresh(split: str, number: int, batch: int, name: str) -> Arrays:
