@@ -249,7 +249,7 @@ def build_pairs(workdir: pathlib.Path) -> None:
         overrides |= {"seed": str(writer.seed), "steps": str(writer.steps)}
         cli.override(config, overrides)
         train.run(config, workdir / f"writer_{writer.name}")
-    written = [write_summaries(writer, workdir / f"writer_{writer.name}") for writer in WRITERS]
+    summaries = [write_summaries(writer, workdir / f"writer_{writer.name}") for writer in WRITERS]
     voice, limit = policy_voice(), stored_model(workdir / "sft", "best")[0].data.response_tokens
     fits = lambda text: len(voice.answer(text, stop=True)) <= limit  # noqa: E731
     pairs = []
@@ -257,13 +257,13 @@ def build_pairs(workdir: pathlib.Path) -> None:
         rng = world.generator(0, "train", index, purpose=3)
         post = world.post(0, "train", index).text
         one, other = rng.choice(len(WRITERS), size=2, replace=False)
-        first, second = written[one][index], written[other][index]
+        first, second = summaries[one][index], summaries[other][index]
         if first == second or not (fits(first) and fits(second)):
             continue  # nothing to choose, or cut off in the middle of what isn't a word
         is_first, _ = gold.pick(rng, post, first, second)
         pairs.append(TextPair(post, *((first, second) if is_first else (second, first))))
     write_pairs(ASSETS / "pairs.jsonl.gz", pairs)
-    quality = {writer.name: quality_of(texts, range(PAIRS)) for writer, texts in zip(WRITERS, written, strict=True)}
+    quality = {writer.name: quality_of(texts, range(PAIRS)) for writer, texts in zip(WRITERS, summaries, strict=True)}
     described = [dataclasses.asdict(writer) | {"gold_share": quality[writer.name]} for writer in WRITERS]
     recipe = {"writers": described, "posts": PAIRS, "raters": [dataclasses.asdict(rater) for rater in gold.RATERS]}
     (ASSETS / "pairs_recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
