@@ -506,8 +506,9 @@ def summarise(
 ) -> dict[str, Any]:
     """summary.json, but for what only the end of the run knows."""
     cfg, summary = setup.cfg, described(setup, metrics, environment)
-    if not setup.method.asks:
-        return summary
+    moments = {when: history[when] for when in ("start", "end") if when in history}
+    if not setup.method.asks:  # what was measured is an annotator that learns, if anything
+        return summary | ({"annotator": summary["annotator"] | moments} if moments else {})
     averages = {
         name.removeprefix("annotator."): history[name][0] / history[name][1]
         for name in HISTORY
@@ -517,7 +518,7 @@ def summarise(
     pairs = cfg.data.batch * math.comb(len(setup.method.writers), 2)
     for name, kind, each in (("pairs", "order_agreement", pairs), ("decided", "gold_agreement", 1)):
         averages |= {name: round(each * history[f"annotator.{kind}"][1])} if kind in averages else {}
-    return summary | {"annotator": averages | {when: history[when] for when in ("start", "end") if when in history}}
+    return summary | {"annotator": averages | moments}
 
 
 def main() -> None:

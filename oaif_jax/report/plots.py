@@ -165,7 +165,8 @@ def _draw_accuracy(ax, run: Run) -> None:
     for key, colour in zip(_accuracy_keys(run), CYCLE, strict=False):
         steps, values = _percent_series(run.evals, key)
         ax.plot(steps, values, color=colour, linewidth=2, marker="o", markersize=4)
-        name = key.removeprefix("annotator.").removesuffix(".gold_agreement").replace("_", " ").replace(".", ", ")
+        name = key.removeprefix("annotator.").removesuffix(".gold_agreement").removesuffix(".label_agreement")
+        name = name.replace("_", " ").replace(".", ", ")
         ends.append((values[-1], f"{name} {values[-1]:.0f}", colour))
         drawn.append(values)
     ax.set_ylim(10 * ((np.concatenate(drawn).min() - 5) // 10), 101)
@@ -192,14 +193,15 @@ def _has(lines: str, *keys: str) -> Callable[[Run], bool]:
 
 
 def _held_out(run: Run) -> list[Mapping[str, float]]:
-    """Evaluations whose validation_loss is of the training loss's kind; an annotator's is its error, and not drawn."""
+    """Evaluations whose validation_loss is of the training loss's kind; an annotator's of the tiny world is its error, and not
+    drawn."""
     return [line for line in run.evals if "accuracy" not in line or "calibration_error" in line]
 
 
 def _accuracy_keys(run: Run) -> list[str]:
-    """Held-out accuracies: "accuracy", or an annotator's agreement with gold under each instruction."""
+    """Held-out accuracies: "accuracy", or an annotator's agreement with gold or with labels under each instruction."""
     keys = dict.fromkeys(key for line in run.evals for key in line)
-    return [key for key in keys if key.split(".")[-1] in ("accuracy", "gold_agreement")]
+    return [key for key in keys if key.split(".")[-1] in ("accuracy", "gold_agreement", "label_agreement")]
 
 
 PANELS: Sequence[tuple[Callable[[Run], bool], Callable[[Any, Run], None]]] = (

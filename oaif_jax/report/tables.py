@@ -151,7 +151,9 @@ def _share(at: Mapping[str, Any], kind: str) -> str:
     """A share and how many pairs it is of: "98.4 % of 412"."""
     if at.get(kind) is None:
         return NONE
-    count = at.get({"gold_agreement": "decided", "order_agreement": "pairs"}[kind])
+    count = at.get(
+        {"gold_agreement": "decided", "label_agreement": "decided", "order_agreement": "pairs"}.get(kind, "")
+    )
     return percent(at[kind]) + ("" if count is None else f" of {count:,.0f}")
 
 
@@ -167,13 +169,22 @@ def _annotator_table(run: Run) -> Table:
     for name in instructions:
         entries += [(f"{name}, {moment}", found.get(moment, {}).get(name, {})) for moment in ("start", "end")]
     entries += [(name, at) for name, at in found.items() if isinstance(at, Mapping)]
-    measured = [(name, at) for name, at in entries if "gold_agreement" in at or "order_agreement" in at]
-    kinds = {"gold_agreement": "Agrees with gold", "order_agreement": "Its two orders agree"}
+    kinds = {
+        "gold_agreement": "Agrees with gold",
+        "label_agreement": "Agrees with the labels",
+        "order_agreement": "Its two orders agree",
+    }
+    measured = [(name, at) for name, at in entries if any(kind in at for kind in kinds)]
+    # Of an annotator that learns: fair is one half, and what it doesn't answer with the two answers is lacking in the last one.
+    kinds |= {} if run.is_comparison else {"first_position": "Says the first", "answer_mass": "Says one of the two"}
     kinds = {kind: title for kind, title in kinds.items() if any(kind in at for _, at in measured)}
     rows = tuple((readable(name), *(_share(at, kind) for kind in kinds)) for name, at in measured)
     whose = "the policy's own" if run.is_comparison else "held-out"
     title = f"Annotator, on {whose} pairs"
-    note = "Agreement with gold leaves ties out." if "gold_agreement" in kinds else ""
+    notes = ["Agreement with gold leaves ties out."] if "gold_agreement" in kinds else []
+    if instructions and not run.is_comparison and run.finished:
+        notes.append(f"Start and end are of validation pairs, the others of {run.standing.get('split', 'test')} pairs.")
+    note = " ".join(notes)
     return Table(title, ("Pairs", *kinds.values()), rows, note)
 
 

@@ -311,10 +311,11 @@ class Health:
 
     def __init__(self, cfg: Config, *, annotator: str = "", is_tiny: bool = False, learns: bool = False):
         """`annotator`: its name in evaluations; `learns`: it is what is trained. The tiny world's annotators learned to choose
-        between their answers and nothing else, and one that learns begins as a coin: of these nothing is said."""
+        between their answers and nothing else, and one that learns begins as a coin that answers anything: of these nothing is
+        said."""
         self.found: list[Finding] = []  # all of the run, those of earlier processes too
         self._off, self._stop = names(cfg.health.off), names(cfg.health.stop)
-        self._off |= ({"mass"} if is_tiny else set()) | ({"orders"} if learns else set())
+        self._off |= ({"mass"} if is_tiny else set()) | ({"orders", "mass"} if learns else set())
         self._prompts, self._annotator = cfg.eval.prompts, annotator
         self._train: collections.deque[Line] = collections.deque(maxlen=WINDOW + 5)
         self._evals: list[Line] = []

@@ -6,10 +6,12 @@ Its policies read `POST: ...` and continue `TL;DR:`; its annotators read `TASK: 
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
+from oaif_jax.annotate import orders
 from oaif_jax.annotate.prompts import CONTEXT, Instruction, read_text
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.files import is_file
@@ -137,22 +139,22 @@ def dataset(
     splits["train"] = dataclasses.replace(splits["train"], count=train_posts)  # type: ignore[type-var]
     voice, limits = policy_voice(), Limits(seed, prompt_tokens, response_tokens)
     tokenizer = voice.tokenizer
+    around = {
+        "first": tuple(tokenizer.encode(templates.FIRST)),
+        "second": tuple(tokenizer.encode(templates.SECOND)),
+        "closing": tuple(tokenizer.encode(templates.CLOSING)),
+        "answers": tuple(tokenizer.single(answer) for answer in templates.ANSWERS),
+    }
     judged = Judged(
         instructions=templates.INSTRUCTIONS,
-        around={
-            "first": tuple(tokenizer.encode(templates.FIRST)),
-            "second": tuple(tokenizer.encode(templates.SECOND)),
-            "closing": tuple(tokenizer.encode(templates.CLOSING)),
-            "answers": tuple(tokenizer.single(answer) for answer in templates.ANSWERS),
-        },
-        words=(tokenizer.single(" no"), tokenizer.single(" yes")),
-        marks=tuple(tokenizer.single(letter) for letter in MARKS),
-        train=lambda seed, step, batch: judged_batch(
+        train=lambda _, seed, step, batch: judged_batch(
             "train", seed, step, batch, limits, lists=EARLY_LISTS if step < LIST_STEPS else LATE_LISTS
         ),
-        held_out=lambda split, number, batch, name: judged_batch(
-            split, limits.seed, number, batch, limits, instructions=(name,)
-        ),
+        held_out=lambda _, split, count, chunk: held_out(split, count, chunk, limits, orders.Template(**around)),  # type: ignore[arg-type]
+        labelled_by="gold",
+        around=around,
+        words=(tokenizer.single(" no"), tokenizer.single(" yes")),
+        marks=tuple(tokenizer.single(letter) for letter in MARKS),
     )
     data = DataSet(splits, voice, prompt_tokens, response_tokens, is_endless=True, gold=GOLD, judged=judged)
     longest = data.tokens_of(longest_post())[0]
@@ -273,3 +275,18 @@ def judged_batch(
         "label": label,
         "choice": np.where(label == 0.5, taste, label),
     }
+
+
+def held_out(
+    split: str, count: int, chunk: int, limits: Limits, template: orders.Template
+) -> Iterator[tuple[Sequence[str], Arrays]]:
+    """`count` fresh pairs under each instruction, in batches of `chunk`; see Judged.held_out."""
+    for name in templates.INSTRUCTIONS:
+        for number, start in enumerate(range(0, count, chunk)):
+            made = judged_batch(split, limits.seed, number, chunk, limits, instructions=(name,))
+            shown = orders.order_branches(jnp.asarray(made["responses"]), jnp.asarray(made["mask"]), template)
+            branches, valid = map(np.asarray, shown)
+            answers = np.full((chunk, 2), template.answers, np.int32)
+            asked = {"branches": branches, "branch_valid": valid, "answers": answers}
+            asked |= {part: made[part] for part in ("questions", "question_valid", "label")}
+            yield (name,) * min(chunk, count - start), asked
