@@ -91,8 +91,8 @@ def answer_logprobs(
     """log p of both answers among all tokens, in both presentation orders of a pair: [:, :, 0] says that the first response is
     better, [:, :, 1] the second.
 
-    asked: questions and question_valid [B, Q]; branches and branch_valid [B, 2, W], both orders, whose answer comes behind the last
-    column; answers [B, 2], the tokens for the response that is shown first and for the other. Rows may be of different
+    asked: questions and question_valid [B, Q]; branches and branch_valid [B, 2, W], both orders, behind whose last column the
+    answer comes; answers [B, 2], the tokens for the response that is shown first and for the other. Rows may be of different
     instructions.
     """
     hidden = branch_hidden(params, asked, asked["branches"], asked["branch_valid"], cfg=cfg, compute=compute)[:, :, -1]

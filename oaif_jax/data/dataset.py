@@ -37,8 +37,8 @@ class Judged:
 
     instructions: tuple[str, ...]
     train: Callable[["DataSet", int, int, int], Arrays]  # data, seed, step, batch -> a batch
-    # data, split, count, chunk -> batches of `chunk` rows, as annotate.orders.answer_logprobs reads them, with "label", P(the first
-    # response is better); and the rows' instructions, which the last batch has fewer of than rows: the rest fills it up
+    # data, split, count, chunk -> batches of `chunk` rows, as annotate.orders.answer_logprobs reads them, with "label", P(the
+    # first response is better); and the rows' instructions: what a batch has more rows than instructions fills it up
     held_out: Callable[["DataSet", str, int, int], Iterator[tuple[Sequence[str], Arrays]]]
     labelled_by: str  # whose labels they are, in metrics: gold, or label
     tokens: int = 0  # of the longest question with one presentation order; 0: no model is too short for it

@@ -25,9 +25,9 @@ class Example:
     """A prompt, which ends with a user's message, and what the data have to answer it.
 
     A pair has `chosen` and `rejected`, which differ, and one of them may be empty; its `preference` is below 1 where the data say
-    how probably the chosen one is better, and its `instruction` names the one by which it is, where the record says so. Supervised
-    data have a `reference`; for online training the prompt is enough. `source` is "file:line", or "file:row" of a table. `is_conversation` is what a lone message may leave open: whether it is said to
-    somebody, or is a text to be continued as it stands.
+    how probably the chosen one is better, and its `instruction` is there where they say by which that is. Supervised data have a
+    `reference`; for online training the prompt is enough. `source` is "file:line", or "file:row" of a table. `is_conversation` is
+    what a lone message may leave open: whether it is said to somebody, or is a text to be continued as it stands.
     """
 
     prompt: tuple[Message, ...]

@@ -1,4 +1,4 @@
-"""An annotator that was trained, on pairs that it wasn't trained on: how far its answers can be trusted, under each instruction."""
+"""An annotator that is trained, on pairs that it isn't trained on: how far it can be trusted, under each instruction."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Training a language model to judge pairs of responses: by their labels, and in the tiny world with dense targets beside them."""
+"""Training a language model to judge pairs of responses: by labels, and in the tiny world with dense targets beside them."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ class AnnotatorTraining(Method):
 
         -p log P(the first) - (1 - p) log P(the second),
 
-    a mean over both presentation orders, in which the same response has the other answer; and that the two orders' log-odds should
+    a mean over both presentation orders, in which the same response has the other answer; and the two orders' log-odds should
     agree. P is among all tokens, so that the model also learns to say one of the two answers and nothing else.
     """
 

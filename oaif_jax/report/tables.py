@@ -175,8 +175,8 @@ def _annotator_table(run: Run) -> Table:
         "order_agreement": "Its two orders agree",
     }
     measured = [(name, at) for name, at in entries if any(kind in at for kind in kinds)]
-    # Of an annotator that learns: fair is one half, and what it doesn't answer with the two answers is lacking in the last one.
-    kinds |= {} if run.is_comparison else {"first_position": "Says the first", "answer_mass": "Says one of the two"}
+    # Of an annotator that learns: how often it says that the response in the first place is better, which should be 1/2.
+    kinds |= {} if run.is_comparison else {"first_position": "Position 1", "answer_mass": "Mass on its answers"}
     kinds = {kind: title for kind, title in kinds.items() if any(kind in at for _, at in measured)}
     rows = tuple((readable(name), *(_share(at, kind) for kind in kinds)) for name, at in measured)
     whose = "the policy's own" if run.is_comparison else "held-out"
