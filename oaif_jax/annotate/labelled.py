@@ -37,8 +37,8 @@ class Labelled:
         questions, orders, answers = [], [], []
         for example in examples:
             asked = self.asked[example.instruction]
-            template, pair = asked.template, ((example.chosen, example.rejected),)
-            tokens, mask = asked.responses(pair, self.response_tokens)
+            template, pair = asked.template, (example.chosen.strip(), example.rejected.strip())  # as Voice.text has them
+            tokens, mask = asked.responses([pair], self.response_tokens)
             chosen, rejected = (tokens[0, i][mask[0, i]].tolist() for i in (0, 1))
             questions.append(asked.question(example))
             answers.append(template.answers)
