@@ -15,6 +15,9 @@ All three are directories, named on the command line:
     offline    needs no annotator
     27b        an annotator of 27B, in smaller micro-batches: it takes 54 GB instead of 18
     sft        WORKDIR/export is then SFT of the others; learning rate, batch and one epoch are those of the paper's RL baselines
+    reward     a reward model of the data's pairs, from SFT (RLHF's); reward,ai: of the annotator's labels of them (RLAIF's)
+    reinforce  RLHF with annotator.path=WORKDIR/export of reward, RLAIF with that of reward,ai; reinforce,direct: direct RLAIF, on
+               marks of annotator.path, a language model
 
 [?] marks what the paper doesn't report, with the reason for what is chosen here. Memory is arithmetic, for 16 devices of 16 GB
 (TPU v5e:4x4): none of this has been run on a TPU.
@@ -36,6 +39,13 @@ MEMBERS = {
         for loss in LOSSES
     },
     **{f"{task},online,dpo,27b": f"online dpo on {what}, Gemma-2-2B, annotated by 27B" for task, what in TASKS.items()},
+    **{f"{task},reward": f"a reward model of human preferences between {what}" for task, what in TASKS.items()},
+    **{
+        f"{task},reward,ai": f"a reward model of the annotator's preferences between {what}"
+        for task, what in TASKS.items()
+    },
+    **{f"{task},reinforce": f"RLHF or RLAIF: REINFORCE on a reward model, {what}" for task, what in TASKS.items()},
+    **{f"{task},reinforce,direct": f"direct RLAIF: REINFORCE on marks, {what}" for task, what in TASKS.items()},
     "tldr,sft": "fine-tuning of Gemma-2-2B on TL;DR posts, with which the others begin",
 }
 
@@ -46,11 +56,16 @@ def get_config(argument: str | None = None) -> ConfigDict:
 
 
 def member(parts: list[str]) -> ConfigDict:
-    """[task, method, loss, 27b], or [task, "sft"]."""
+    """[task, method, loss, 27b], [task, "sft"], [task, "reward", "ai"] or [task, "reinforce", "direct"]."""
     task, method, *others = parts
     if method == "sft":
         return tldr_sft()
     config = {"tldr": tldr, "helpful": helpful, "harmless": harmless}[task]()
+    if method == "reward":
+        return _reward(config, by_annotator="ai" in others)
+    if method == "reinforce":
+        config.annotator.instruction += "_rating" if "direct" in others else ""
+        return _reinforce(config)
     config.method = method
     config.loss.name, config.loss.beta = LOSSES[others[0]]
     if "27b" in others:
@@ -108,6 +123,31 @@ def tldr_sft() -> ConfigDict:
     config.eval.best = "validation_loss"
     config.export.at_end = True
     config.export.dtype = "float32"  # preference training goes on from it, with nothing rounded off
+    return config
+
+
+def _reward(config: ConfigDict, *, by_annotator: bool) -> ConfigDict:
+    """Lee et al. 2023: lr 1e-5, two to three epochs, until loss and accuracy stop moving: the best checkpoint is kept."""
+    config.method = "reward_ai" if by_annotator else "reward"
+    config.steps = 1450  # two epochs of TL;DR's 92,858 pairs, of HH's about four
+    config.judge.init = "none"
+    config.optimizer.lr = 1e-5
+    config.eval.best = "validation_loss"
+    config.export.at_end = True
+    return config
+
+
+def _reinforce(config: ConfigDict) -> ConfigDict:
+    """Lee et al. 2023: REINFORCE with a value model that begins as SFT, lr 1e-5, KL share 0.05, eight epochs; the value model's
+    warm-up is that of the same authors' WARM (Rame et al. 2024, appendix B). A value model is as large as the policy, and has a
+    gradient: 31 GB more."""
+    config.method = "reinforce"
+    config.steps = 7300  # eight epochs of TL;DR's 116,722 posts / 128
+    config.optimizer.lr = 1e-5
+    config.reinforce.kl = 0.05
+    config.reinforce.value_lr = 1e-5  # [?] as the policy's
+    config.reinforce.value_warmup = 2000
+    config.reinforce.missing_eos = 1.0  # [?] one standard deviation of the reward model's scores
     return config
 
 

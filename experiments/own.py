@@ -35,6 +35,7 @@ MEMBERS = {
     "selm": "SELM of any model on pairs of your own, ranked by any other, in three rounds",
     "offline": "offline dpo of any model on pairs of your own",
     "reward": "a reward model from any model, of pairs of your own; then an annotator by its workdir or its export",
+    "reinforce": "RLHF of any model on prompts of your own, by a reward model (annotator.init: its run)",
     "annotator": "an annotator from any model, of labelled pairs of your own; then annotator.init: its run",
     "sft": "fine-tuning of any model on references of your own",
 }
@@ -78,6 +79,13 @@ def get_config(argument: str = "online") -> ConfigDict:
         case "reward" | "annotator":
             config.data.name = "pairs"
             config.eval.best = "validation_loss"
+        case "reinforce":
+            config.data.name = "prompts"
+            config.annotator.init = "runs/reward"
+            config.judge.init = "none"
+            config.eval.final = "last"
+            config.reinforce.value_lr = 5e-6
+            config.reinforce.value_warmup = 20
         case "sft":
             config.data.name = "references"
             config.eval.best = "validation_loss"

@@ -65,6 +65,7 @@ def get_config(argument: str = "tldr,online,dpo") -> ConfigDict:
             config.eval.best = "validation_loss"
         case ["tldr", "rlhf" | "rlaif" as name]:
             config.method = "reinforce"
+            config.reinforce.value_warmup = 20
             config.annotator.init = {"rlhf": "runs/reward", "rlaif": "runs/reward_ai"}[name]
         case ["annotator"]:
             _judging(config, layers=5)

@@ -47,7 +47,7 @@ from oaif_jax.rollout import named_key
 from oaif_jax.run import resume
 from oaif_jax.run.health import Health, HealthError
 from oaif_jax.run.inputs import Say
-from oaif_jax.run.interrupts import Interrupts
+from oaif_jax.run.interrupts import PATIENCE, Interrupts
 from oaif_jax.run.log import MetricsLog, RecordError
 from oaif_jax.run.progress import Progress
 from oaif_jax.run.setup import Setup, open_setup
@@ -194,6 +194,9 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
     at = kept = begin or 0  # steps taken, and those that a checkpoint has
     unread: Taken | None = None
     doing = ""  # what is made again if it is interrupted
+    is_whole = (
+        True  # whether all that a checkpoint has to hold is there: not while a batch is waited for that was begun ahead
+    )
     with interrupts, checkpoints, contextlib.closing(log), contextlib.ExitStack() as closing, progress:
         closing.callback(lambda: batches.close(wait=interrupts.seen is None))
 
@@ -350,15 +353,17 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
                         take = interrupts.work(compiled, number - 1)
                 elif cfg.reference.every and number > 1 and (number - 1) % cfg.reference.every == 0:
                     frozen["reference"] = mix(frozen["reference"], training.params, np.float32(cfg.reference.share))
-                # The first step compiles what is left, and an annotator on the host may take long: both can be left alone, but
-                # for what was collected ahead, which nobody could collect again.
+                # The first step compiles what is left, and an annotator on the host may take long: both can be left alone.
+                # What was collected ahead, with parameters that are gone, nobody could collect again: it is waited for a while.
                 is_first = number == (begin or 0) + 1
-                call = (
-                    interrupts.work
-                    if is_first or not (cfg.async_steps or collect.is_fused(setup, number - 1))
-                    else _at_once
-                )
-                batch = call(batches.get, number - 1, training.params, frozen)
+                if is_first or not (cfg.async_steps or collect.is_fused(setup, number - 1)):
+                    batch = interrupts.work(batches.get, number - 1, training.params, frozen)
+                elif cfg.async_steps:
+                    waiting = interrupts.begin(batches.get, number - 1, training.params, frozen)
+                    is_whole = False
+                    batch, is_whole = interrupts.wait(waiting, PATIENCE), True
+                else:
+                    batch = batches.get(number - 1, training.params, frozen)
                 dispatched = Taken(number, {}, {}, batch.tokens, time.monotonic())
                 if number < steps:
                     batches.look_ahead(number, training.params, frozen)
@@ -415,13 +420,15 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             if unread is not None:
                 read(unread)
             try:
-                if at != kept:
+                if at != kept and is_whole:
                     save(at, None, is_interim=True)
                 checkpoints.wait()
             except UserError as failed:
                 last = checkpoints.latest() or 0
                 raise UserError(f"{failed}; {error} after step {at}: what came after step {last} is lost") from failed
-            where = f"step {at} of {steps}; {f'{doing} is made again' if doing else 'nothing is lost'}"
+            again = "" if is_whole else f"the annotator hasn't answered: what came after step {kept} is taken again"
+            again = again or (f"{doing} is made again" if doing else "nothing is lost")
+            where = f"step {at if is_whole else kept} of {steps}; {again}"
             then = f"the same command goes on from here ({where})" if at else "nothing was trained yet"
             raise Interrupted(f"{error}; {then}", error.number) from error
     summary = summarise(setup, metrics, history, environment) | {

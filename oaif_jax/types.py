@@ -45,7 +45,9 @@ class Scores:
     value: Float[Array, "P C"]  # larger is better
     known: Bool[Array, "P C"]
     orders: Float[Array, "P M 2"] | None = None  # compared pairs: P(the first is better) by each presentation order
-    mass: Float[Array, "P M 2"] | None = None  # on the host: P(any of the two answers), among all tokens
+    mass: Float[Array, "P _ _"] | None = (
+        None  # on the host: P(any of the answers), among all tokens, of all that was asked
+    )
 
 
 @jax.tree_util.register_dataclass

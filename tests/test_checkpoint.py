@@ -475,6 +475,20 @@ def test_retention_keeps_the_last_and_the_best(tmp_path):
     assert Reader(tmp_path).best() == 1
 
 
+@pytest.mark.parametrize(("final", "step"), [("last", 2), ("best", None)])
+def test_the_best_of_a_run_that_measures_none(tmp_path, final, step):
+    """Is its last, where that is what the run ends with; else there is none yet."""
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for number in (1, 2):
+            params = {"params": {"w": jnp.full(4, number)}}
+            checkpoints.save(number, params, {"config": {"eval": {"final": final}}}, metric=None)
+    if step is None:
+        with pytest.raises(CheckpointError, match="no checkpoint 'best'; wanted best, last or a step; there are: 1, 2"):
+            Reader(tmp_path).named("best")
+    else:
+        assert Reader(tmp_path).named("best") == step
+
+
 def test_leftovers_of_a_kill(saved):
     def listing() -> list[str]:
         return sorted(str(path) for path in saved.rglob("*"))

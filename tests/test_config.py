@@ -165,8 +165,8 @@ def test_a_run_that_was_made_before_a_key_is_read(tmp_path, key):
     default = config.flatten(config.Config())[key]
     assert config.flatten(read) == FLAT | {key: default}
     assert len(notes) == 1
-    assert notes[0].startswith(f"config.{key} isn't in {tmp_path}")
-    assert repr(default) in notes[0]
+    assert notes[0].endswith(f"was made before a key that has its default: {key}={default!r}")
+    assert notes[0].startswith(str(tmp_path))
 
 
 def test_a_run_that_was_made_before_a_section_is_read(tmp_path):
@@ -174,7 +174,7 @@ def test_a_run_that_was_made_before_a_section_is_read(tmp_path):
     del values["rounds"]
     read, notes = config.read(stored(tmp_path, values))
     assert read == config.parse(BASE)
-    assert len(notes) == 5
+    assert len(notes) == 1
 
 
 @pytest.mark.parametrize(("value", "said"), [(1, 0), (4, 1)])

@@ -73,6 +73,7 @@ OF_STEPS = [
         "no weight has changed in 20 steps: nothing is trained, since updates",
     ),
     ("still", {"weight": 0.0}, {"weight": 1.0}, "since no pair counts"),
+    ("value", {"value_left": 1.6}, {"value_left": 1.4}, "of the returns' mean square 160% is left behind it"),
 ]
 
 
@@ -101,6 +102,8 @@ OF_EVALUATIONS = [
      "69% by the gold, 80% at step 1, but 90% by the judge"),
     ("overoptimised", [{}, {"judge.score": 0.6, "gold.score": 0.9}], [{}, {"judge.score": 0.6, "gold.score": 0.6,
      "annotator.helpful.score": 0.6}], "60% by the judge, 80% at step 1, but 80% by the annotator"),
+    ("worse", [{"judge.score": 0.36}], [{"judge.score": 0.37}], "it wins 80% by the gold and 36% by the judge"),
+    ("worse", [{"judge.score": 0.1, "gold.score": 0.2}], [{"judge.score": 0.4, "gold.score": 0.4}], "it wins 20% by the gold"),
     ("cut", [{"finished": 0.4}], [{"finished": 0.4, "reference_finished": 0.5}], "60% of responses are cut"),
     ("repetition", [{"repetition": 0.4}], [{"repetition": 0.4, "reference_repetition": 0.2}], "the policy has collapsed"),
     ("log_ratio", [{"log_ratio": 22.0}], [{"log_ratio": 22.0, "mean_length": 40.0}], "22.0 nats a response of 7 tokens"),

@@ -16,6 +16,7 @@ from test_hf_config import count, place
 from experiments import oaif, pythia, selm
 from launch.asked import TemplateAnnotator
 from oaif_jax import config, losses, methods, step, train
+from oaif_jax import rollout as rollouts
 from oaif_jax.annotate import orders
 from oaif_jax.annotate.orders import Template
 from oaif_jax.annotate.prompts import KNOWN
@@ -26,8 +27,11 @@ from oaif_jax.methods import sft
 from oaif_jax.methods.base import Models
 from oaif_jax.methods.offline import Offline
 from oaif_jax.methods.online import Online
+from oaif_jax.methods.reinforce import Reinforce
+from oaif_jax.methods.reward import Reward, RewardOfAI
 from oaif_jax.methods.selm import SELM
 from oaif_jax.models import sharding
+from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.rollout import Sampler
 from oaif_jax.run import setup
 from oaif_jax.step import Step
@@ -36,6 +40,7 @@ from oaif_jax.stored.hf.directory import abstract_params
 from oaif_jax.types import DATA, Batch, Prompts, Rollout, Scores
 from oaif_jax.update import optim, state
 from oaif_jax.update.state import TrainState
+from oaif_jax.update.value import VALUE
 
 EXPERIMENTS = pathlib.Path(__file__).resolve().parent.parent / "experiments"
 DEVICES = 16  # that a file's mesh is for, or a multiple of that
@@ -86,7 +91,22 @@ def grid() -> dict[str, dict]:
     return found
 
 
+RL = ADAFACTOR | {"optimizer.lr": 1e-5}
+REINFORCE = RL | {
+    "method": "reinforce", "reinforce.kl": 0.05, "reinforce.completions": 1, "reinforce.baseline": "value",
+    "reinforce.value_warmup": 2000, "steps": 7300,
+}  # fmt: skip
 NUMBERS = grid()
+NUMBERS |= {
+    f"oaif:{task},{member}": numbers | {"annotator.instruction": f"{task}{rating}"}
+    for task in ASKED
+    for member, numbers, rating in (
+        ("reward", RL | {"method": "reward"}, ""),
+        ("reward,ai", RL | {"method": "reward_ai"}, ""),
+        ("reinforce", REINFORCE, ""),
+        ("reinforce,direct", REINFORCE, "_rating"),
+    )
+}
 PYTHIA = {"data.prompt_tokens": 512, "data.response_tokens": 53}
 NUMBERS |= {
     **{f"oaif:{task},online,dpo,27b": NUMBERS[f"oaif:{task},online,dpo"] for task in ASKED},
@@ -137,7 +157,11 @@ def annotator_of(stem: str) -> str:
     """The annotator of an online run, of SELM a model like the policy, "" of the others."""
     if stem in ROUNDS:
         return policy_of(stem)
-    return "" if parsed(stem).method != "online" else "gemma-2-27b" if stem.endswith("27b") else "gemma-2-9b"
+    if parsed(stem).method == "reinforce" and not stem.endswith("direct"):
+        return policy_of(stem)  # whose reward model it is
+    return (
+        "" if not methods.named(parsed(stem).method).asks else "gemma-2-27b" if stem.endswith("27b") else "gemma-2-9b"
+    )
 
 
 # --- what the files say
@@ -162,7 +186,7 @@ def test_what_is_done_alike(stem):
     assert (cfg.compute.trained, cfg.compute.frozen, cfg.compute.dtype) == ("float32", "bfloat16", "bfloat16")
     assert not cfg.optimizer.scale_by_parameters
     used = [cfg.policy.init, cfg.data.name]
-    used += [] if cfg.method == "sft" else [cfg.judge.init]
+    used += [cfg.judge.init] if methods.named(cfg.method).evaluation == "comparison" else []
     used += [cfg.annotator.init, cfg.annotator.instruction] if cfg.method in ("online", "selm") else []
     assert not [name for name in used if name.startswith("tiny")]
     assert cfg.method != "online" or {cfg.annotator.instruction, cfg.judge.instruction} <= set(KNOWN)
@@ -269,6 +293,8 @@ def batch_of(cfg: Config, *, fused: bool) -> Batch:
     scores = Scores(Shape(shape[:2], np.float32), Shape(shape[:2], bool))
     if kind.reads == "references":
         return Batch(prompts, data=given)
+    if cfg.method == "reinforce":
+        return Batch(prompts, question={"questions": prompts.tokens, "question_valid": prompts.valid})
     asked = (rows, slots + 200)  # with an instruction
     question = {"questions": Shape(asked, np.int32), "question_valid": Shape(asked, bool)}
     if kind.reads == "pairs" and kind.asks:
@@ -286,6 +312,32 @@ def is_fused(policy: hf.HFModel, annotator: hf.HFModel | None) -> bool:
     return annotator is None or annotator.family == policy.family
 
 
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """A MeshAnnotator: a reward model without texts."""
+
+    cfg: ModelConfig
+    compute: ComputeConfig
+    params: object = None
+
+    def question(self, examples):
+        raise AssertionError("no texts here")
+
+    def score(self, params, question, rollout: Rollout) -> Scores:
+        value = rollouts.reward(params, rollout, cfg=self.cfg, compute=self.compute)
+        return Scores(value, jnp.isfinite(value))
+
+
+def trained_of(cfg: Config, found: hf.HFModel):
+    """What a run trains: a reward model has a head in place of the language model's, REINFORCE a value model beside it."""
+    params = params_of(found, cfg.compute.trained)
+    if cfg.makes_reward_model:
+        return params | {"score": Shape((1, found.cfg.width), cfg.compute.trained)}
+    of_value = {name: leaf for name, leaf in params.items() if name != "head"}
+    of_value |= {"score": Shape((1, found.cfg.width), cfg.compute.trained)}
+    return params | {VALUE: of_value} if cfg.method == "reinforce" else params
+
+
 def step_of(cfg: Config, policy: hf.HFModel, annotator: hf.HFModel | None) -> Step:
     """As runs make it."""
     compute, sampled = setup.compute_of(cfg), cfg.sample
@@ -296,8 +348,13 @@ def step_of(cfg: Config, policy: hf.HFModel, annotator: hf.HFModel | None) -> St
         "offline": Offline(loss),
         "online": Online(loss, cfg.annotator.missing_eos),
         "selm": SELM(loss, cfg.loss.alpha, 3, 0, cfg.annotator.missing_eos),
+        "reward": Reward(),
+        "reward_ai": RewardOfAI(),
+        "reinforce": Reinforce(cfg.reinforce.kl, 1, cfg.reinforce.baseline, cfg.reinforce.missing_eos),
     }[cfg.method]
     asked = TemplateAnnotator(TEMPLATE, annotator.cfg, compute, policy.stop_ids) if annotator else None
+    if cfg.method == "reinforce":
+        asked = Scoring(annotator.cfg, compute)
     models = Models(policy.cfg, policy.cfg, compute)
     fused = asked if is_fused(policy, annotator) else None
     return Step(method, models, sampler, fused, parts=cfg.optimizer.accumulate)
@@ -309,9 +366,12 @@ def state_of(cfg: Config, params) -> TrainState:
 
 
 def frozen_of(cfg: Config, policy: hf.HFModel, annotator: hf.HFModel | None) -> dict:
-    models = {} if cfg.method == "sft" else {"reference": policy}
+    models = {"reference": policy} if methods.named(cfg.method).has_reference else {}
     models |= {"annotator": annotator} if annotator else {}
-    return {name: params_of(found, cfg.compute.frozen) for name, found in models.items()}
+    found = {name: params_of(found, cfg.compute.frozen) for name, found in models.items()}
+    if cfg.method == "reinforce":
+        found["annotator"] |= {"score": Shape((1, annotator.cfg.width), cfg.compute.frozen)}
+    return found
 
 
 KEY = jax.eval_shape(lambda: jax.random.key(0))
@@ -330,7 +390,7 @@ def without_words(cfg: Config) -> Config:
 @functools.cache
 def traced(cfg: Config, policy: hf.HFModel, annotator: hf.HFModel | None):
     """The state before a step, and what a step makes of it: shapes."""
-    begin = state_of(cfg, params_of(policy, cfg.compute.trained))
+    begin = state_of(cfg, trained_of(cfg, policy))
     one_step = functools.partial(
         step.train_step,
         step=step_of(cfg, policy, annotator),
@@ -352,7 +412,7 @@ def test_step_at_full_size(model, stem):
     assert {"loss", "grad_norm", "update_rms"} <= set(metrics)
     assert all(value.shape == () for value in metrics.values())
     if methods.named(cfg.method).asks:
-        completions = len(methods.named(cfg.method).by)
+        completions = len(methods.named(cfg.method).at_most(cfg))
         assert outputs["tokens"].shape == (cfg.data.batch, completions, cfg.data.response_tokens)
 
 

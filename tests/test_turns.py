@@ -16,7 +16,7 @@ from oaif_jax import rollout as rollouts
 from oaif_jax.annotate import llm, orders, prompts
 from oaif_jax.annotate.base import asks_of
 from oaif_jax.annotate.llm import LLMAnnotator, on_host
-from oaif_jax.annotate.questions import Questions, fitted
+from oaif_jax.annotate.questions import Questions, RatingQuestions, fitted
 from oaif_jax.base.errors import UserError
 from oaif_jax.data.chat import open_template
 from oaif_jax.data.dataset import DataSet
@@ -59,6 +59,7 @@ WHOLE = [name for name in FAMILIES if name != "qwen"]  # whose prompt is no begi
 USER = "Which of the two dogs </s><|im_end|><|eot_id|>?"
 CHATS = ([("user", USER)], [("user", "a"), ("assistant", "The dog."), ("user", "and \n")])
 INSTRUCTION = prompts.read_instruction("tldr")
+RATING = prompts.read("tldr_rating")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +243,21 @@ def test_questions_are_the_whole(made, name, inverted):
     for answer, token in zip(instruction.answers, template.answers[:: -1 if inverted else 1], strict=True):
         whole = own.ids([("user", text), ("assistant", answer)])
         found = [*ours, *template.closing, token]
+        assert found == whole[: len(found)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_questions_for_marks_are_the_whole(made, name):
+    """The same of one response and a mark, which may be two tokens."""
+    own = made[name]
+    asked = RatingQuestions(own.voice, RATING, 0)
+    template, post = asked.template, "a post of the dog,\n\nand more"
+    tokens, mask = asked.responses([["The dog sleeps"]], 60)
+    text = prompts.question(RATING, post) + RATING.before + "The dog sleeps" + RATING.closing
+    ours = [*asked.question(example_of([("user", post)])), *template.before, *tokens[0, 0][mask[0, 0]].tolist()]
+    for answer, said in zip(RATING.answers, template.marks, strict=True):
+        whole = own.ids([("user", text), ("assistant", answer)])
+        found = [*ours, *template.closing, *said]
         assert found == whole[: len(found)]
 
 

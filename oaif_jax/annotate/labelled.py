@@ -37,7 +37,8 @@ class Labelled:
         questions, orders, answers = [], [], []
         for example in examples:
             asked = self.asked[example.instruction]
-            template, pair = asked.template, (example.chosen.strip(), example.rejected.strip())  # as Voice.text has them
+            template = asked.template
+            pair = example.chosen.strip(), example.rejected.strip()  # as Voice.text has a policy's
             tokens, mask = asked.responses([pair], self.response_tokens)
             chosen, rejected = (tokens[0, i][mask[0, i]].tolist() for i in (0, 1))
             questions.append(asked.question(example))

@@ -3,15 +3,16 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
-from oaif_jax.annotate import orders
+from oaif_jax.annotate import orders, ratings
 from oaif_jax.annotate.base import Asks
-from oaif_jax.annotate.questions import Questions
+from oaif_jax.annotate.questions import Questions, RatingQuestions
 from oaif_jax.data.dataset import Arrays
 from oaif_jax.data.records import Example
 from oaif_jax.data.voice import Voice
@@ -21,12 +22,15 @@ from oaif_jax.types import Rollout, Scores
 Place = Callable[[Mapping[str, np.ndarray]], dict[str, Array]]  # a batch from the host onto the mesh
 
 ask = jax.jit(orders.orders_and_mass, static_argnames=("template", "cfg", "compute"))
+mark = jax.jit(ratings.marks, static_argnames=("template", "cfg", "compute"))
 
 
 @dataclasses.dataclass(frozen=True)
 class LLMAnnotator:
     """A MeshAnnotator: a frozen model, and how it is asked. `stop_ids` are the policy's; it doesn't see them, nor any token that
     has a meaning in its own chats: a response is text to it."""
+
+    compares: ClassVar[bool] = True
 
     questions: Questions
     cfg: ModelConfig
@@ -46,11 +50,42 @@ class LLMAnnotator:
 
     def score(self, params: PyTree, question: dict[str, Array], rollout: Rollout) -> Scores:
         """The preference between all pairs of completions, in one row for each prompt."""
-        template, seen = self.questions.template, rollout.mask & ~jnp.asarray(self.is_hidden)[rollout.tokens]
+        template, seen = self.questions.template, self.seen(rollout)
         args = (params, question, rollout.tokens, seen)
         return orders.scores(
             orders.orders(*args, template=template, cfg=self.cfg, compute=self.compute), rollout.tokens.shape[1]
         )
+
+    def seen(self, rollout: Rollout) -> Bool[Array, "P C R"]:
+        """Which of a rollout's tokens it is shown."""
+        return rollout.mask & ~jnp.asarray(self.is_hidden)[rollout.tokens]
+
+    def asked(self, question: dict[str, Array], responses: Array, mask: Array) -> Scores:
+        """From the host: the same of responses in its own tokens, with the probability of its answers."""
+        template = self.questions.template
+        said, mass = ask(self.params, question, responses, mask, template=template, cfg=self.cfg, compute=self.compute)
+        return orders.scores(said, responses.shape[1], mass)
+
+
+@dataclasses.dataclass(frozen=True)
+class RatingAnnotator(LLMAnnotator):
+    """The same model, asked for a mark of each completion by itself (direct RLAIF)."""
+
+    compares = False
+
+    questions: RatingQuestions
+
+    def score(self, params: PyTree, question: dict[str, Array], rollout: Rollout) -> Scores:
+        """The expected mark of each completion, all in one row for each prompt."""
+        template = self.questions.template
+        args = (params, question, rollout.tokens, self.seen(rollout))
+        found = ratings.scores(ratings.marks(*args, template=template, cfg=self.cfg, compute=self.compute), template)
+        return dataclasses.replace(found, mass=None)
+
+    def asked(self, question: dict[str, Array], responses: Array, mask: Array) -> Scores:
+        template = self.questions.template
+        args = (self.params, question, responses, mask)
+        return ratings.scores(mark(*args, template=template, cfg=self.cfg, compute=self.compute), template)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +96,10 @@ class HostLLMAnnotator:
     on_mesh: LLMAnnotator
     reads_policy_ids: bool
     place: Place
-    compares: bool = True
+
+    @property
+    def compares(self) -> bool:
+        return self.on_mesh.compares
 
     def score(self, asks: Asks) -> Scores:
         """Scores in numpy arrays."""
@@ -72,11 +110,7 @@ class HostLLMAnnotator:
             tokens, mask = model.questions.responses(asks.texts, 2 * asks.tokens.shape[-1])
         placed = self.place(model.question(asks.examples) | {"responses": tokens, "mask": mask})
         responses, seen = placed.pop("responses"), placed.pop("mask")
-        said, mass = ask(
-            model.params, placed, responses, seen,
-            template=model.questions.template, cfg=model.cfg, compute=model.compute,
-        )  # fmt: skip
-        return jax.tree.map(np.asarray, orders.scores(said, tokens.shape[1], mass))
+        return jax.tree.map(np.asarray, model.asked(placed, responses, seen))
 
 
 def on_host(annotator: LLMAnnotator, policy: Voice, place: Place) -> HostLLMAnnotator:

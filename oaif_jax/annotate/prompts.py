@@ -16,20 +16,26 @@
 Each placeholder stands once, alone on its line; braces elsewhere are text. The line before a response contains its answer:
 with `answers: 2, 1` above these labels a policy would learn to be worse. White space at the ends of lines and of the text
 is dropped, so that the text ends where the answer's token comes.
+
+A text that has {response} in place of {first} and {second} asks for a mark of one response. Its `answers` are the marks from the
+worst to the best (with `inverted: true` from the best to the worst), such as 1, 2, 3, 4, 5.
 """
 
 import dataclasses
 import difflib
 import pathlib
 import re
+from typing import ClassVar
 
 from oaif_jax.base import files
 from oaif_jax.base.errors import UserError, near
 
 DIRECTORY = pathlib.Path(__file__).parent / "instructions"
-KNOWN = ("tldr", "helpful", "helpful_judge", "harmless", "harmless_judge", "short", "very_short")
+RATINGS = ("tldr_rating", "helpful_rating", "harmless_rating")
+KNOWN = ("tldr", "helpful", "helpful_judge", "harmless", "harmless_judge", "short", "very_short", *RATINGS)
 
 CONTEXT, FIRST, SECOND = PLACEHOLDERS = ("{context}", "{first}", "{second}")
+RESPONSE = "{response}"  # of a text that asks for a mark, in place of the last two
 HEADERS = ("inverted", "answers")
 SEPARATOR = "---"
 MOST_BYTES = 100_000  # of an instruction's file: it stands before every question, in tokens of about four bytes
@@ -43,6 +49,8 @@ class Instruction:
     the responses: first, second and closing begin with a newline, trunk and closing don't end with white space.
     """
 
+    rates: ClassVar[bool] = False
+
     name: str
     trunk: str
     first: str
@@ -52,7 +60,21 @@ class Instruction:
     answers: tuple[str, str]
 
 
-def question(instruction: Instruction, context: str) -> str:
+@dataclasses.dataclass(frozen=True)
+class Rating:
+    """trunk + before + response + closing asks for a mark; the pieces are as those of an Instruction."""
+
+    rates: ClassVar[bool] = True
+
+    name: str
+    trunk: str
+    before: str
+    closing: str
+    inverted: bool  # the first mark is the best
+    answers: tuple[str, ...]  # the marks
+
+
+def question(instruction: Instruction | Rating, context: str) -> str:
     """The trunk with its context: the text before both presentation orders. Braces in the context are text."""
     return instruction.trunk.replace(CONTEXT, context)  # once, and what was put in isn't looked at again
 
@@ -63,7 +85,17 @@ def path_of(name_or_path: str) -> pathlib.Path:
 
 
 def read_instruction(name_or_path: str) -> Instruction:
-    """An instruction by its name, one of KNOWN, or from a text file; UserError for one that can't be used."""
+    """An instruction that compares, by its name, one of KNOWN, or from a text file; UserError for one that can't be used."""
+    found = read(name_or_path)
+    if not isinstance(found, Instruction):
+        raise UserError(
+            f"instruction {name_or_path!r} asks for a mark of one {RESPONSE}, wanted one that compares two ({FIRST}, {SECOND})"
+        )
+    return found
+
+
+def read(name_or_path: str) -> Instruction | Rating:
+    """The same, or one that asks for a mark."""
     path = path_of(name_or_path)
     try:
         text = read_text(path, name_or_path)
@@ -88,26 +120,33 @@ def read_text(path: pathlib.Path, name_or_path: str) -> str:
         raise UserError(f"instruction {name_or_path!r} can't be read ({reason}), wanted a UTF-8 text file") from error
 
 
-def _parse(text: str, name: str, path: pathlib.Path) -> Instruction:
+def _parse(text: str, name: str, path: pathlib.Path) -> Instruction | Rating:
     if not text.strip():
         raise UserError(f"{path} is empty, wanted the headers {' and '.join(HEADERS)}, a line {SEPARATOR}, and a text")
     lines = [line.rstrip() for line in text.split("\n")]
     if SEPARATOR not in lines:
         raise UserError(f"{path} has no line {SEPARATOR}, wanted one between the headers and the text")
     start = lines.index(SEPARATOR)
-    inverted, answers = _headers(lines[:start], path)
-    _check_placeholders(lines, start + 1, path)
+    rates = any(RESPONSE in line for line in lines[start + 1 :])
+    inverted, answers = _headers(lines[:start], path, rates=rates)
+    _check_placeholders(lines, start + 1, path, (CONTEXT, RESPONSE) if rates else PLACEHOLDERS)
+    if rates:
+        before, closing = "\n".join(lines[start + 1 :]).rstrip().split(RESPONSE)
+        if not closing:
+            raise UserError(f"{path} ends with {RESPONSE}, wanted a closing line after it, such as `Mark=`")
+        return Rating(name, before.strip(), before[len(before.rstrip()) :], closing, inverted, answers)
     before, after = "\n".join(lines[start + 1 :]).split(FIRST)
     second, closing = after.rstrip().split(SECOND)
     trunk = before.strip()
     _check_labels((trunk.split(CONTEXT)[1], second), answers, path)
     if not closing:
         raise UserError(f"{path} ends with {SECOND}, wanted a closing line after it, such as `Better response=`")
-    return Instruction(name, trunk, before[len(before.rstrip()) :], second, closing, inverted, answers)
+    one, other = answers
+    return Instruction(name, trunk, before[len(before.rstrip()) :], second, closing, inverted, (one, other))
 
 
-def _headers(lines: list[str], path: pathlib.Path) -> tuple[bool, tuple[str, str]]:
-    """Inverted or not, and the two answers."""
+def _headers(lines: list[str], path: pathlib.Path, *, rates: bool) -> tuple[bool, tuple[str, ...]]:
+    """Inverted or not, and the answers: two, or as many marks as there are."""
     found: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         if not line or line.startswith("#"):
@@ -126,19 +165,20 @@ def _headers(lines: list[str], path: pathlib.Path) -> tuple[bool, tuple[str, str
     if found["inverted"] not in ("true", "false"):
         raise UserError(f"{path}: inverted={found['inverted']!r}, wanted true or false")
     answers = tuple(answer.strip() for answer in found["answers"].split(","))
-    if len(answers) != 2 or "" in answers or answers[0] == answers[1]:
-        raise UserError(f"{path}: answers={found['answers']!r}, wanted two different ones, such as 1, 2")
+    if (len(answers) < 2 if rates else len(answers) != 2) or "" in answers or len(set(answers)) < len(answers):
+        wanted = "two or more different marks, such as 1, 2, 3" if rates else "two different ones, such as 1, 2"
+        raise UserError(f"{path}: answers={found['answers']!r}, wanted {wanted}")
     return found["inverted"] == "true", answers
 
 
-def _check_placeholders(lines: list[str], start: int, path: pathlib.Path) -> None:
+def _check_placeholders(lines: list[str], start: int, path: pathlib.Path, placeholders: tuple[str, ...]) -> None:
     """UserError unless lines[start:] have each placeholder once, alone on its line, in their order."""
     text = list(enumerate(lines[start:], start + 1))
     at = []
-    for placeholder in PLACEHOLDERS:
+    for placeholder in placeholders:
         there = [(number, line) for number, line in text for _ in range(line.count(placeholder))]
         if not there:
-            strange = [line for _, line in text if re.fullmatch(r"\{\w+\}", line) and line not in PLACEHOLDERS]
+            strange = [line for _, line in text if re.fullmatch(r"\{\w+\}", line) and line not in placeholders]
             instead = f" ({', '.join(strange)} is no placeholder)" if strange else ""
             raise UserError(f"{path}: {placeholder} is missing{instead}, wanted it once, alone on its line")
         if len(there) > 1:
@@ -150,10 +190,10 @@ def _check_placeholders(lines: list[str], start: int, path: pathlib.Path) -> Non
         at.append((number, placeholder))
     if sorted(at) != at:
         found = ", ".join(placeholder for _, placeholder in sorted(at))
-        raise UserError(f"{path} has {found} in this order, wanted {', '.join(PLACEHOLDERS)}")
+        raise UserError(f"{path} has {found} in this order, wanted {', '.join(placeholders)}")
 
 
-def _check_labels(texts: tuple[str, str], answers: tuple[str, str], path: pathlib.Path) -> None:
+def _check_labels(texts: tuple[str, str], answers: tuple[str, ...], path: pathlib.Path) -> None:
     """UserError unless the last line of the text before each response contains its answer."""
     for text, answer, placeholder in zip(texts, answers, (FIRST, SECOND), strict=True):
         label = text.strip().split("\n")[-1]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from oaif_jax.annotate import prompts
+from oaif_jax.annotate import prompts, ratings
 from oaif_jax.annotate.orders import Template
 from oaif_jax.base.errors import UserError
 from oaif_jax.data.chat import MARK, continued_ids, read_ids, without_special
@@ -50,13 +50,7 @@ class Questions:
 
     def question(self, example: Example) -> list[int]:
         """Token ids of what is read before the responses: of the chat, up to where the question ends."""
-        tokenizer, chat = self.voice.tokenizer, self.voice.chat
-        text = prompts.question(self.instruction, context_of(example))
-        if not chat.source:
-            return tokenizer.begin + tokenizer.encode(text)
-        (safe,), cut = without_special(tokenizer, [{"role": "user", "content": text}])
-        begun, _, _ = chat.render([{**safe, "content": safe["content"] + MARK}]).partition(MARK)
-        return read_ids(tokenizer, begun, cut)
+        return question_ids(self.voice, self.instruction, example)
 
     def arrays(self, examples: Sequence[Example]) -> Arrays:
         """The same of several examples: questions, question_valid, [B, Q]."""
@@ -72,6 +66,51 @@ class Questions:
         tokens, mask = right_pad(rows, width, self.voice.tokenizer.pad_id, "response")
         shape = (len(texts), len(texts[0]), width)
         return tokens.reshape(shape), mask.reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class RatingQuestions(Questions):
+    """The same of one response at a time, of which a mark is asked for."""
+
+    instruction: prompts.Rating  # type: ignore[assignment]
+
+    @functools.cached_property
+    def template(self) -> ratings.Template:  # type: ignore[override]
+        """Token ids of the fixed texts, and of each mark, which may be several tokens ("10" of tokenizers that split digits)."""
+        tokenizer, instruction = self.voice.tokenizer, self.instruction
+        between = self.voice.chat.around()[1]
+        safe, cut = without_special(tokenizer, [{"role": "user", "content": instruction.closing}])
+        said = [continued_ids(tokenizer, safe[0]["content"] + between + mark, cut) for mark in instruction.answers]
+        same = 0
+        while all(len(ids) > same + 1 and ids[same] == said[0][same] for ids in said):
+            same += 1
+        marks = tuple(tuple(ids[same:]) for ids in said)
+        head = continued_ids(tokenizer, (safe[0]["content"] + between).rstrip(" "), cut)
+        is_whole = said[0][: len(head)] == head and same >= len(head)
+        if len(set(marks)) < len(marks) or not is_whole or tokenizer.decode(said[0][len(head) : same]).strip():
+            raise UserError(
+                f"instruction {instruction.name}: its closing {instruction.closing!r} merges with a mark, wanted a text that "
+                "ends in a token of its own"
+            )
+        before = tuple(continuation_ids(tokenizer, instruction.before))
+        return ratings.Template(before, tuple(said[0][:same]), marks, instruction.inverted)
+
+
+def question_ids(voice: Voice, instruction: prompts.Instruction | prompts.Rating, example: Example) -> list[int]:
+    """What is read before responses: of the chat, up to where the question ends."""
+    tokenizer, chat = voice.tokenizer, voice.chat
+    text = prompts.question(instruction, context_of(example))
+    if not chat.source:
+        return tokenizer.begin + tokenizer.encode(text)
+    (safe,), cut = without_special(tokenizer, [{"role": "user", "content": text}])
+    begun, _, _ = chat.render([{**safe, "content": safe["content"] + MARK}]).partition(MARK)
+    return read_ids(tokenizer, begun, cut)
+
+
+def asked_by(voice: Voice, instruction: prompts.Instruction | prompts.Rating, width: int) -> Questions:
+    """The questions of an instruction of either kind."""
+    kind = RatingQuestions if instruction.rates else Questions
+    return kind(voice, instruction, width)  # type: ignore[arg-type]
 
 
 def fitted(asked: Questions, data: DataSet, splits: Sequence[str]) -> Questions:

@@ -15,6 +15,7 @@ DATA = (
 DTYPES = ("float32", "bfloat16")
 HEALTH = (
     "orders", "position", "mass", "overoptimised", "identical", "cut", "repetition", "log_ratio", "jump", "length", "still",
+    "worse", "value",
 )  # fmt: skip
 QUANT = ("none", "int8", "nf4")
 MANY = 1_000_000  # rows, tokens or columns: more can't be meant; run/sizes.py counts whether a run fits

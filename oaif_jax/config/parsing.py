@@ -21,6 +21,7 @@ class ConfigError(UserError):
 
 LARGEST = 2**31 - 1  # of a whole number: arrays count in int32
 SMALLER = 1e31  # than this is a number: products with others still fit float32
+SHOWN = 5  # keys that came since a run was made, of any number, in a note
 LONGEST = 4096  # characters of a text: the longest of them are paths
 
 
@@ -56,11 +57,11 @@ def read(path: pathlib.Path) -> tuple[Config, tuple[str, ...]]:
         config = parse(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    notes += [
-        f"config.{name} isn't in {path}, which was made before it: {value!r}, its default"
-        for name, value in flatten(config).items()
-        if name not in there
-    ]
+    since = [f"{name}={value!r}" for name, value in flatten(config).items() if name not in there]
+    if since:
+        more = f" and {len(since) - SHOWN} more" if len(since) > SHOWN else ""
+        keys = "a key that has its default" if len(since) == 1 else f"{len(since)} keys that have their defaults"
+        notes.append(f"{path} was made before {keys}: {', '.join(since[:SHOWN])}{more}")
     return config, tuple(notes)
 
 

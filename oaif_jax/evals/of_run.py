@@ -182,8 +182,7 @@ def described(setup: Setup, metrics: Mapping[str, Any], environment: Mapping[str
     found |= {"judged_by": setup.judged_by} if setup.judged_by else {}
     if setup.method.asks:
         found |= {"annotated_by": setup.annotated_by}
-        asked = setup.annotator is not None and setup.annotator.compares  # others score, and read no instruction
-        found |= {"instruction": cfg.annotator.instruction} if asked else {}
+        found |= {"instruction": setup.instruction} if setup.instruction else {}
     return found
 
 

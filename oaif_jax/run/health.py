@@ -155,6 +155,22 @@ def overoptimised(seen: Seen) -> Crossing | None:
     return None
 
 
+def worse(seen: Seen) -> Crossing | None:
+    """Against the reference, by whoever there is: three standard errors of a share of so many prompts below a half."""
+    now = seen.evals[-1]
+    found = {name: now[f"{name}.score"] for name in ("gold", "judge") if f"{name}.score" in now}
+    limit = 0.5 - 1.5 / max(seen.prompts, 1) ** 0.5
+    if not found or now["step"] == 0 or seen.prompts < FEWEST or min(found.values()) >= limit:
+        return None
+    said = " and ".join(f"{value:.0%} by the {name}" for name, value in found.items())
+    return Crossing(
+        min(found.values()),
+        limit,
+        f"the policy loses against its reference: it wins {said}. Read the samples; an annotator under the opposite of its "
+        "instruction does this, and so does a policy that is running away",
+    )
+
+
 # ------------------------------------------------------------------------------------------------ what the policy writes
 
 
@@ -268,6 +284,20 @@ def length(seen: Seen) -> Crossing | None:
     )
 
 
+def value(seen: Seen) -> Crossing | None:
+    """Above 1 the returns are further from what the value model expects than from 0. It begins at 1, and returns of a batch are
+    noise: 1.5 over 20 steps isn't reached by chance."""
+    left = seen.mean("value_left", WINDOW)
+    if left is None or left <= 1.5:
+        return None
+    return Crossing(
+        left,
+        1.5,
+        f"the value model does harm: of the returns' mean square {left:.0%} is left behind it. Take a smaller or a larger "
+        "reinforce.value_lr, a longer reinforce.value_warmup, or reinforce.baseline=others",
+    )
+
+
 def still(seen: Seen) -> Crossing | None:
     """No step of 20 in which a weight changed; the last steps of a schedule still change some."""
     lines = seen.train[-WINDOW:]
@@ -294,11 +324,13 @@ CHECKS: Mapping[str, Mapping[str, Check]] = {
         "jump": jump,
         "length": length,
         "still": still,
+        "value": value,
     },
     "eval": {
         "orders": orders_evaluated,
         "mass": mass,
         "overoptimised": overoptimised,
+        "worse": worse,
         "cut": cut_evaluated,
         "repetition": repetition_evaluated,
         "log_ratio": log_ratio_evaluated,

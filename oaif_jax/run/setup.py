@@ -13,8 +13,8 @@ from jaxtyping import PyTree
 from oaif_jax import config, methods
 from oaif_jax.annotate import labelled, prompts, python
 from oaif_jax.annotate.base import Annotator, MeshAnnotator
-from oaif_jax.annotate.llm import HostLLMAnnotator, LLMAnnotator, on_host
-from oaif_jax.annotate.questions import Questions, fitted, widest
+from oaif_jax.annotate.llm import HostLLMAnnotator, LLMAnnotator, RatingAnnotator, on_host
+from oaif_jax.annotate.questions import asked_by, fitted, widest
 from oaif_jax.annotate.reward import HostRewardAnnotator, RewardAnnotator
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.phases import phase
@@ -75,6 +75,7 @@ class Setup:
     annotated_by: str  # who annotates, for reports
     judged_by: str  # who judges, and by which instruction
     notes: tuple[str, ...]  # what a user should know before the run begins
+    instruction: str = ""  # that the annotator is asked by; others than language models read none
     measured_as: str = ""  # the annotator's own name among `measured`, and in metrics
     control_ids: frozenset[int] = frozenset()  # tokens with a meaning that end nothing, to policy or annotator
 
@@ -150,7 +151,7 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
         )
     notes = (*data.notes, *policy.notes, *lora_notes(cfg))
     control_ids = voice.tokenizer.special_ids
-    model, annotator, on_the_mesh, measured, measured_as = None, None, None, {}, ""
+    model, annotator, on_the_mesh, measured, measured_as, instruction = None, None, None, {}, "", ""
     if kind.asks or (is_compared and cfg.judge.init == "annotator"):
         if cfg.annotator.init.startswith(python.PREFIX):
             annotator = python.open_annotator(cfg.annotator.init)
@@ -162,7 +163,10 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
                 annotator = HostRewardAnnotator(asked, data.voice, functools.partial(sharding.place_batch, mesh=mesh))
                 measured = {measured_as: annotator}
             else:
-                asked = _asks(cfg, model, cfg.annotator.instruction, data, compute, ("train", *EVALUATED))
+                asked = _asks(
+                    cfg, model, cfg.annotator.instruction, data, compute, ("train", *EVALUATED), may_rate=True
+                )
+                instruction = cfg.annotator.instruction
                 annotator, measured_as = _on_host(asked, data, mesh), name_of(asked.questions.instruction, model.source)
                 measured = _measured(cfg, asked, measured_as, model, data, mesh, evaluated)
             on_the_mesh = asked if annotator.reads_policy_ids else None
@@ -171,8 +175,8 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
             notes = notes if on_the_mesh is not None or not kind.asks else (*notes, OVER_THE_HOST)
     if kind.asks and annotator is not None and annotator.compares and len(kind.at_most(cfg)) == 1:
         raise UserError(
-            f"{source_of('annotator', cfg.annotator)} compares responses, and there is one to each prompt, "
-            "wanted a reward model, python:MODULE.FUNCTION, or more of config.reinforce.completions"
+            f"{source_of('annotator', cfg.annotator)} compares responses, and there is one to each prompt: wanted a reward "
+            "model, python:MODULE.FUNCTION, an instruction that asks for a mark, or more of config.reinforce.completions"
         )
     judge, judged_by = None, ""
     if is_compared and cfg.judge.init != "none":
@@ -193,6 +197,7 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
         judged_by=judged_by,
         notes=notes,
         measured_as=measured_as,
+        instruction=instruction,
         control_ids=control_ids - set(voice.stop_ids),
     )
 
@@ -372,7 +377,7 @@ def _judged(cfg: Config, source: Source, data: DataSet) -> DataSet:
             continue
         try:
             text = prompts.read_instruction(example.instruction or cfg.annotator.instruction)
-            asked[example.instruction] = Questions(data.voice, text, cfg.annotator.question_tokens)
+            asked[example.instruction] = asked_by(data.voice, text, cfg.annotator.question_tokens)
             _ = asked[example.instruction].template  # what is wrong with its answers is said now
         except UserError as error:
             raise UserError(f"{example.source}: {error}" if example.instruction else str(error)) from error
@@ -435,11 +440,21 @@ def _scores(cfg: Config, model: Model, data: DataSet, compute: ComputeConfig) ->
 
 @phase("fitting questions")
 def _asks(
-    cfg: Config, model: Model, instruction: str, data: DataSet, compute: ComputeConfig, splits: tuple[str, ...]
+    cfg: Config,
+    model: Model,
+    instruction: str,
+    data: DataSet,
+    compute: ComputeConfig,
+    splits: tuple[str, ...],
+    *,
+    may_rate: bool = False,
 ) -> LLMAnnotator:
     """A model asked under an instruction by name or path; the tiny world's models know its own instructions."""
-    text = tiny.instruction(instruction) if home(model.source) is None else prompts.read_instruction(instruction)
-    questions = fitted(Questions(model.voice, text, cfg.annotator.question_tokens), data, splits)
+    if home(model.source) is None:
+        text = tiny.instruction(instruction)
+    else:
+        text = prompts.read(instruction) if may_rate else prompts.read_instruction(instruction)
+    questions = fitted(asked_by(model.voice, text, cfg.annotator.question_tokens), data, splits)
     order = questions.template.width(cfg.data.response_tokens)
     check_context(
         model,
@@ -447,7 +462,8 @@ def _asks(
         f"config.annotator.question_tokens={questions.width} and both responses (config.data.response_tokens="
         f"{cfg.data.response_tokens}) with the instruction's texts",
     )
-    return LLMAnnotator(questions, model.cfg, model.params, compute, data.voice.stop_ids)
+    kind = RatingAnnotator if text.rates else LLMAnnotator
+    return kind(questions, model.cfg, model.params, compute, data.voice.stop_ids)  # type: ignore[arg-type]
 
 
 def _on_host(annotator: LLMAnnotator, data: DataSet, mesh: Mesh) -> HostLLMAnnotator:
@@ -464,12 +480,12 @@ def _measured(
     return {other: _on_host(each, data, mesh) for other, each in (found | {name: own}).items()}
 
 
-def name_of(instruction: prompts.Instruction, source: Source) -> str:
+def name_of(instruction: prompts.Instruction | prompts.Rating, source: Source) -> str:
     """What a model's instruction is called: by the name that its text is known by, wherever it was read; else "brief" of
     "mine/brief.txt". A file that is called as a known one but says something else keeps its whole path."""
     world, read = templates.INSTRUCTIONS, tiny.instruction
     if home(source) is not None:
-        world, read = prompts.KNOWN, prompts.read_instruction
+        world, read = prompts.KNOWN, prompts.read
     if instruction.name in world:
         return instruction.name
     text = dataclasses.replace(instruction, name="")

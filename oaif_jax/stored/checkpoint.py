@@ -165,15 +165,21 @@ class Reader:
         return max(alike, key=lambda step: measured[step]["metric"])
 
     def named(self, which: str) -> int:
-        """The step that "best", "last" or a decimal number names; CheckpointError where there is none."""
+        """The step that "best", "last" or a decimal number names; CheckpointError where there is none. Of a run that measures
+        none, and ends with its last one (eval.final=last), that is the best."""
         if which in ("best", "last"):
-            step = self.best() if which == "best" else self.latest()
+            step = self.best() if which == "best" else None
+            step = self.latest() if step is None and (which == "last" or self._ends_with_last()) else step
         else:
             step = int(which) if _STEP.fullmatch(which) else None
         if step is None:
             wanted = f"wanted best, last or a step; there are: {self._listed()}"
             raise CheckpointError(f"{self.directory}: no checkpoint {which!r}; {wanted}")
         return step
+
+    def _ends_with_last(self) -> bool:
+        step = self.latest()
+        return step is not None and self.meta(step).get("config", {}).get("eval", {}).get("final") == "last"
 
     def sha256_of(self, step: int, item: str) -> str:
         """Of what the manifest says of an item's files; `verify` tells whether they are those."""
