@@ -175,8 +175,9 @@ def _annotator_table(run: Run) -> Table:
         "order_agreement": "Its two orders agree",
     }
     measured = [(name, at) for name, at in entries if any(kind in at for kind in kinds)]
-    # Of an annotator that learns: how often it says that the response in the first place is better, which should be 1/2.
-    kinds |= {} if run.is_comparison else {"first_position": "Position 1", "answer_mass": "Mass on its answers"}
+    if not run.is_comparison:  # it learns; in the tiny world to choose between its answers, whatever else it would say
+        kinds |= {"first_position": "Position 1"}
+        kinds |= {"answer_mass": "Mass on its answers"} if any("label_agreement" in at for _, at in measured) else {}
     kinds = {kind: title for kind, title in kinds.items() if any(kind in at for _, at in measured)}
     rows = tuple((readable(name), *(_share(at, kind) for kind in kinds)) for name, at in measured)
     whose = "the policy's own" if run.is_comparison else "held-out"
