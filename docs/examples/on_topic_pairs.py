@@ -1,6 +1,8 @@
-"""Labelled pairs to try the training of an annotator with: a reply to the prompt is chosen, a reply to another prompt is rejected.
+"""Labelled pairs to try the training of an annotator with: a reply to the prompt is chosen, and one to another prompt rejected.
 
-    python docs/examples/on_topic_pairs.py        writes on_topic.jsonl (480 pairs of 240 prompts) and on_topic.txt, the instruction
+python docs/examples/on_topic_pairs.py
+
+It writes on_topic.jsonl (480 pairs of 240 prompts) and on_topic.txt, the instruction.
 """
 
 import json
