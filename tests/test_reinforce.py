@@ -389,7 +389,7 @@ def test_a_directory_of_transformers(rewards, tmp_path):
     own |= {"data__path": str(tmp_path / "prompts.jsonl"), "data__prompt_tokens": "64", "data__held_out": "8"}
     own |= {"eval__prompts": "8", "eval__final_prompts": "8", "eval__final": "last", "export__at_end": "true"}
     summary = run(tmp_path / "run", **own, steps="2", eval__every="2", reinforce__value_warmup="1")
-    assert (summary["method"], summary["kl"]) == ("reinforce", 0.05)
+    assert (summary["method"], summary["kl_weight"]) == ("reinforce", 0.05)
     assert "loss" not in summary
     again = run(tmp_path / "again", **own | {"policy__path": str(tmp_path / "run" / "export")}, steps="1", eval__every="1",
                 checkpoint__every="1", reinforce__value_warmup="0")  # fmt: skip

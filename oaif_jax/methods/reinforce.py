@@ -76,7 +76,7 @@ class Reinforce(Method):
 
     @property
     def headline(self) -> dict[str, Any]:
-        return {"kl": self.kl, "baseline": self.baseline}
+        return {"kl_weight": self.kl, "baseline": self.baseline}  # "kl" was a metric of earlier versions
 
     def target(self, batch: Batch, rollout: Rollout | None, scores: Scores | None) -> tuple[Rewards, Sums]:
         assert rollout is not None
