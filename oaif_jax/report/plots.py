@@ -134,6 +134,18 @@ def _draw_policy_and_reference(ax, run: Run, ours: str, theirs: str) -> None:
     _name_ends(ax, ends)
 
 
+def _draw_reward(ax, run: Run) -> None:
+    steps, values = series(run.train, "reward")
+    smoothed, width = smooth(values)
+    ax.plot(steps, values, color=BLUE, linewidth=0.7, alpha=0.35)
+    ax.plot(steps, smoothed, color=BLUE, linewidth=2)
+    _fit(ax, smoothed)
+    _name_ends(ax, [(smoothed[-1], f"{smoothed[-1]:.2f}", BLUE)])
+    _title(
+        ax, "Reward", f"the annotator's score; thick: mean of {width} steps" if width > 1 else "the annotator's score"
+    )
+
+
 def _draw_log_ratio(ax, run: Run) -> None:
     steps, values = series(run.evals, "log_ratio")
     train_steps, train_values = series(run.train, "log_ratio")
@@ -207,6 +219,7 @@ def _accuracy_keys(run: Run) -> list[str]:
 PANELS: Sequence[tuple[Callable[[Run], bool], Callable[[Any, Run], None]]] = (
     (_has("evals", "gold.score", "judge.score"), _draw_win_rate),
     (lambda run: _has("train", "loss")(run) or bool(series(_held_out(run), HELD_OUT_LOSS)[0]), _draw_loss),
+    (_has("train", "reward"), _draw_reward),
     (_has("evals", "gold_mean"), _draw_gold),
     (_has("evals", "mean_length"), _draw_length),
     (lambda run: _has("train", "log_ratio")(run) or _has("evals", "log_ratio")(run), _draw_log_ratio),

@@ -21,10 +21,13 @@ JUDGES = {"gold": "gold", "judge": "language model"}
 LENGTH_UNIT = "tokens"
 LOG_RATIO = "log-ratio to the reference"  # log pi(y) - log pi_ref(y) of the policy's own responses
 
+# A method's and its loss's own numbers, as the summary has them.
+NUMBERS = ("beta", "alpha", "gamma", "length_alpha", "kl_weight", "baseline")
+
 # Summary keys that have a place of their own in the tables; all others are results that are listed as they are.
 PLACED = (
     "gold", "judge", "greedy", "annotator", "versions", "mean_length", "reference_length", "words", "log_ratio", "gold_mean",
-    "reference_gold_mean", "gold_share", "reference_gold_share", "method", "loss", "beta", "instruction", "seed",
+    "reference_gold_mean", "gold_share", "reference_gold_share", "method", "loss", *NUMBERS, "instruction", "seed",
     "steps", "seconds", "params_sha256", "device", "cores", "evaluated_step", "split", "prompts", "command", "exported",
     "finished", "reference_finished", "annotated_by", "judged_by", "settings", "repetition",
     "reference_repetition", "health",
@@ -197,7 +200,7 @@ def _run_table(run: Run) -> Table:
     if "validation_loss" in found.get("exported", {}):
         rows.append(("validation loss of the export", plain(found["exported"]["validation_loss"])))
     rows += [("method", method(run))] if run.method else []
-    rows += [("beta", plain(found["beta"]))] if "beta" in found else []
+    rows += [(readable(name), plain(found[name])) for name in NUMBERS if name in found]
     rows += setting.rows(run)
     for key, name, show in (
         ("seed", "seed", plain),
