@@ -194,9 +194,8 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
     at = kept = begin or 0  # steps taken, and those that a checkpoint has
     unread: Taken | None = None
     doing = ""  # what is made again if it is interrupted
-    is_whole = (
-        True  # whether all that a checkpoint has to hold is there: not while a batch is waited for that was begun ahead
-    )
+    # Whether all that a checkpoint has to hold is there: not while a batch is waited for that was begun ahead.
+    is_whole = True
     with interrupts, checkpoints, contextlib.closing(log), contextlib.ExitStack() as closing, progress:
         closing.callback(lambda: batches.close(wait=interrupts.seen is None))
 
@@ -212,6 +211,8 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             nonlocal read_at
             found, outputs = jax.device_get((taken.metrics, taken.outputs))
             updates = int(found.pop("updates"))  # before this one
+            if updates < 0:
+                del found["changed"]  # a policy that waits isn't one that can't move
             metrics = {name: float(value) for name, value in found.items()}
             broken = [name for name in FINITE if not math.isfinite(metrics.get(name, 0.0))]
             if broken:
@@ -299,7 +300,9 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
                 "seconds": seconds_before + time.monotonic() - began,
             }
             items = {"params": training.params, "optimizer": training.optimizer}
-            pending = batches.pending(number)
+            pending = None
+            if cfg.async_steps:  # its annotator may never answer
+                pending = interrupts.wait(interrupts.begin(batches.pending, number), PATIENCE)
             items |= {"pending": pending} if pending else {}
             items |= {"reference": frozen["reference"]} if number > first_move(cfg) and "reference" in frozen else {}
             checkpoints.save(
@@ -394,7 +397,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             params = training.params
             if final_step != steps:
                 stored, _ = load_params(workdir / "checkpoints", str(final_step))
-                params = sharding.place(stored, mesh, cfg.compute.trained)
+                params = sharding.place(without_value(stored), mesh, cfg.compute.trained)
             metrics, records = interrupts.work(evaluations.finish, params)
             log.write_samples("final", records)
             policy = setup.policy
@@ -421,7 +424,10 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
                 read(unread)
             try:
                 if at != kept and is_whole:
-                    save(at, None, is_interim=True)
+                    try:
+                        save(at, None, is_interim=True)
+                    except Interrupted:
+                        is_whole = False
                 checkpoints.wait()
             except UserError as failed:
                 last = checkpoints.latest() or 0

@@ -168,7 +168,8 @@ def test_a_cut_response_is_worth_less_and_an_unknown_one_nothing():
     loss = method(len(rollout.by)).loss(predicted(params, reference, rollout), found)
     assert loss.weight == len(rollout.by) - 1
     assert np.isfinite(loss.total)
-    assert all(np.all(np.isfinite(each)) for each in loss.metrics.values())
+    _, metrics = method(len(rollout.by)).target(Batch(), rollout, Scores(score, jnp.isfinite(score)))
+    assert all(np.all(np.isfinite(each)) for each in (loss.metrics | metrics).values())
 
 
 def test_columns_of_padding_change_nothing():
@@ -364,7 +365,12 @@ def test_a_run_waits_learns_and_goes_on_bit_for_bit(rewards, tmp_path):
     [
         {"policy__lora__rank": "2", "optimizer__lr": "1e-3"},
         {"rounds__count": "2", "reinforce__value_warmup": "1"},
-        {"reinforce__baseline": "others", "reinforce__completions": "2", "annotator__init": "tiny:annotator"},
+        {
+            "reinforce__baseline": "others",
+            "reinforce__completions": "2",
+            "annotator__init": "tiny:annotator",
+            "reinforce__value_warmup": "0",
+        },
         {"reference__every": "2", "async_steps": "1", "optimizer__name": "adafactor", "optimizer__accumulate": "2"},
     ],
     ids=["lora", "rounds", "pairwise annotator", "moving reference, a step ahead"],
@@ -400,6 +406,8 @@ WRONG = {
     "one response": ({"annotator__init": "tiny:annotator"}, "'tiny:annotator' compares responses, and there is one"),
     "no others": ({"reinforce__baseline": "others"}, r"reinforce\.completions=1: a baseline of the others needs some"),
     "all wait": ({"reinforce__value_warmup": "4"}, r"value_warmup=4: the policy waits .* fewer than config\.steps=4"),
+    "no value model": ({"reinforce__baseline": "others", "reinforce__completions": "2"},
+     r"reinforce\.value_warmup=2: there is no value model where config\.reinforce\.baseline is 'others', wanted 0"),
     "greedy": ({"sample__temperature": "0"}, r"temperature=0\.0: REINFORCE learns from samples"),
     "a loss of pairs": ({"loss__beta": "0.3"}, r"config\.loss\.beta=0\.3: method reinforce has no use for it, wanted 0\.1"),
     "another's key": ({"method": "online"}, r"reinforce\.value_warmup=2: method online has no use for it, wanted 0"),

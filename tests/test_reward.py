@@ -492,7 +492,11 @@ def test_soft_labels_of_an_annotator_are_the_target():
     orders = np.stack([p - 0.05, p + 0.05], axis=-1)[:, None]
     known = np.ones((rows, 2), bool)
     known[0] = False
+    orders[0] = np.nan
     said = Scores(jnp.stack([p, 1 - p], axis=-1), jnp.asarray(known), jnp.asarray(orders))
     labels, _ = RewardOfAI().target(Batch(data=rollout), rollout, said)
-    np.testing.assert_allclose(labels.preference, p, rtol=1e-6)
+    np.testing.assert_allclose(labels.preference[1:], p[1:], rtol=1e-6)
     np.testing.assert_array_equal(labels.weight, [0.0] + [1.0] * (rows - 1))
+    gradient = jax.grad(lambda scores: RewardOfAI().loss(scores, labels).total)(jnp.zeros((rows, 2)))
+    assert np.all(np.isfinite(gradient))
+    assert not np.any(gradient[0])

@@ -219,7 +219,8 @@ def _run_table(run: Run) -> Table:
 def method(run: Run) -> str:
     """What was done: "online dpo", "sft"."""
     loss = run.config.get("loss", {}).get("name", "") if run.is_comparison else ""
-    has_loss = not run.finished or "loss" in run.summary  # of pairs; else the method has one of its own
+    # Of pairs; else the method has one of its own, which shows in its metrics.
+    has_loss = "loss" in run.summary if run.finished else not any("return" in line for line in run.train[:1])
     return f"{run.method} {loss}".strip() if has_loss else run.method
 
 

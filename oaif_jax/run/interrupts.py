@@ -23,9 +23,8 @@ DEFAULTS = {
     signal.SIGHUP: signal.SIG_DFL,
 }
 POLL = 0.1  # seconds
-PATIENCE = (
-    30.0  # seconds after a signal in which what nobody could do again is waited for; clusters kill after a minute
-)
+# Seconds after a signal in which what nobody could do again is waited for: clusters kill after a minute.
+PATIENCE = 30.0
 
 
 class Interrupts:

@@ -459,8 +459,8 @@ def _asks(
     check_context(
         model,
         questions.width + order,
-        f"config.annotator.question_tokens={questions.width} and both responses (config.data.response_tokens="
-        f"{cfg.data.response_tokens}) with the instruction's texts",
+        f"config.annotator.question_tokens={questions.width} and {'a response' if text.rates else 'both responses'} "
+        f"(config.data.response_tokens={cfg.data.response_tokens}) with the instruction's texts",
     )
     kind = RatingAnnotator if text.rates else LLMAnnotator
     return kind(questions, model.cfg, model.params, compute, data.voice.stop_ids)  # type: ignore[arg-type]
