@@ -288,7 +288,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
 
         def save(number: int, metric: float | None, *, is_interim: bool = False) -> None:
             """A checkpoint of `number` steps, whose record is on the disk before it counts."""
-            nonlocal kept
+            nonlocal kept, is_whole
             log.sync()
             meta = {
                 "step": number,
@@ -302,7 +302,9 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             items = {"params": training.params, "optimizer": training.optimizer}
             pending = None
             if cfg.async_steps:  # its annotator may never answer
-                pending = interrupts.wait(interrupts.begin(batches.pending, number), PATIENCE)
+                waiting = interrupts.begin(batches.pending, number)
+                is_whole = False
+                pending, is_whole = interrupts.wait(waiting, PATIENCE), True
             items |= {"pending": pending} if pending else {}
             items |= {"reference": frozen["reference"]} if number > first_move(cfg) and "reference" in frozen else {}
             checkpoints.save(
@@ -424,10 +426,8 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
                 read(unread)
             try:
                 if at != kept and is_whole:
-                    try:
+                    with contextlib.suppress(Interrupted):  # of what it waits for: see is_whole
                         save(at, None, is_interim=True)
-                    except Interrupted:
-                        is_whole = False
                 checkpoints.wait()
             except UserError as failed:
                 last = checkpoints.latest() or 0
