@@ -379,7 +379,7 @@ def test_with(rewards, tmp_path, changes):
     run(tmp_path / "run", **{"steps": "3", "eval__every": "3", "checkpoint__every": "3"} | changes)
     taken = lines(tmp_path / "run")
     assert all(np.isfinite(line["loss"]) for line in taken)
-    assert any(line["changed"] > 0 for line in taken)
+    assert any(line.get("changed", 0) > 0 for line in taken)  # not while the policy waits
 
 
 def test_a_directory_of_transformers(rewards, tmp_path):

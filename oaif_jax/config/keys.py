@@ -55,9 +55,7 @@ class Reinforce:
     baseline: Annotated[str, one_of("value", "others")] = "value"  # a value model's; the mean of the other samples
     missing_eos: Annotated[float, at_least(0)] = 1.0  # taken off the score of a response cut at the limit
     value_lr: Annotated[float, above(0)] = 1e-3  # the value model's learning rate; the schedule is the policy's
-    value_warmup: Annotated[int, at_least(0)] = (
-        0  # first steps (of each round): the value model learns, the policy waits
-    )
+    value_warmup: Annotated[int, at_least(0)] = 0  # first steps (of a round) in which the policy waits for the value
 
 
 @dataclasses.dataclass(frozen=True)
