@@ -142,12 +142,12 @@ def _reinforce(config: ConfigDict) -> ConfigDict:
     warm-up is that of the same authors' WARM (Rame et al. 2024, appendix B). A value model is as large as the policy, and has a
     gradient: 31 GB more."""
     config.method = "reinforce"
-    config.steps = 7300  # eight epochs of TL;DR's 116,722 posts / 128
+    config.steps = 7300  # [?] eight epochs of TL;DR's 116,722 posts / 128, here on prompts of the preference data
     config.optimizer.lr = 1e-5
     config.reinforce.kl = 0.05
     config.reinforce.value_lr = 1e-5  # [?] as the policy's
     config.reinforce.value_warmup = 2000
-    config.reinforce.missing_eos = 1.0  # [?] one standard deviation of the reward model's scores
+    config.reinforce.missing_eos = 1.0  # [?] a reward model's standard deviation; of marks, half of their range
     return config
 
 

@@ -11,12 +11,15 @@
 
     python -m oaif_jax.train --config=experiments/own.py:reward --workdir=runs/mine \
         --config.policy.path=POLICY --config.data.path=pairs.jsonl
+    python -m oaif_jax.train --config=experiments/own.py:annotator --workdir=runs/mine \
+        --config.policy.path=MODEL --config.data.path=pairs.jsonl --config.annotator.instruction=helpful
 
     online    {"prompt": "..."}
     offline   {"prompt": "...", "chosen": "...", "rejected": "..."}
     selm      the same
     sft       {"prompt": "...", "response": "..."}
     reward    as offline, and "preference": P where it isn't certain that the chosen one is better
+    annotator the same, and "instruction": by which it is, where that isn't annotator.instruction for all
 
 WORKDIR/export is loaded by transformers. Online, the annotator is the judge of the evaluations as well, since nothing else is at
 hand: set judge.init and judge.path for one of its own. Offline nobody judges, and the last checkpoint is taken. SELM ranks an
@@ -33,6 +36,7 @@ MEMBERS = {
     "offline": "offline dpo of any model on pairs of your own",
     "reward": "a reward model from any model, of pairs of your own; then an annotator by its workdir or its export",
     "reinforce": "RLHF of any model on prompts of your own, by a reward model (annotator.init: its run)",
+    "annotator": "an annotator from any model, of labelled pairs of your own; then annotator.init: its run",
     "sft": "fine-tuning of any model on references of your own",
 }
 
@@ -72,7 +76,7 @@ def get_config(argument: str = "online") -> ConfigDict:
             config.data.name = "pairs"
             config.judge.init = "none"
             config.eval.final = "last"
-        case "reward":
+        case "reward" | "annotator":
             config.data.name = "pairs"
             config.eval.best = "validation_loss"
         case "reinforce":

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from oaif_jax import train
+from oaif_jax.annotate import orders
 from oaif_jax.config import Config
 from oaif_jax.data.dataset import Arrays
 from oaif_jax.data.jsonl import TextPair, write_pairs
@@ -41,7 +42,7 @@ from oaif_jax.run.setup import compute_of, sampler_of, stored_model
 from oaif_jax.stored import single
 from oaif_jax.stored.open import Model, read_run
 from oaif_jax.tiny import degenerate, gold, templates, tokenizer_recipe, world, written
-from oaif_jax.tiny.data import ASSETS, Limits, Posts, Shares, dataset, judged_batch, policy_voice
+from oaif_jax.tiny.data import ASSETS, Limits, Posts, Shares, dataset, held_out, judged_batch, policy_voice
 from oaif_jax.types import Prompts
 
 BUDGET = 8 * 2**20  # bytes, of all assets together
@@ -145,11 +146,12 @@ def save_annotator(name: str, run: pathlib.Path, candidates: pathlib.Path, learn
     _, step, last = stored_model(run, "last")
     recipe = f"python -m launch.assets --only={name} (step {step})"
     single.save(ASSETS / f"{name}.safetensors", last.params, last.cfg, recipe)
+    stored = dataclasses.replace(last, params=single.load(ASSETS / f"{name}.safetensors")[0])
     (ASSETS / f"{name}_candidates.jsonl.gz").write_bytes(candidates.read_bytes())
     described = {
         "posts": [ANSWERED[name].start, ANSWERED[name].stop],
         "learners": learners,
-        "agreement": by_kind(last, {}),
+        "agreement": by_kind(stored, {}),
     }
     (ASSETS / f"{name}_candidates_recipe.json").write_text(json.dumps(described, indent=2) + "\n")
 
@@ -215,20 +217,24 @@ def by_kind(
     shares = {name: Shares(degenerate=1.0) if name in degenerate.KINDS else Shares() for name in kinds}
     shares |= dict.fromkeys(answered, Shares(written=1.0))
 
-    def fresh(split: str, number: int, batch: int, name: str) -> Arrays:
+    def fresh(name: str, number: int) -> Arrays:
         return judged_batch(
-            *(split, FRESH_SEED, number, batch, Limits(FRESH_SEED, 56, 16)),
+            *("test", FRESH_SEED, number, CHUNK, Limits(FRESH_SEED, 56, 16)),
             shares=shares[name],
             answered=answered.get(name, ()),
             kinds=(name,) if name in degenerate.KINDS else tuple(degenerate.KINDS),
             instructions=(name,) if name in templates.INSTRUCTIONS else ("helpful",),
         )
 
-    judged = dataset("judged", seed=FRESH_SEED, train_posts=1, prompt_tokens=56, response_tokens=16).judged
-    assert judged is not None
+    data = dataset("judged", seed=FRESH_SEED, train_posts=1, prompt_tokens=56, response_tokens=16)
+    assert data.judged is not None
+    assert data.judged.around is not None
+    template = orders.Template(**data.judged.around)  # type: ignore[arg-type]
+    makes = {name: functools.partial(fresh, name) for name in shares}
+    judged = dataclasses.replace(data.judged, held_out=lambda *_: held_out(count, CHUNK, template, makes))
     metrics, _ = agreement.evaluate(
         jax.tree.map(lambda x: jnp.asarray(x, "float32"), asked.params),
-        judged=dataclasses.replace(judged, instructions=tuple(shares), held_out=fresh),
+        data=dataclasses.replace(data, judged=judged),
         split="test",
         count=count,
         chunk=CHUNK,
@@ -236,9 +242,8 @@ def by_kind(
         compute=ComputeConfig(),
         place=lambda batch: jax.tree.map(jnp.asarray, batch),
     )
-    return {
-        name: {key: round(value, 4) for key, value in found.items()} for name, found in metrics["annotator"].items()
-    }
+    kept = ("pairs", "decided", "gold_agreement", "order_agreement")
+    return {name: {key: round(found[key], 4) for key in kept} for name, found in metrics["annotator"].items()}
 
 
 def build_pairs(workdir: pathlib.Path) -> None:

@@ -186,7 +186,7 @@ def host_batch(setup: Setup, at: int) -> Batch:
     cfg, method = setup.cfg, method_at(setup, at)
     if method.reads == "judged":
         assert setup.data.judged is not None
-        return Batch(judged=setup.data.judged.train(cfg.seed, at, cfg.data.batch))  # type: ignore[arg-type]  # numpy's
+        return Batch(judged=setup.data.judged.train(setup.data, cfg.seed, at, cfg.data.batch))  # type: ignore[arg-type]  # numpy's
     examples = examples_at(setup, at)
     batch = setup.data.batch(examples, method.reads)
     if not method.asks:
@@ -203,5 +203,11 @@ def tokens_in(batch: Batch, asks: bool) -> int:
     prompts = batch.prompts if rollout is None else rollout.prompts
     counted = [] if prompts is None else [prompts.valid]
     counted += [] if rollout is None or asks else [rollout.mask]
-    counted += [holder[name] for holder in holders if holder for name in ("question_valid", "mask") if name in holder]
+    counted += [
+        holder[name]
+        for holder in holders
+        if holder
+        for name in ("question_valid", "mask", "branch_valid")
+        if name in holder
+    ]
     return int(sum(np.sum(np.asarray(each)) for each in counted))

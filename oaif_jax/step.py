@@ -63,7 +63,7 @@ def train_step(
     gradients = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, total.gradients)
     state, metrics = apply_gradients(state, gradients, total.weight, tx)
     metrics |= {
-        name: found[0] / jnp.maximum(found[1], 1.0) if len(found) == 2 else found[0]
+        name: found[0] / jnp.where(found[1] > 0, found[1], 1.0) if len(found) == 2 else found[0]
         for name, found in total.metrics.items()
     }
     return state, metrics | {"loss": total.loss / weight, "weight": total.weight}, total.outputs

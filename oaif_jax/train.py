@@ -47,7 +47,7 @@ from oaif_jax.rollout import named_key
 from oaif_jax.run import resume
 from oaif_jax.run.health import Health, HealthError
 from oaif_jax.run.inputs import Say
-from oaif_jax.run.interrupts import Interrupts
+from oaif_jax.run.interrupts import PATIENCE, Interrupts
 from oaif_jax.run.log import MetricsLog, RecordError
 from oaif_jax.run.progress import Progress
 from oaif_jax.run.setup import Setup, open_setup
@@ -194,6 +194,8 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
     at = kept = begin or 0  # steps taken, and those that a checkpoint has
     unread: Taken | None = None
     doing = ""  # what is made again if it is interrupted
+    # Whether all that a checkpoint has to hold is there: not while a batch is waited for that was begun ahead.
+    is_whole = True
     with interrupts, checkpoints, contextlib.closing(log), contextlib.ExitStack() as closing, progress:
         closing.callback(lambda: batches.close(wait=interrupts.seen is None))
 
@@ -209,6 +211,8 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             nonlocal read_at
             found, outputs = jax.device_get((taken.metrics, taken.outputs))
             updates = int(found.pop("updates"))  # before this one
+            if updates < 0:
+                del found["changed"]  # a policy that waits isn't one that can't move
             metrics = {name: float(value) for name, value in found.items()}
             broken = [name for name in FINITE if not math.isfinite(metrics.get(name, 0.0))]
             if broken:
@@ -284,7 +288,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
 
         def save(number: int, metric: float | None, *, is_interim: bool = False) -> None:
             """A checkpoint of `number` steps, whose record is on the disk before it counts."""
-            nonlocal kept
+            nonlocal kept, is_whole
             log.sync()
             meta = {
                 "step": number,
@@ -296,7 +300,11 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
                 "seconds": seconds_before + time.monotonic() - began,
             }
             items = {"params": training.params, "optimizer": training.optimizer}
-            pending = batches.pending(number)
+            pending = None
+            if cfg.async_steps:  # its annotator may never answer
+                waiting = interrupts.begin(batches.pending, number)
+                is_whole = False
+                pending, is_whole = interrupts.wait(waiting, PATIENCE), True
             items |= {"pending": pending} if pending else {}
             items |= {"reference": frozen["reference"]} if number > first_move(cfg) and "reference" in frozen else {}
             checkpoints.save(
@@ -350,15 +358,17 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
                         take = interrupts.work(compiled, number - 1)
                 elif cfg.reference.every and number > 1 and (number - 1) % cfg.reference.every == 0:
                     frozen["reference"] = mix(frozen["reference"], training.params, np.float32(cfg.reference.share))
-                # The first step compiles what is left, and an annotator on the host may take long: both can be left alone, but
-                # for what was collected ahead, which nobody could collect again.
+                # The first step compiles what is left, and an annotator on the host may take long: both can be left alone.
+                # What was collected ahead, with parameters that are gone, nobody could collect again: it is waited for a while.
                 is_first = number == (begin or 0) + 1
-                call = (
-                    interrupts.work
-                    if is_first or not (cfg.async_steps or collect.is_fused(setup, number - 1))
-                    else _at_once
-                )
-                batch = call(batches.get, number - 1, training.params, frozen)
+                if is_first or not (cfg.async_steps or collect.is_fused(setup, number - 1)):
+                    batch = interrupts.work(batches.get, number - 1, training.params, frozen)
+                elif cfg.async_steps:
+                    waiting = interrupts.begin(batches.get, number - 1, training.params, frozen)
+                    is_whole = False
+                    batch, is_whole = interrupts.wait(waiting, PATIENCE), True
+                else:
+                    batch = batches.get(number - 1, training.params, frozen)
                 dispatched = Taken(number, {}, {}, batch.tokens, time.monotonic())
                 if number < steps:
                     batches.look_ahead(number, training.params, frozen)
@@ -389,7 +399,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             params = training.params
             if final_step != steps:
                 stored, _ = load_params(workdir / "checkpoints", str(final_step))
-                params = sharding.place(stored, mesh, cfg.compute.trained)
+                params = sharding.place(without_value(stored), mesh, cfg.compute.trained)
             metrics, records = interrupts.work(evaluations.finish, params)
             log.write_samples("final", records)
             policy = setup.policy
@@ -415,13 +425,16 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             if unread is not None:
                 read(unread)
             try:
-                if at != kept:
-                    save(at, None, is_interim=True)
+                if at != kept and is_whole:
+                    with contextlib.suppress(Interrupted):  # of what it waits for: see is_whole
+                        save(at, None, is_interim=True)
                 checkpoints.wait()
             except UserError as failed:
                 last = checkpoints.latest() or 0
                 raise UserError(f"{failed}; {error} after step {at}: what came after step {last} is lost") from failed
-            where = f"step {at} of {steps}; {f'{doing} is made again' if doing else 'nothing is lost'}"
+            again = "" if is_whole else f"the annotator hasn't answered: what came after step {kept} is taken again"
+            again = again or (f"{doing} is made again" if doing else "nothing is lost")
+            where = f"step {at if is_whole else kept} of {steps}; {again}"
             then = f"the same command goes on from here ({where})" if at else "nothing was trained yet"
             raise Interrupted(f"{error}; {then}", error.number) from error
     summary = summarise(setup, metrics, history, environment) | {
@@ -506,8 +519,9 @@ def summarise(
 ) -> dict[str, Any]:
     """summary.json, but for what only the end of the run knows."""
     cfg, summary = setup.cfg, described(setup, metrics, environment)
-    if not setup.method.asks:
-        return summary
+    moments = {when: history[when] for when in ("start", "end") if when in history}
+    if not setup.method.asks:  # what was measured is an annotator that learns, if anything
+        return summary | ({"annotator": summary["annotator"] | moments} if moments else {})
     averages = {
         name.removeprefix("annotator."): history[name][0] / history[name][1]
         for name in HISTORY
@@ -517,7 +531,7 @@ def summarise(
     pairs = cfg.data.batch * math.comb(len(setup.method.writers), 2)
     for name, kind, each in (("pairs", "order_agreement", pairs), ("decided", "gold_agreement", 1)):
         averages |= {name: round(each * history[f"annotator.{kind}"][1])} if kind in averages else {}
-    return summary | {"annotator": averages | {when: history[when] for when in ("start", "end") if when in history}}
+    return summary | {"annotator": averages | moments}
 
 
 def main() -> None:

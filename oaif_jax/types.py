@@ -45,9 +45,7 @@ class Scores:
     value: Float[Array, "P C"]  # larger is better
     known: Bool[Array, "P C"]
     orders: Float[Array, "P M 2"] | None = None  # compared pairs: P(the first is better) by each presentation order
-    mass: Float[Array, "P _ _"] | None = (
-        None  # on the host: P(any of the answers), among all tokens, of all that was asked
-    )
+    mass: Float[Array, "P _ _"] | None = None  # on the host: P(any of the answers) among all tokens, by question
 
 
 @jax.tree_util.register_dataclass

@@ -51,7 +51,7 @@ def test_annotators_agree_with_gold_and_with_themselves(name, least):
     asked = model(name)
     metrics, _ = agreement.evaluate(
         asked.params,
-        judged=data_for("prompts").judged,
+        data=data_for("prompts"),
         split="test",
         count=COUNT,
         chunk=COUNT,

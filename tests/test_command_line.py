@@ -26,7 +26,7 @@ PROGRAMS = {
         ("--workdir=x", "--prompt=x"),
     ),
     "oaif_jax.export": ("oaif_jax/export.py", "workdir out", "dtype form checkpoint", ("--workdir=x", "--out=x")),
-    "oaif_jax.report": ("oaif_jax/report/__main__.py", "", "workdir markdown", ("x",)),
+    "oaif_jax.report": ("oaif_jax/report/__main__.py", "", "workdir markdown out", ("x",)),
     "oaif_jax.data": ("oaif_jax/data/__main__.py", "format path out", "on_error split", ()),
     "oaif_jax.data show": (
         "oaif_jax/data/__main__.py",

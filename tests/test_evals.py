@@ -222,7 +222,7 @@ def test_sft_chunks_change_nothing():
 def test_annotator_evaluation(chunk):
     found, records = agreement.evaluate(
         make_params(MODEL),
-        judged=DATA.judged,
+        data=DATA,
         split="validation",
         count=COUNT,
         chunk=chunk,

@@ -91,6 +91,8 @@ def test_checks_of_steps(name, wrong, right, said):
         assert seen(fine, "train", *before, *changes) == []
 
 
+LOSING = {f"{name}.score": 0.45 for name in ("gold", "judge", "annotator.helpful")}
+
 # Name; an evaluation, or two; what is just right; a part of what is said.
 OF_EVALUATIONS = [
     ("orders", [{"annotator.helpful.order_agreement": 0.0}], [{"annotator.helpful.order_agreement": 0.55}],
@@ -98,12 +100,14 @@ OF_EVALUATIONS = [
     ("orders", [{"annotator.helpful.order_agreement": 0.5}], [{"annotator.helpful.pairs": 60.0,
      "annotator.helpful.order_agreement": 0.0}], "decides as a coin does"),
     ("mass", [{"judge.answer_mass": 0.02}], [{"judge.answer_mass": 0.1}], "judge.answer_mass=0.02: the model hardly ever"),
-    ("overoptimised", [{}, {"judge.score": 0.9, "gold.score": 0.69}], [{}, {"judge.score": 0.9, "gold.score": 0.71}],
+    ("overoptimised", [{}, {"judge.score": 0.9, "gold.score": 0.69}], [{}, {"judge.score": 0.85, "gold.score": 0.71}],
      "69% by the gold, 80% at step 1, but 90% by the judge"),
     ("overoptimised", [{}, {"judge.score": 0.6, "gold.score": 0.9}], [{}, {"judge.score": 0.6, "gold.score": 0.6,
      "annotator.helpful.score": 0.6}], "60% by the judge, 80% at step 1, but 80% by the annotator"),
-    ("worse", [{"judge.score": 0.36}], [{"judge.score": 0.37}], "it wins 80% by the gold and 36% by the judge"),
-    ("worse", [{"judge.score": 0.1, "gold.score": 0.2}], [{"judge.score": 0.4, "gold.score": 0.4}], "it wins 20% by the gold"),
+    ("worse", [LOSING | {"judge.score": 0.36}], [LOSING | {"judge.score": 0.37}], "it wins 45% by the gold and 36% by the"),
+    ("worse", [LOSING | {"gold.score": 0.33}], [LOSING], "it wins 33% by the gold and 45% by the judge"),
+    ("overoptimised", [{"annotator.helpful.score": 0.96, "judge.score": 0.8}], [{"annotator.helpful.score": 0.94}],
+     "96% by the annotator, and 80% by the gold: what is learned is what the annotator likes"),
     ("cut", [{"finished": 0.4}], [{"finished": 0.4, "reference_finished": 0.5}], "60% of responses are cut"),
     ("repetition", [{"repetition": 0.4}], [{"repetition": 0.4, "reference_repetition": 0.2}], "the policy has collapsed"),
     ("log_ratio", [{"log_ratio": 22.0}], [{"log_ratio": 22.0, "mean_length": 40.0}], "22.0 nats a response of 7 tokens"),

@@ -461,7 +461,10 @@ def test_directories_that_cannot_be_used(tmp_path, damage, said):
         ({"policy__quant": "int8"}, ["config.policy.quant='int8'", "config.policy.lora.rank"]),
         ({"steps": str(2**40)}, ["config.steps", "2147483647"]),
         ({"data__name": "tiny"}, ["tiny"]),
-        ({"method": "annotator", "eval__best": "validation_loss"}, ["tiny"]),
+        (
+            {"method": "annotator", "eval__best": "validation_loss"},
+            ["has no chosen and rejected response", "wanted pairs"],
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -22,7 +22,7 @@ from test_train import (
     steps,
 )  # fmt: skip
 
-from oaif_jax import collect
+from oaif_jax import collect, train
 from oaif_jax.base.errors import Interrupted, UserError
 from oaif_jax.evals.of_run import Evaluations
 from oaif_jax.run.interrupts import DEFAULTS, Interrupts
@@ -193,6 +193,21 @@ def test_an_annotator_that_takes_long_is_left(base, tmp_path, monkeypatch):
     kept = Reader(tmp_path / "run" / "checkpoints").latest()
     assert kept is not None
     assert steps(tmp_path / "run", "train") == list(range(1, kept + 1))
+
+
+@pytest.mark.parametrize("method", ["get", "pending"])
+def test_what_is_collected_ahead_is_not_waited_for_for_ever(base, tmp_path, monkeypatch, method):
+    """For a step, or a checkpoint. Pairs that don't come can't be collected again: the run goes on from the checkpoint before,
+    and ends alike."""
+    values, whole = ahead_config(base), ahead_run(base)
+    monkeypatch.setattr(train, "PATIENCE", 0.5)
+    with pytest.MonkeyPatch.context() as patched:
+        over = slow(patched, collect.Batches, method, 3 if method == "get" else 1, signal.SIGTERM)
+        said = left_within(30, values, tmp_path / "run", over)
+    kept = Reader(tmp_path / "run" / "checkpoints").latest()
+    assert f"step {kept} of {STEPS}; the annotator hasn't answered: what came after step {kept} is taken again" in said
+    run(values, tmp_path / "run")
+    assert_same_end(tmp_path / "run", whole)
 
 
 def test_a_program_ends_at_once_with_the_signals_code(tmp_path):

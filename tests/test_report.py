@@ -21,6 +21,7 @@ import pytest
 from rich.console import Console
 
 from oaif_jax import report
+from oaif_jax.base.errors import UserError
 from oaif_jax.report import __main__ as command
 from oaif_jax.report import html, plots, read, tables
 from oaif_jax.tiny import gold, templates, world
@@ -415,6 +416,18 @@ def test_a_directory_where_a_file_should_be(workdir, name):
         report.write(workdir)
 
 
+def test_a_report_elsewhere(workdir, tmp_path_factory, capsys):
+    """Of a workdir that may only be read; the run's own stay as they are."""
+    before = {path.name for path in workdir.iterdir()}
+    out = tmp_path_factory.mktemp("elsewhere") / "deep" / "er"
+    assert command.draw(*command.parse_flags([str(workdir), f"--out={out}"])) == 0
+    assert capsys.readouterr().out.split() == [str(out / "curve.png"), str(out / "report.html")]
+    assert {path.name for path in workdir.iterdir()} == before
+    assert sorted(path.name for path in out.iterdir()) == ["curve.png", "report.html"]
+    with pytest.raises(UserError, match=r"--out=.*: 2 runs can't be written in one directory"):
+        command.parse_flags([str(workdir), str(workdir), f"--out={out}"])
+
+
 @pytest.mark.parametrize("number", [28, 30, 13])
 def test_a_place_that_cannot_be_written_is_one_line(workdir, monkeypatch, number):
     """A full disk, a file system or a directory that may only be read; nothing half-written stays."""
@@ -802,7 +815,7 @@ def run_of(config: dict, **changes) -> report.Run:
     """A run without files."""
     summary = {"method": "online", "steps": 100, "reference_length": 9.0, "mean_length": 8.0, "finished": 0.75}
     summary |= {"judge": {"win": 0.5, "tie": 0.25, "loss": 0.25, "score": 0.625, "interval": [0.4, 0.8], "pairs": 32}}
-    summary |= {"log_ratio": 1.5, "prompts": 32, "split": "test"}
+    summary |= {"log_ratio": 1.5, "prompts": 32, "split": "test", "annotated_by": "models/other"}
     sample = report.Sample("Why?", "Because.", "So.", judge=0.6)
     return report.Run(pathlib.Path("runs/mine"), config, (), (), {"final": (sample,)}, summary | changes)
 

@@ -24,7 +24,7 @@ from oaif_jax.base.errors import UserError
 from oaif_jax.data import readers
 from oaif_jax.data.jsonl import TextPair, read_pairs, write_pairs
 from oaif_jax.evals import reward as evals
-from oaif_jax.methods.reward import Labels, Reward
+from oaif_jax.methods.reward import Labels, Reward, RewardOfAI
 from oaif_jax.models import rows, sharding, transformer
 from oaif_jax.rollout import reward
 from oaif_jax.run.setup import open_setup, stored_model
@@ -438,3 +438,65 @@ def test_an_online_run(home, llama, tmp_path):
     assert not {"annotator.instruction", "judge.instruction"} & set(inputs)
     lines = [json.loads(line) for line in (tmp_path / "online" / "metrics.jsonl").read_text().splitlines()]
     assert "annotator.reward_model.pairs" in next(line for line in lines if line["kind"] == "eval")
+
+
+@pytest.mark.parametrize("quant", ["none", "int8"])
+def test_the_same_scores_on_eight_devices_and_in_fewer_bits(home, llama, quant):
+    """On 2 x 2 x 2 as on one; in eight bits each weight is off by at most 1/254 of its row's largest."""
+    workdir, _, _ = llama
+    made = config.parse(values(home, "online", annotator__init=str(workdir), annotator__quant=quant))
+    found = []
+    for mesh in (sharding.make_mesh(2, 2, 2), sharding.make_mesh(1, 1, 1, jax.devices()[:1])):
+        setup = open_setup(made, mesh)
+        given, asks = asked(setup, ["the dog", "no idea"])
+        model = setup.mesh_annotator
+        assert ("scales" in model.params) == (quant == "int8")
+        question = setup.place(model.question(asks.examples))
+        found.append(np.asarray(model.score(model.params, question, setup.place(given)).value))
+    np.testing.assert_allclose(*found, atol=2e-4)
+    whole = online_setup(home, annotator__init=str(workdir))
+    exact = whole.annotator.score(asks).value
+    assert np.abs(found[0] - exact).max() <= (1e-4 if quant == "none" else 0.1 * np.ptp(exact) + 0.05)
+    assert np.ptp(exact) > 0.01
+
+
+def test_a_reward_run_goes_on_bit_for_bit(home, tmp_path):
+    """From its first step, with two, as one that took three; mean and scale are those of the end."""
+    plain = {"optimizer__schedule": "constant", "eval__every": "1", "export__at_end": "False"}
+    whole, _ = run(home, "reward", tmp_path / "whole", **plain, steps="3")
+    for steps in ("1", "3"):
+        again, shown = run(home, "reward", tmp_path / "again", **plain, steps=steps)
+    assert "going on from step 1" in shown
+    for name in ("params_sha256", "validation_loss", "reward_mean", "reward_scale", "evaluated_step"):
+        assert again[name] == whole[name], name
+    kept = [json.loads((tmp_path / name / "reward.json").read_text()) for name in ("whole", "again")]
+    assert kept[0] == kept[1]
+
+
+def test_labels_of_an_annotator(home, tmp_path):
+    """RLAIF's reward model: a language model is asked about the data's pairs within the step, and its soft labels are learned."""
+    summary, _ = run(home, "reward", tmp_path / "run", method="reward_ai", annotator__init="hf", steps="2",
+                     annotator__path=str(home / "llama"), annotator__instruction="helpful", export__at_end="False")  # fmt: skip
+    assert summary["annotated_by"] == str(home / "llama")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    taken = [line for line in lines if line["kind"] == "train"]
+    assert all(line["annotator.pairs"] > 0 for line in taken)
+    assert taken[0]["loss"] == pytest.approx(np.log(2), abs=0.2)  # of soft labels near 1/2
+
+
+def test_soft_labels_of_an_annotator_are_the_target():
+    """p of both orders' mean, whichever response the annotator prefers; what it doesn't know has no weight."""
+    rollout = fakes.rollout_of(fakes.prompts_of(1, ROWS, SLOTS), 2, 2, TOKENS)
+    rows = len(rollout.tokens)
+    p = np.linspace(0.1, 0.9, rows).astype(np.float32)
+    orders = np.stack([p - 0.05, p + 0.05], axis=-1)[:, None]
+    known = np.ones((rows, 2), bool)
+    known[0] = False
+    orders[0] = np.nan
+    said = Scores(jnp.stack([p, 1 - p], axis=-1), jnp.asarray(known), jnp.asarray(orders))
+    labels, _ = RewardOfAI().target(Batch(data=rollout), rollout, said)
+    np.testing.assert_allclose(labels.preference[1:], p[1:], rtol=1e-6)
+    np.testing.assert_array_equal(labels.weight, [0.0] + [1.0] * (rows - 1))
+    gradient = jax.grad(lambda scores: RewardOfAI().loss(scores, labels).total)(jnp.zeros((rows, 2)))
+    assert np.all(np.isfinite(gradient))
+    assert not np.any(gradient[0])

@@ -255,9 +255,9 @@ def test_the_first_rounds_may_train_on_the_datas_own_pairs(whole, tmp_path):
     assert first[3]["loss"] == offline[3]["loss"] == pytest.approx(np.log(2), abs=1e-6)  # at a round's start
     assert not any("annotator.pairs" in line for line in first[:3])
     assert all("own_chosen" in line for line in first[3:])
-    with pytest.raises(UserError, match=r"on_pairs=2: method selm, wanted fewer than config.rounds.count=2"):
+    with pytest.raises(UserError, match=r"on_pairs=2, wanted fewer than config.rounds.count=2"):
         run(tmp_path / "none", {"rounds": CONFIG["rounds"] | {"on_pairs": 2}})
-    with pytest.raises(UserError, match=r"on_pairs=1: method online, wanted 0"):
+    with pytest.raises(UserError, match=r"on_pairs=1: method online has no use for it, wanted 0"):
         run(tmp_path / "none", {"method": "online", "rounds": CONFIG["rounds"] | {"on_pairs": 1}})
 
 

@@ -13,7 +13,7 @@ from fakes import COMPUTE, MODEL, left_padded, make_params, right_padded
 from oaif_jax import step
 from oaif_jax.annotate import orders
 from oaif_jax.methods import annotator
-from oaif_jax.methods.annotator import AnnotatorTraining
+from oaif_jax.methods.annotator import DenseAnnotatorTraining
 from oaif_jax.methods.base import Models
 from oaif_jax.methods.sft import SFT
 from oaif_jax.models import heads, rows, sharding, transformer
@@ -25,7 +25,7 @@ from oaif_jax.update import state
 ROWS, SLOTS, RESPONSE = 8, 6, 7
 TEMPLATE = orders.Template(first=(3, 4), second=(3, 6), closing=(7,), answers=(10, 11))
 NO_YES, MARKS = (12, 13), (20, 21, 22, 23, 24)
-METHODS = {"sft": SFT(), "annotator": AnnotatorTraining(TEMPLATE, NO_YES, MARKS)}
+METHODS = {"sft": SFT(), "annotator": DenseAnnotatorTraining(TEMPLATE, NO_YES, MARKS)}
 MODELS = Models(MODEL, MODEL, COMPUTE)
 NOBODY = Sampler(temperature=1.0, top_k=0, top_p=1.0, max_tokens=1, stop_ids=(), pad_id=0)  # nothing is sampled
 KEY = jax.random.key(0)

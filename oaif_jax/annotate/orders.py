@@ -67,9 +67,38 @@ def order_hidden(
 ) -> Float[Array, "B M2 W D"]:
     """Hidden states of all presentation orders, behind a question's tokens [B, Q]."""
     branches, valid = order_branches(responses, mask, template)
+    return branch_hidden(params, question, branches, valid, cfg=cfg, compute=compute)
+
+
+def branch_hidden(
+    params,
+    question: dict[str, Array],
+    branches: Int[Array, "B M2 W"],
+    valid: Bool[Array, "B M2 W"],
+    *,
+    cfg: ModelConfig,
+    compute: ComputeConfig,
+) -> Float[Array, "B M2 W D"]:
+    """The same of orders that are laid out already."""
     rows = branch(question["questions"], question["question_valid"], branches, valid)
     hidden, _ = transformer.forward(params, rows, cfg=cfg, compute=compute)
     return hidden[:, rows.slots :].reshape(*branches.shape, -1)
+
+
+def answer_logprobs(
+    params, asked: dict[str, Array], *, cfg: ModelConfig, compute: ComputeConfig
+) -> Float[Array, "B 2 2"]:
+    """log p of both answers among all tokens, in both presentation orders of a pair: [:, :, 0] says that the first response is
+    better, [:, :, 1] the second.
+
+    asked: questions and question_valid [B, Q]; branches and branch_valid [B, 2, W], both orders, behind whose last column the
+    answer comes; answers [B, 2], the tokens for the response that is shown first and for the other. Rows may be of different
+    instructions.
+    """
+    hidden = branch_hidden(params, asked, asked["branches"], asked["branch_valid"], cfg=cfg, compute=compute)[:, :, -1]
+    answers = jnp.stack([asked["answers"], asked["answers"][:, ::-1]], axis=1)
+    each = jnp.repeat(hidden[:, :, None], 2, axis=2)
+    return heads.token_logprobs(params, each, answers, cfg=cfg, compute=compute)
 
 
 def orders(

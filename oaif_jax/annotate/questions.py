@@ -89,8 +89,8 @@ class RatingQuestions(Questions):
         is_whole = said[0][: len(head)] == head and same >= len(head)
         if len(set(marks)) < len(marks) or not is_whole or tokenizer.decode(said[0][len(head) : same]).strip():
             raise UserError(
-                f"instruction {instruction.name}: its closing {instruction.closing!r} merges with a mark, wanted a text that "
-                "ends in a token of its own"
+                f"instruction {instruction.name}: in tokens, its closing {instruction.closing!r} merges with a mark, or all of "
+                f"{', '.join(instruction.answers)} begin alike; wanted a closing that ends in a token of its own, and other marks"
             )
         before = tuple(continuation_ids(tokenizer, instruction.before))
         return ratings.Template(before, tuple(said[0][:same]), marks, instruction.inverted)

@@ -1,4 +1,4 @@
-"""A language model that marks one response at a time (direct RLAIF, Lee et al. 2023, section 2.3): the expected mark.
+"""A language model that marks one response at a time (direct RLAIF, Lee et al. 2023): the expected mark.
 
 The row is [instruction and prompt | A closing | A closing "1" | B closing | ...]: a mark of several tokens needs the probability
 of each behind those before it. With P(mark) for each of n marks, the worst first, a response's value is the mean of the marks'

@@ -55,7 +55,7 @@ class Reinforce:
     baseline: Annotated[str, one_of("value", "others")] = "value"  # a value model's; the mean of the other samples
     missing_eos: Annotated[float, at_least(0)] = 1.0  # taken off the score of a response cut at the limit
     value_lr: Annotated[float, above(0)] = 1e-3  # the value model's learning rate; the schedule is the policy's
-    value_warmup: Annotated[int, at_least(0)] = 0  # first steps, in which the value model learns and the policy waits
+    value_warmup: Annotated[int, at_least(0)] = 0  # first steps (of a round) in which the policy waits for the value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Annotator:
     quant: Annotated[str, one_of(*QUANT)] = "none"  # none, int8, nf4
     instruction: str = "helpful"  # tiny: helpful, short, very_short; else see annotate/instructions; or a path
     question_tokens: Annotated[int, within(0, MANY)] = 0  # limit of instruction and prompt; 0: the longest
-    missing_eos: Annotated[str, one_of("loses", "ignore")] = "loses"  # a response cut at the limit: loses, or is let be
+    missing_eos: Annotated[str, one_of("loses", "ignore")] = "loses"  # of a policy's response cut at the limit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,6 +74,8 @@ def _print(console: Console, example: Example) -> None:
     named = [(message.role, message.content) for message in example.prompt]
     if example.is_pair:
         named += [("chosen", example.chosen), ("rejected", example.rejected)]
+    if example.instruction:
+        named.append(("instruction", example.instruction))
     if example.reference:
         named.append(("reference", example.reference))
     for name, text in named:

@@ -5,7 +5,7 @@ a data set knows beyond that is a field that others lack: a gold judge, or pairs
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -32,14 +32,19 @@ class Gold:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """Pairs with answers and dense targets, as many as are asked for, from which a model learns to judge."""
+    """Pairs with answers, from which a model learns to judge: those of files, or as many as are asked for of a world that writes
+    them, which knows more than the answers."""
 
     instructions: tuple[str, ...]
-    around: dict[str, tuple[int, ...]]  # token ids of an annotate.orders.Template: first, second, closing, answers
-    words: tuple[int, int]  # no, yes: the answers at tokens that may add to the score
-    marks: tuple[int, ...]  # from the worst to the best: the answers at commas and other tokens, and at the end
-    train: Callable[[int, int, int], Arrays]  # seed, step, batch -> a batch
-    held_out: Callable[[str, int, int, str], Arrays]  # split, number, batch, instruction -> a batch
+    train: Callable[["DataSet", int, int, int], Arrays]  # data, seed, step, batch -> a batch
+    # data, split, count, chunk -> batches of `chunk` rows, as annotate.orders.answer_logprobs reads them, with "label", P(the
+    # first response is better); and the rows' instructions: what a batch has more rows than instructions fills it up
+    held_out: Callable[["DataSet", str, int, int], Iterator[tuple[Sequence[str], Arrays]]]
+    labelled_by: str  # whose labels they are, in metrics: gold, or label
+    tokens: int = 0  # of the longest question with one presentation order; 0: no model is too short for it
+    around: Mapping[str, tuple[int, ...]] | None = None  # of dense targets: fields of an annotate.orders.Template
+    words: tuple[int, ...] = ()  # no, yes: the answers at tokens that may add to the score
+    marks: tuple[int, ...] = ()  # from the worst to the best: the answers at commas and other tokens, and at the end
 
 
 @dataclasses.dataclass(frozen=True)

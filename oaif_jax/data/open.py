@@ -19,10 +19,8 @@ CHARACTERS = 256  # of a token, at most, on the average of a text: what is longe
 
 
 def texts(section: Data, evaluation: Eval, voice: Voice, reads: str, *, portions: int = 1) -> DataSet:
-    """Examples of files for what a method reads (prompts, references or pairs), in splits with no prompt in common; of training
-    examples, as many as divide into `portions` equal ones."""
-    if reads not in records.USES:
-        raise UserError(f"config.data.name={section.name!r} has no {reads} pairs, wanted 'tiny'")
+    """Examples of files for what a method reads (records.USES), in splits with no prompt in common; of training examples, as many
+    as divide into `portions` equal ones."""
     if not section.path:
         raise UserError(f"config.data.path='': wanted the file or directory of config.data.name={section.name!r}")
     is_file(pathlib.Path(section.path))  # what can't be looked at is said now
@@ -110,6 +108,6 @@ def _read(section: Data, keys: Keys, split: str, reads: str) -> tuple[list[Examp
     loaded = readers.read(section.name, pathlib.Path(section.path), split, section.on_error, reads)
     loaded = records.use_as(loaded, reads)
     loaded = records.within(loaded, keys.tokens_of, keys.data.prompt_tokens, keys.data.response_tokens)
-    if reads == "pairs":
+    if reads in ("pairs", "judged"):
         loaded = records.without_same(loaded, keys.same.__contains__)
     return loaded.examples, loaded.counts

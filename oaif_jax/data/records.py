@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from oaif_jax.base.errors import UserError, near
 
 ROLES = ("system", "user", "assistant")
-USES = ("prompts", "references", "pairs")
+USES = ("prompts", "references", "pairs", "judged")
 EMPTY = "empty"  # the reason of RecordError that has a count of its own
 TIED, REVERSED = "tied", "reversed"  # the reasons of UndecidedError
 
@@ -25,9 +25,9 @@ class Example:
     """A prompt, which ends with a user's message, and what the data have to answer it.
 
     A pair has `chosen` and `rejected`, which differ, and one of them may be empty; its `preference` is below 1 where the data say
-    how probably the chosen one is better. Supervised data have a `reference`; for online training the prompt is enough. `source`
-    is "file:line", or "file:row" of a table. `is_conversation` is what a lone message may leave open: whether it is said to
-    somebody, or is a text to be continued as it stands.
+    how probably the chosen one is better, and its `instruction` is there where they say by which that is. Supervised data have a
+    `reference`; for online training the prompt is enough. `source` is "file:line", or "file:row" of a table. `is_conversation` is
+    what a lone message may leave open: whether it is said to somebody, or is a text to be continued as it stands.
     """
 
     prompt: tuple[Message, ...]
@@ -36,6 +36,7 @@ class Example:
     reference: str = ""
     preference: float = 1.0  # of a pair: P(chosen is better)
     source: str = ""
+    instruction: str = ""  # of a pair: by its name or path; of another one the other response may be better
     is_conversation: bool = dataclasses.field(default=False, compare=False)
 
     @property
@@ -110,17 +111,20 @@ def distinct(examples: Sequence[Example]) -> list[Example]:
 
 
 def by_majority(examples: Sequence[Example]) -> tuple[list[Example], dict[str, int]]:
-    """Each pair once, as most of its records have it, whatever raters and files they come from; and all else that is distinct.
+    """Each pair once under each instruction, as most of its records have it, whatever raters and files they come from; and all
+    else that is distinct.
 
     Of records that agree the first is kept. The others are counted: "duplicate" (they say the same), "outvoted" (the
     opposite), "tied" (as many say one thing as the other, and none of them is kept).
     """
-    votes = collections.Counter((example.prompt, example.chosen, example.rejected) for example in examples)
+    votes = collections.Counter(
+        (example.prompt, example.chosen, example.rejected, example.instruction) for example in examples
+    )
     left: collections.Counter[str] = collections.Counter()
     kept = []
     for example in examples:
-        agree = votes[example.prompt, example.chosen, example.rejected]
-        differ = votes[example.prompt, example.rejected, example.chosen] if example.is_pair else 0
+        agree = votes[example.prompt, example.chosen, example.rejected, example.instruction]
+        differ = votes[example.prompt, example.rejected, example.chosen, example.instruction] if example.is_pair else 0
         if agree <= differ:
             left[TIED if agree == differ else "outvoted"] += 1
         else:
@@ -133,7 +137,8 @@ def use_as(loaded: Loaded, use: str) -> Loaded:
     """The examples as what they are for, duplicates of that dropped and counted: each prompt once under "prompts".
 
     "prompts" (online training) drops the responses; "references" (fine-tuning) takes a pair's chosen response where there
-    is no reference, and drops examples whose reference is empty; "pairs" (offline training) drops references.
+    is no reference, and drops examples whose reference is empty; "pairs" (offline training) drops references, and "judged"
+    (training of annotators) keeps each pair's instruction beside it.
     Raises UserError when the data have no such thing.
     """
     if use not in USES:
@@ -155,14 +160,16 @@ def use_as(loaded: Loaded, use: str) -> Loaded:
 def _form(example: Example, use: str) -> Example | None:
     """The example with what a use needs and no more; None if its reference is empty."""
     if use == "prompts":
-        return dataclasses.replace(example, chosen="", rejected="", reference="", preference=1.0)
-    if use == "pairs":
+        return dataclasses.replace(example, chosen="", rejected="", reference="", preference=1.0, instruction="")
+    if use in ("pairs", "judged"):
         if not example.is_pair:
             raise UserError(f"{example.source}: has no chosen and rejected response, wanted pairs")
-        return dataclasses.replace(example, reference="")
+        return dataclasses.replace(example, reference="", instruction=example.instruction if use == "judged" else "")
     reference = example.reference or example.chosen
     return (
-        dataclasses.replace(example, chosen="", rejected="", reference=reference, preference=1.0) if reference else None
+        dataclasses.replace(example, chosen="", rejected="", reference=reference, preference=1.0, instruction="")
+        if reference
+        else None
     )
 
 

@@ -71,12 +71,16 @@ def part(
 
 
 def sample(examples: Sequence[Example], key: Key, seed: int) -> list[Example]:
-    """The first example of each distinct prompt, in the order of their hashes: of any size, the first n are a seeded sample."""
+    """An example of each distinct prompt, in the order of their hashes: of any size, the first n are a seeded sample. It is the
+    prompt's first one; where its pairs were judged by several instructions, the first one by any of these, as a hash has it."""
     first: dict[bytes, Example] = {}
     ranks: dict[bytes, bytes] = {}
     for example in examples:
         same = key(example)
-        first.setdefault(same, example)
+        before = first.setdefault(same, example)
+        is_other = example.instruction != before.instruction
+        if is_other and _turn(same, example, seed) < _turn(same, before, seed):
+            first[same] = example
         rank = _rank(example, seed)
         ranks[same] = min(rank, ranks.get(same, rank))
     return [first[same] for same in sorted(first, key=lambda same: ranks[same])]
@@ -86,6 +90,11 @@ def _rank(example: Example, seed: int) -> bytes:
     """A place of a prompt's text among all texts."""
     text = json.dumps([seed, [[message.role, message.content] for message in example.prompt]])
     return hashlib.sha256(text.encode()).digest()
+
+
+def _turn(same: bytes, example: Example, seed: int) -> bytes:
+    """A place of an instruction among all those of a prompt."""
+    return hashlib.sha256(json.dumps([seed, same.hex(), example.instruction]).encode()).digest()
 
 
 def _said(name: str, kept: int, left: Mapping[str, int]) -> str:

@@ -132,10 +132,9 @@ class Evaluations:
 
     def _agreement(self, params: PyTree, split: str, count: int, **_) -> Evaluation:
         setup = self._setup
-        assert setup.data.judged is not None
         return agreement.evaluate(
             setup.policy.whole(params),
-            judged=setup.data.judged,
+            data=setup.data,
             split=split,
             count=count,
             chunk=self._chunk(count),

@@ -1,4 +1,4 @@
-"""Training a language model to judge pairs of responses, with dense targets beside the answer."""
+"""Training a language model to judge pairs of responses: by labels, and in the tiny world with dense targets beside them."""
 
 import dataclasses
 
@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from oaif_jax.annotate import orders
-from oaif_jax.base.errors import UserError
 from oaif_jax.config import Config
 from oaif_jax.data.dataset import DataSet
 from oaif_jax.methods.base import Loss, Method, Models, Sums, mean_of
@@ -16,6 +15,63 @@ from oaif_jax.models.prefill import Prefill
 from oaif_jax.types import Batch, Rollout, Scores
 
 WORD_WEIGHT, MARK_WEIGHT, SWAP_WEIGHT, TIE_WEIGHT = 1.0, 0.5, 0.02, 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class AnnotatorTraining(Method):
+    """The loss of B labelled pairs, whose first response is the better one with probability p: the cross-entropy of the answer,
+
+        -p log P(the first) - (1 - p) log P(the second),
+
+    a mean over both presentation orders, in which the same response has the other answer; and the two orders' log-odds should
+    agree. P is among all tokens, so that the model also learns to say one of the two answers and nothing else.
+    """
+
+    reads = "judged"
+    has_reference = False
+    evaluation = "agreement"
+
+    @classmethod
+    def of(cls, cfg: Config, data: DataSet) -> "AnnotatorTraining":
+        del cfg
+        judged = data.judged
+        assert judged is not None
+        if judged.around is None:
+            return cls()
+        return DenseAnnotatorTraining(orders.Template(**judged.around), judged.words, judged.marks)  # type: ignore[arg-type]
+
+    def target(self, batch: Batch, rollout: Rollout | None, scores: Scores | None) -> tuple[dict[str, Array], Sums]:
+        assert batch.judged is not None
+        return batch.judged, {}
+
+    def predict(
+        self,
+        policy: PyTree,
+        reference: PyTree | None,
+        batch: Batch,
+        rollout: Rollout | None,
+        *,
+        models: Models,
+        prefilled: Prefill | None,
+    ) -> Float[Array, "B 2 2"]:
+        """log p of both answers, by presentation order: that the first response is better, and that the second is."""
+        del reference, rollout, prefilled
+        assert batch.judged is not None
+        return orders.answer_logprobs(policy, batch.judged, cfg=models.policy, compute=models.compute)
+
+    def loss(self, predicted: Float[Array, "B 2 2"], target: dict[str, Array]) -> Loss:
+        label, odds = target["label"][:, None], predicted[..., 0] - predicted[..., 1]
+        answer = -label * predicted[..., 0] - (1.0 - label) * predicted[..., 1]
+        per_pair = jnp.mean(answer, axis=1) + SWAP_WEIGHT * jnp.square(odds[:, 0] - odds[:, 1])
+        first_is_better = jnp.mean(jax.nn.sigmoid(odds), axis=1) > 0.5
+        metrics = {
+            "accuracy": mean_of(first_is_better == (label[:, 0] > 0.5), label[:, 0] != 0.5),
+            "order_agreement": mean_of((odds[:, 0] > 0) == (odds[:, 1] > 0)),
+            "first_position": mean_of(jnp.stack([odds[:, 0] > 0, odds[:, 1] < 0])),
+            "answer_mass": mean_of(jnp.sum(jnp.exp(predicted), axis=-1)),
+            "answer_loss": mean_of(answer),
+        }
+        return Loss(jnp.sum(per_pair), jnp.array(float(len(per_pair))), jax.lax.stop_gradient(metrics))
 
 
 @jax.tree_util.register_dataclass
@@ -29,35 +85,21 @@ class Readout:
 
 
 @dataclasses.dataclass(frozen=True)
-class AnnotatorTraining(Method):
-    """The loss of B judged pairs:
+class DenseAnnotatorTraining(AnnotatorTraining):
+    """The loss of B judged pairs of the tiny world:
 
     - the answer: cross-entropy of the two answer tokens, in both orders; half as much where the judge sees a tie;
     - at each token of both summaries (yes or no): does it add to the score?
     - at each comma, and each other token that is no whole word, the mark of the summary so far, and after each summary its
       mark. One answer a row is too little to learn from; these two say why it is the answer;
     - the two orders' log-odds should agree.
-    """
 
-    reads = "judged"
-    has_reference = False
-    evaluation = "agreement"
+    A model from scratch learns this with P among the two answers alone.
+    """
 
     template: orders.Template
     words: tuple[int, int]
     marks: tuple[int, ...]
-
-    @classmethod
-    def of(cls, cfg: Config, data: DataSet) -> "AnnotatorTraining":
-        if data.judged is None:
-            raise UserError(
-                f"config.data.name={cfg.data.name!r}: annotators are trained in the tiny world, wanted 'tiny'"
-            )
-        return cls(orders.Template(**data.judged.around), data.judged.words, data.judged.marks)  # type: ignore[arg-type]
-
-    def target(self, batch: Batch, rollout: Rollout | None, scores: Scores | None) -> tuple[dict[str, Array], Sums]:
-        assert batch.judged is not None
-        return batch.judged, {}
 
     def predict(
         self,

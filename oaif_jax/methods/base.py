@@ -29,6 +29,7 @@ COUNTED_BY = {
     "length_difference": "weight",
     "log_ratio_chosen": "weight",
     "log_ratio_rejected": "weight",
+    **dict.fromkeys(("reward", "return", "value", "value_loss", "value_left"), "weight"),
     "annotator.order_agreement": "annotator.pairs",
     "annotator.confidence": "annotator.pairs",
 }
@@ -63,7 +64,7 @@ class Method(abc.ABC):
     has_reference: ClassVar[bool] = True  # whether policies are compared with a reference
     takes: ClassVar[
         tuple[str, ...]
-    ] = ()  # of the config's sections and keys that not all methods have a use for: its own
+    ] = ()  # sections and keys of the config that not all methods have a use for: its own
     evaluation: ClassVar[str] = "comparison"  # how it is measured: comparison, or another name that evals/of_run.py has
 
     @classmethod

@@ -64,7 +64,8 @@ def annotated(rollout: Rollout, scores: Scores, loss: PairLoss, *, missing_eos: 
     """What methods that ask an annotator train on: the best and the worst completion, by hard or soft labels; and metrics."""
     pairs = best_and_worst(rollout, scores, missing_eos=missing_eos)
     if loss.labels == "soft":
-        pairs = dataclasses.replace(pairs, preference=preference_of(scores, pairs))
+        said = preference_of(scores, pairs)
+        pairs = dataclasses.replace(pairs, preference=jnp.where(pairs.weight > 0, said, 0.5))  # NaN of what isn't known
     return pairs, annotator_metrics(rollout, scores, pairs)
 
 

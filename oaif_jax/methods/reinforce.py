@@ -1,5 +1,5 @@
-"""RLHF and RLAIF: REINFORCE on a reward model's scores, with the KL divergence from the reference in the reward (Lee et al. 2023,
-appendix E; OAIF's baselines)."""
+"""RLHF and RLAIF: REINFORCE on a reward model's scores, with the KL divergence from the reference in the reward (Lee et al. 2023;
+OAIF's baselines)."""
 
 import dataclasses
 from typing import Any
@@ -34,7 +34,7 @@ class Reinforce(Method):
     A token's reward is -b (log pi - log pi_ref) of it, a number that isn't differentiated (the estimator k1), and at the last
     token (1 - b) r on top. A token's return G is the sum from it to the end (no discount), and the gradient is that of
     sum (G - V) log pi, where the value V is what another model expects of the return before the token is drawn; it learns by
-    (G - V)^2 / 2. Nothing is clipped, and advantages are used as they are.
+    (G - V)^2 / 2. No ratio is clipped, and advantages are used as they are.
     """
 
     asks = True
@@ -55,6 +55,13 @@ class Reinforce(Method):
             raise UserError("config.reinforce.completions=1: a baseline of the others needs some, wanted 2 or more")
         if cfg.sample.temperature == 0:
             raise UserError("config.sample.temperature=0.0: REINFORCE learns from samples, wanted above 0")
+        default = type(own)()
+        for name in ("value_lr", "value_warmup"):
+            if own.baseline != "value" and getattr(own, name) != getattr(default, name):
+                raise UserError(
+                    f"config.reinforce.{name}={getattr(own, name)!r}: there is no value model where config.reinforce.baseline is "
+                    f"{own.baseline!r}, wanted {getattr(default, name)!r}"
+                )
         if own.baseline == "value" and own.value_warmup >= cfg.steps:
             raise UserError(
                 f"config.reinforce.value_warmup={own.value_warmup}: the policy waits as long, wanted fewer than "
@@ -76,19 +83,19 @@ class Reinforce(Method):
 
     @property
     def headline(self) -> dict[str, Any]:
-        return {"kl": self.kl, "baseline": self.baseline}
+        return {"kl_weight": self.kl, "baseline": self.baseline}  # "kl" was a metric of earlier versions
 
     def target(self, batch: Batch, rollout: Rollout | None, scores: Scores | None) -> tuple[Rewards, Sums]:
         assert rollout is not None
         assert scores is not None
-        reward = scores.value - self.missing_eos * ~rollout.finished
         known = scores.known.astype(jnp.float32)
+        reward = jnp.where(scores.known, scores.value - self.missing_eos * ~rollout.finished, 0.0)
         metrics = {
             "reward": mean_of(reward, known),
             "abstained": mean_of(~scores.known),
             "finished": mean_of(jnp.mean(rollout.finished, axis=-1)),
         }
-        return Rewards(jnp.where(scores.known, reward, 0.0), known), metrics
+        return Rewards(reward, known), metrics
 
     def predict(
         self,

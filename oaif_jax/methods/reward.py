@@ -81,5 +81,8 @@ class RewardOfAI(Reward):
         assert scores is not None
         first = jnp.zeros(len(rollout.tokens), jnp.int32)
         known, _ = super().target(batch, rollout, scores)
-        labels = Labels(preference_of(scores, Pairs(first, first + 1, known.weight)), known.weight)
+        said = preference_of(scores, Pairs(first, first + 1, known.weight))
+        labels = Labels(
+            jnp.where(known.weight > 0, said, 0.5), known.weight
+        )  # a gradient of NaN isn't stopped by a weight of 0
         return labels, annotator_metrics(rollout, scores, best_and_worst(rollout, scores, missing_eos="ignore"))

@@ -22,35 +22,36 @@ CURVE, PAGE = "curve.png", "report.html"
 
 
 @phase("drawing the report")
-def write(workdir: str | pathlib.Path, *, finished: bool = True) -> Run:
-    """Reads the run in `workdir` and writes its curve.png and report.html, each at once or not at all.
+def write(workdir: str | pathlib.Path, *, finished: bool = True, out: pathlib.Path | None = None) -> Run:
+    """Reads the run in `workdir` and writes its curve.png and report.html, there or in `out`, each at once or not at all.
 
     Raises:
         ReportError: a file of the run is missing or malformed, or can't be written; with `finished=False` summary.json may be
             missing.
     """
-    return _draw(load(workdir, finished=finished))
+    run = load(workdir, finished=finished)
+    return _draw(run, run.workdir if out is None else out)
 
 
 def drawn(run: Run) -> Run:
     """The run, whose curve.png and report.html are there: they are drawn if one is missing."""
-    return run if all((run.workdir / name).exists() for name in (CURVE, PAGE)) else _draw(run)
+    return run if all((run.workdir / name).exists() for name in (CURVE, PAGE)) else _draw(run, run.workdir)
 
 
-def _draw(run: Run) -> Run:
+def _draw(run: Run, out: pathlib.Path) -> Run:
     page = html.report(run)
     for name, save in (
         (CURVE, lambda path: plots.curve(run, path)),
         (PAGE, lambda path: path.write_text(page, "utf-8")),
     ):
-        unfinished = run.workdir / f".{name}.tmp"
+        unfinished = out / f".{name}.tmp"
         try:
             save(unfinished)
-            os.replace(unfinished, run.workdir / name)
+            os.replace(unfinished, out / name)
         except OSError as error:
             with contextlib.suppress(OSError):
                 unfinished.unlink()
-            raise ReportError(f"{run.workdir / name} can't be written: {reason(error)}") from error
+            raise ReportError(f"{out / name} can't be written: {reason(error)}") from error
     return run
 
 

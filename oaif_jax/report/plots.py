@@ -134,6 +134,18 @@ def _draw_policy_and_reference(ax, run: Run, ours: str, theirs: str) -> None:
     _name_ends(ax, ends)
 
 
+def _draw_reward(ax, run: Run) -> None:
+    steps, values = series(run.train, "reward")
+    smoothed, width = smooth(values)
+    ax.plot(steps, values, color=BLUE, linewidth=0.7, alpha=0.35)
+    ax.plot(steps, smoothed, color=BLUE, linewidth=2)
+    _fit(ax, smoothed)
+    _name_ends(ax, [(smoothed[-1], f"{smoothed[-1]:.2f}", BLUE)])
+    _title(
+        ax, "Reward", f"the annotator's score; thick: mean of {width} steps" if width > 1 else "the annotator's score"
+    )
+
+
 def _draw_log_ratio(ax, run: Run) -> None:
     steps, values = series(run.evals, "log_ratio")
     train_steps, train_values = series(run.train, "log_ratio")
@@ -165,7 +177,8 @@ def _draw_accuracy(ax, run: Run) -> None:
     for key, colour in zip(_accuracy_keys(run), CYCLE, strict=False):
         steps, values = _percent_series(run.evals, key)
         ax.plot(steps, values, color=colour, linewidth=2, marker="o", markersize=4)
-        name = key.removeprefix("annotator.").removesuffix(".gold_agreement").replace("_", " ").replace(".", ", ")
+        name = key.removeprefix("annotator.").removesuffix(".gold_agreement").removesuffix(".label_agreement")
+        name = name.replace("_", " ").replace(".", ", ")
         ends.append((values[-1], f"{name} {values[-1]:.0f}", colour))
         drawn.append(values)
     ax.set_ylim(10 * ((np.concatenate(drawn).min() - 5) // 10), 101)
@@ -192,19 +205,21 @@ def _has(lines: str, *keys: str) -> Callable[[Run], bool]:
 
 
 def _held_out(run: Run) -> list[Mapping[str, float]]:
-    """Evaluations whose validation_loss is of the training loss's kind; an annotator's is its error, and not drawn."""
+    """Evaluations whose validation_loss is of the training loss's kind; an annotator's of the tiny world is its error, and not
+    drawn."""
     return [line for line in run.evals if "accuracy" not in line or "calibration_error" in line]
 
 
 def _accuracy_keys(run: Run) -> list[str]:
-    """Held-out accuracies: "accuracy", or an annotator's agreement with gold under each instruction."""
+    """Held-out accuracies: "accuracy", or an annotator's agreement with gold or with labels under each instruction."""
     keys = dict.fromkeys(key for line in run.evals for key in line)
-    return [key for key in keys if key.split(".")[-1] in ("accuracy", "gold_agreement")]
+    return [key for key in keys if key.split(".")[-1] in ("accuracy", "gold_agreement", "label_agreement")]
 
 
 PANELS: Sequence[tuple[Callable[[Run], bool], Callable[[Any, Run], None]]] = (
     (_has("evals", "gold.score", "judge.score"), _draw_win_rate),
     (lambda run: _has("train", "loss")(run) or bool(series(_held_out(run), HELD_OUT_LOSS)[0]), _draw_loss),
+    (_has("train", "reward"), _draw_reward),
     (_has("evals", "gold_mean"), _draw_gold),
     (_has("evals", "mean_length"), _draw_length),
     (lambda run: _has("train", "log_ratio")(run) or _has("evals", "log_ratio")(run), _draw_log_ratio),

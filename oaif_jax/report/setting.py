@@ -50,9 +50,10 @@ def annotator(run: Run) -> str:
 
 def was_asked(run: Run) -> bool:
     """Whether an annotator took part in training; of a run that is at its start: whether its agreement was measured."""
-    if run.train or "annotated_by" in run.summary:
-        return "annotated_by" in run.summary or any("abstained" in line for line in run.train)
-    return run.is_comparison and any(key.startswith("annotator.") for key in set().union(*run.evals))
+    if "annotated_by" in run.summary:
+        return True
+    lines = run.train or (run.evals if run.is_comparison else ())
+    return any(key == "abstained" or key.startswith("annotator.") for key in set().union(*lines))
 
 
 def _only_scores(run: Run, who: str) -> bool:

@@ -21,10 +21,13 @@ JUDGES = {"gold": "gold", "judge": "language model"}
 LENGTH_UNIT = "tokens"
 LOG_RATIO = "log-ratio to the reference"  # log pi(y) - log pi_ref(y) of the policy's own responses
 
+# A method's and its loss's own numbers, as the summary has them.
+NUMBERS = ("beta", "alpha", "gamma", "length_alpha", "kl_weight", "baseline")
+
 # Summary keys that have a place of their own in the tables; all others are results that are listed as they are.
 PLACED = (
     "gold", "judge", "greedy", "annotator", "versions", "mean_length", "reference_length", "words", "log_ratio", "gold_mean",
-    "reference_gold_mean", "gold_share", "reference_gold_share", "method", "loss", "beta", "instruction", "seed",
+    "reference_gold_mean", "gold_share", "reference_gold_share", "method", "loss", *NUMBERS, "instruction", "seed",
     "steps", "seconds", "params_sha256", "device", "cores", "evaluated_step", "split", "prompts", "command", "exported",
     "finished", "reference_finished", "annotated_by", "judged_by", "settings", "repetition",
     "reference_repetition", "health",
@@ -151,7 +154,9 @@ def _share(at: Mapping[str, Any], kind: str) -> str:
     """A share and how many pairs it is of: "98.4 % of 412"."""
     if at.get(kind) is None:
         return NONE
-    count = at.get({"gold_agreement": "decided", "order_agreement": "pairs"}[kind])
+    count = at.get(
+        {"gold_agreement": "decided", "label_agreement": "decided", "order_agreement": "pairs"}.get(kind, "")
+    )
     return percent(at[kind]) + ("" if count is None else f" of {count:,.0f}")
 
 
@@ -167,13 +172,23 @@ def _annotator_table(run: Run) -> Table:
     for name in instructions:
         entries += [(f"{name}, {moment}", found.get(moment, {}).get(name, {})) for moment in ("start", "end")]
     entries += [(name, at) for name, at in found.items() if isinstance(at, Mapping)]
-    measured = [(name, at) for name, at in entries if "gold_agreement" in at or "order_agreement" in at]
-    kinds = {"gold_agreement": "Agrees with gold", "order_agreement": "Its two orders agree"}
+    kinds = {
+        "gold_agreement": "Agrees with gold",
+        "label_agreement": "Agrees with the labels",
+        "order_agreement": "Its two orders agree",
+    }
+    measured = [(name, at) for name, at in entries if any(kind in at for kind in kinds)]
+    if not run.is_comparison:  # it learns; in the tiny world to choose between its answers, whatever else it would say
+        kinds |= {"first_position": "Position 1"}
+        kinds |= {"answer_mass": "Mass on its answers"} if any("label_agreement" in at for _, at in measured) else {}
     kinds = {kind: title for kind, title in kinds.items() if any(kind in at for _, at in measured)}
     rows = tuple((readable(name), *(_share(at, kind) for kind in kinds)) for name, at in measured)
     whose = "the policy's own" if run.is_comparison else "held-out"
     title = f"Annotator, on {whose} pairs"
-    note = "Agreement with gold leaves ties out." if "gold_agreement" in kinds else ""
+    notes = ["Agreement with gold leaves ties out."] if "gold_agreement" in kinds else []
+    if instructions and not run.is_comparison and run.finished:
+        notes.append(f"Start and end are of validation pairs, the others of {run.standing.get('split', 'test')} pairs.")
+    note = " ".join(notes)
     return Table(title, ("Pairs", *kinds.values()), rows, note)
 
 
@@ -185,7 +200,7 @@ def _run_table(run: Run) -> Table:
     if "validation_loss" in found.get("exported", {}):
         rows.append(("validation loss of the export", plain(found["exported"]["validation_loss"])))
     rows += [("method", method(run))] if run.method else []
-    rows += [("beta", plain(found["beta"]))] if "beta" in found else []
+    rows += [(readable(name), plain(found[name])) for name in NUMBERS if name in found]
     rows += setting.rows(run)
     for key, name, show in (
         ("seed", "seed", plain),
@@ -204,7 +219,8 @@ def _run_table(run: Run) -> Table:
 def method(run: Run) -> str:
     """What was done: "online dpo", "sft"."""
     loss = run.config.get("loss", {}).get("name", "") if run.is_comparison else ""
-    has_loss = not run.finished or "loss" in run.summary  # of pairs; else the method has one of its own
+    # Of pairs; else the method has one of its own, which shows in its metrics.
+    has_loss = "loss" in run.summary if run.finished else not any("return" in line for line in run.train[:1])
     return f"{run.method} {loss}".strip() if has_loss else run.method
 
 

@@ -138,8 +138,10 @@ def mass(seen: Seen) -> Crossing | None:
 
 def overoptimised(seen: Seen) -> Crossing | None:
     """Who is independent falls by more than 10 points below its best, while who is followed doesn't: with 128 prompts that is two
-    to three standard errors, and one that errs in the same direction as the other falls with it."""
+    to three standard errors, and one that errs in the same direction as the other falls with it. Or the two are 15 points apart,
+    which is three standard errors of their difference (a healthy run of 240 steps: 2)."""
     now = seen.evals[-1]
+    apart = max(0.15, 1.5 / max(seen.prompts, 1) ** 0.5)
     scores = {"annotator": f"annotator.{seen.annotator}.score", "judge": "judge.score", "gold": "gold.score"}
     for followed, other in (("judge", "gold"), ("annotator", "gold"), ("annotator", "judge")):
         one, two = scores[followed], scores[other]
@@ -152,6 +154,10 @@ def overoptimised(seen: Seen) -> Crossing | None:
             said = f"the win rate is {now[two]:.0%} by the {other}, {best[two]:.0%} at step {best['step']}, but {now[one]:.0%} "
             said += f"by the {followed}: the policy learns what the {followed} likes and is not better. "
             return Crossing(fall, 0.1, said + "Take the earlier step (eval.best), a larger loss.beta or fewer steps")
+        if now[one] - now[two] > apart:
+            said = f"the win rate is {now[one]:.0%} by the {followed}, and {now[two]:.0%} by the {other}: "
+            said += f"what is learned is what the {followed} likes. "
+            return Crossing(now[one] - now[two], apart, said + f"Read the samples; take another {followed}")
     return None
 
 
@@ -343,10 +349,11 @@ class Health:
 
     def __init__(self, cfg: Config, *, annotator: str = "", is_tiny: bool = False, learns: bool = False):
         """`annotator`: its name in evaluations; `learns`: it is what is trained. The tiny world's annotators learned to choose
-        between their answers and nothing else, and one that learns begins as a coin: of these nothing is said."""
+        between their answers and nothing else, and one that learns begins as a coin that answers anything: of these nothing is
+        said."""
         self.found: list[Finding] = []  # all of the run, those of earlier processes too
         self._off, self._stop = names(cfg.health.off), names(cfg.health.stop)
-        self._off |= ({"mass"} if is_tiny else set()) | ({"orders"} if learns else set())
+        self._off |= ({"mass"} if is_tiny else set()) | ({"orders", "mass"} if learns else set())
         self._prompts, self._annotator = cfg.eval.prompts, annotator
         self._train: collections.deque[Line] = collections.deque(maxlen=WINDOW + 5)
         self._evals: list[Line] = []

@@ -261,7 +261,8 @@ def _python(init: str) -> Iterator[tuple[str, Found]]:
 
 
 def _data(cfg: Config, reads: str) -> Iterator[tuple[str, Found]]:
-    """The files of each split; of the tiny world, how its texts become tokens, and its pairs."""
+    """The files of each split; of the tiny world, how its texts become tokens, and its pairs. An annotator that learns also reads
+    instructions: its own, and those that pairs name."""
     section = cfg.data
     if section.name == "tiny":
         voice = policy_voice()
@@ -278,17 +279,22 @@ def _data(cfg: Config, reads: str) -> Iterator[tuple[str, Found]]:
             path = file_of(section.pairs)
             yield "data.pairs", Found("pairs", path, _there(path.parent, [path]))
         return
-    root = pathlib.Path(section.path)
+    root, policy = pathlib.Path(section.path), source_of(POLICY, cfg.policy)
+    if reads == "judged":
+        yield _instruction("annotator", policy, cfg.annotator.instruction)
     for name in ("train", "validation", "test"):
         split = getattr(section, name)
         if name != "train" and not split:  # held out from train
             continue
         try:
             read = [part.file for part in readers.parts(section.name, root, split)]
+            named = readers.instructions(section.name, root, split) if reads == "judged" else []
         except UserError as error:
             raise UserError(f"config.data.path={section.path!r}: {error}") from error
         files = _there(root if root.is_dir() else root.parent, read)
         yield f"data.path {name}", Found("data", root, files, rule=splits.RULE if name == "train" else "")
+        for instruction in named:
+            yield f"data.path {name}, {instruction}", _instruction("data", policy, instruction)[1]
 
 
 def _there(inside: pathlib.Path, paths: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:

@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -22,6 +23,8 @@ DEFAULTS = {
     signal.SIGHUP: signal.SIG_DFL,
 }
 POLL = 0.1  # seconds
+# Seconds after a signal in which what nobody could do again is waited for: clusters kill after a minute.
+PATIENCE = 30.0
 
 
 class Interrupts:
@@ -34,6 +37,7 @@ class Interrupts:
         """`is_program`: the second Ctrl-C may end the process at once, wherever it is; else it raises KeyboardInterrupt."""
         self.seen: signal.Signals | None = None
         self._is_program = is_program
+        self._seen_at = 0.0
         self._installed: list[signal.Signals] = []
         self._pool = concurrent.futures.ThreadPoolExecutor(2, WORKER)
 
@@ -58,10 +62,11 @@ class Interrupts:
         """Calls a function in another thread; two at a time."""
         return self._pool.submit(function, *arguments)
 
-    def wait(self, future: concurrent.futures.Future) -> Any:
-        """The result of what was begun; Interrupted as soon as there is a signal, and nobody waits for the thread then."""
+    def wait(self, future: concurrent.futures.Future, patience: float = 0.0) -> Any:
+        """The result of what was begun; Interrupted so many seconds after a signal, and nobody waits for the thread then."""
         while not concurrent.futures.wait([future], POLL).done:
-            self.check()
+            if time.monotonic() - self._seen_at >= patience:
+                self.check()
         return future.result()
 
     def work(self, function: Callable, *arguments: Any) -> Any:
@@ -71,7 +76,7 @@ class Interrupts:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.seen is None:
-            self.seen = signal.Signals(number)
+            self.seen, self._seen_at = signal.Signals(number), time.monotonic()
             again = "; Ctrl-C again stops at once" if signal.SIGINT in self._installed else ""
             cursor = "\x1b[?25h" if os.isatty(2) else ""  # the bar hides it, and may have no time to show it again
             with contextlib.suppress(OSError):  # the terminal may be gone; print() and rich may be what was interrupted

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from oaif_jax import config, methods
-from oaif_jax.annotate import prompts, python
+from oaif_jax.annotate import labelled, prompts, python
 from oaif_jax.annotate.base import Annotator, MeshAnnotator
 from oaif_jax.annotate.llm import HostLLMAnnotator, LLMAnnotator, RatingAnnotator, on_host
 from oaif_jax.annotate.questions import asked_by, fitted, widest
@@ -127,6 +127,13 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
     method = kind.of(cfg, data)
     compute = compute_of(cfg, mesh)
     policy = _policy(cfg, source, voice, mesh)
+    if data.judged is not None:
+        check_context(
+            policy,
+            data.judged.tokens,
+            f"config.annotator.question_tokens={cfg.annotator.question_tokens} and both responses (config.data.response_tokens="
+            f"{section.response_tokens}) with the instruction's texts",
+        )
     check_context(
         policy,
         section.prompt_tokens + section.response_tokens,
@@ -343,7 +350,8 @@ def _data(cfg: Config, kind: type[Method], source: Source, voice: Voice) -> Data
                 f"{source}: wanted init=hf and path=DIRECTORY, or a run that began with one, for data from files"
             )
         portions = cfg.rounds.count if cfg.rounds.portions else 1
-        return open_data.texts(section, cfg.eval, voice, kind.reads, portions=portions)
+        data = open_data.texts(section, cfg.eval, voice, kind.reads, portions=portions)
+        return _judged(cfg, source, data) if kind.reads == "judged" else data
     if home(source) is not None:
         raise UserError(
             "config.data.name='tiny': the tiny world has a tokenizer of its own, wanted policy.init=tiny:NAME"
@@ -358,6 +366,27 @@ def _data(cfg: Config, kind: type[Method], source: Source, voice: Voice) -> Data
         pairs=section.pairs,
         candidates=section.candidates,
     )
+
+
+@phase("fitting questions")
+def _judged(cfg: Config, source: Source, data: DataSet) -> DataSet:
+    """The data set with its pairs as the model that learns to judge is asked about them: each by the instruction that its record
+    names, or by the config's."""
+    asked, names = {}, {}
+    for example in (example for split in data.splits.values() for example in split):
+        if example.instruction in asked:
+            continue
+        try:
+            text = prompts.read_instruction(example.instruction or cfg.annotator.instruction)
+            asked[example.instruction] = asked_by(data.voice, text, cfg.annotator.question_tokens)
+            _ = asked[example.instruction].template  # what is wrong with its answers is said now
+        except UserError as error:
+            raise UserError(f"{example.source}: {error}" if example.instruction else str(error)) from error
+        name = name_of(text, source)
+        others = [asked[given].instruction for given, other in names.items() if other == name]
+        is_one = all(dataclasses.replace(other, name=text.name) == text for other in others)
+        names[example.instruction] = name if is_one else text.name  # two files of one name that say different things
+    return dataclasses.replace(data, judged=labelled.labelled(data, asked, names, tuple(data.splits)))
 
 
 @phase("loading the policy")
@@ -431,8 +460,8 @@ def _asks(
     check_context(
         model,
         questions.width + order,
-        f"config.annotator.question_tokens={questions.width} and both responses (config.data.response_tokens="
-        f"{cfg.data.response_tokens}) with the instruction's texts",
+        f"config.annotator.question_tokens={questions.width} and {'a response' if text.rates else 'both responses'} "
+        f"(config.data.response_tokens={cfg.data.response_tokens}) with the instruction's texts",
     )
     kind = RatingAnnotator if text.rates else LLMAnnotator
     return kind(questions, model.cfg, model.params, compute, data.voice.stop_ids)  # type: ignore[arg-type]

@@ -55,7 +55,9 @@ def models(cfg: Config, kind: type[Method], shapes: Mapping[str, ModelConfig], m
     )
     itemsize = jnp.dtype(cfg.compute.trained).itemsize
     moments = jnp.dtype(cfg.optimizer.moments).itemsize + itemsize if cfg.optimizer.name == "adamw" else 0
-    total = trained * (2 * itemsize + moments) * (2 if kind.trains_value(cfg) else 1)
+    if kind.trains_value(cfg):  # it has no head of a language model
+        trained += trained - (0 if rank or policy.tied else policy.padded_vocab_size * policy.width)
+    total = trained * (2 * itemsize + moments)
     total += policy.parameters * (BITS[cfg.policy.quant] or 8 * frozen) // 8 if rank else 0
     if kind.has_reference and not rank and "reference" not in shapes:
         total += policy.parameters * frozen  # a copy of the policy's start

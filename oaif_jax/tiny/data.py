@@ -6,10 +6,12 @@ Its policies read `POST: ...` and continue `TL;DR:`; its annotators read `TASK: 
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
+from oaif_jax.annotate import orders
 from oaif_jax.annotate.prompts import CONTEXT, Instruction, read_text
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.files import is_file
@@ -156,24 +158,33 @@ def dataset(
     voice, limits = policy_voice(), Limits(seed, prompt_tokens, response_tokens)
     tokenizer = voice.tokenizer
     answered = written.read(file_of(candidates), tokenizer.vocab_size) if reads == "judged" and candidates else []
+    around = {
+        "first": tuple(tokenizer.encode(templates.FIRST)),
+        "second": tuple(tokenizer.encode(templates.SECOND)),
+        "closing": tuple(tokenizer.encode(templates.CLOSING)),
+        "answers": tuple(tokenizer.single(answer) for answer in templates.ANSWERS),
+    }
+
+    template = orders.Template(**around)  # type: ignore[arg-type]
+
+    def by_instruction(split: str, batch: int) -> dict[str, Callable[[int], Arrays]]:
+        def fresh(name: str, number: int) -> Arrays:
+            return judged_batch(split, seed, number, batch, limits, instructions=(name,))
+
+        return {name: functools.partial(fresh, name) for name in templates.INSTRUCTIONS}
+
     judged = Judged(
         instructions=templates.INSTRUCTIONS,
-        around={
-            "first": tuple(tokenizer.encode(templates.FIRST)),
-            "second": tuple(tokenizer.encode(templates.SECOND)),
-            "closing": tuple(tokenizer.encode(templates.CLOSING)),
-            "answers": tuple(tokenizer.single(answer) for answer in templates.ANSWERS),
-        },
-        words=(tokenizer.single(" no"), tokenizer.single(" yes")),
-        marks=tuple(tokenizer.single(letter) for letter in MARKS),
-        train=lambda seed, step, batch: judged_batch(
+        train=lambda _, seed, step, batch: judged_batch(
             *("train", seed, step, batch, limits),
             shares=FURTHER if answered else EARLY if step < LIST_STEPS else LATE,
             answered=answered,
         ),
-        held_out=lambda split, number, batch, name: judged_batch(
-            split, limits.seed, number, batch, limits, instructions=(name,)
-        ),
+        held_out=lambda _, split, count, chunk: held_out(count, chunk, template, by_instruction(split, chunk)),
+        labelled_by="gold",
+        around=around,
+        words=(tokenizer.single(" no"), tokenizer.single(" yes")),
+        marks=tuple(tokenizer.single(letter) for letter in MARKS),
     )
     data = DataSet(splits, voice, prompt_tokens, response_tokens, is_endless=True, gold=GOLD, judged=judged)
     longest = data.tokens_of(longest_post())[0]
@@ -348,3 +359,18 @@ def _candidates(
     if drawn < shares.lists + shares.written + shares.degenerate:
         return post, degenerate.pair(pen, first, second, kinds, limit)
     return post, (first, second)
+
+
+def held_out(
+    count: int, chunk: int, template: orders.Template, fresh: Mapping[str, Callable[[int], Arrays]]
+) -> Iterator[tuple[Sequence[str], Arrays]]:
+    """`count` fresh pairs of each name, in batches of `chunk` that are made by their number; see Judged.held_out."""
+    for name, make in fresh.items():
+        for number, start in enumerate(range(0, count, chunk)):
+            made = make(number)
+            shown = orders.order_branches(jnp.asarray(made["responses"]), jnp.asarray(made["mask"]), template)
+            branches, valid = map(np.asarray, shown)
+            answers = np.full((chunk, 2), template.answers, np.int32)
+            asked = {"branches": branches, "branch_valid": valid, "answers": answers}
+            asked |= {part: made[part] for part in ("questions", "question_valid", "label")}
+            yield (name,) * min(chunk, count - start), asked

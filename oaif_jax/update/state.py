@@ -97,11 +97,13 @@ def apply_gradients(
     moved = TrainState(step=state.step, params=params, optimizer=optimizer)
     stay = dataclasses.replace(state)
     kept = jax.tree.map(lambda new, old: jnp.where(weight > 0, new, old), moved, stay)
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    # Of the policy: a value model beside it moves by another learning rate.
+    before, after, gradients, updates = map(without_value, (state.params, kept.params, gradients, updates))
+    size = sum(leaf.size for leaf in jax.tree.leaves(after))
     # Rows are counted exactly, and added in float32: models have more weights than an int32 can count.
     changed = sum(
         jnp.sum(jnp.sum(new != old, axis=-1), dtype=jnp.float32)
-        for new, old in zip(jax.tree.leaves(kept.params), jax.tree.leaves(state.params), strict=True)
+        for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True)
     )
     metrics = {
         "grad_norm": optax.tree.norm(gradients),

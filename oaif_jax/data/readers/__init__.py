@@ -35,9 +35,9 @@ def read(format: str, path: pathlib.Path, split: str = "", on_error: str = "rais
 
     `path` is a file, or a directory of the format's original layout, in which `split` chooses. Of equal records the first
     one is kept, and of a pair that several raters judged what most of them say; pairs that prefer nothing are dropped (but
-    for use="prompts", which asks for the prompts alone). A record that is malformed, or has no prompt, raises UserError
-    with file and line, or is left out under on_error="skip"; all of them are counted. A file that can't be read (no such
-    file, gzip that breaks off) raises in any case.
+    for use="prompts", which asks for the prompts alone). By which instruction a pair was judged counts under use="judged". A
+    record that is malformed, or has no prompt, raises UserError with file and line, or is left out under on_error="skip";
+    all of them are counted. A file that can't be read (no such file, gzip that breaks off) raises in any case.
     """
     if format not in FORMATS:
         raise UserError(f"format={format!r} doesn't exist{near(format, FORMATS)}")
@@ -53,7 +53,8 @@ def read(format: str, path: pathlib.Path, split: str = "", on_error: str = "rais
             elif undecided:
                 left[undecided] += 1
             else:
-                found.append(example)
+                is_told = use in ("", "judged") or not example.instruction
+                found.append(example if is_told else dataclasses.replace(example, instruction=""))
     kept, others = by_majority(found)
     left.update(others)
     counts = Counts(kept=len(kept), empty=malformed.pop(EMPTY, 0), malformed=dict(malformed), **left)
@@ -61,6 +62,12 @@ def read(format: str, path: pathlib.Path, split: str = "", on_error: str = "rais
         of = f" of split {split}" if split else ""
         raise UserError(f"data {path}: no examples{of} in it as {format} ({counts})")
     return Loaded(kept, counts)
+
+
+def instructions(format: str, path: pathlib.Path, split: str) -> list[str]:
+    """The instructions that pairs of a split name, each once; a record that can't be read names none."""
+    every = (_examples(part, True, collections.Counter()) for part in parts(format, path, split))
+    return list(dict.fromkeys(example.instruction for each in every for example, _ in each if example.instruction))
 
 
 def parts(format: str, path: pathlib.Path, split: str) -> list[Part]:

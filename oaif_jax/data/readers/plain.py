@@ -4,7 +4,7 @@ is shown a text as it stands, and a list as a conversation.
     {"prompt": ...}
     {"prompt": ..., "response": "..."}
     {"prompt": ..., "chosen": "...", "rejected": "..."}
-    {"prompt": ..., "chosen": "...", "rejected": "...", "preference": 0.8}
+    {"prompt": ..., "chosen": "...", "rejected": "...", "preference": 0.8, "instruction": "helpful"}
 
 `path` is a file, or a directory with SPLIT.jsonl or SPLIT.jsonl.gz. Other keys are left alone.
 """
@@ -49,4 +49,7 @@ def _pair(row: object) -> Example:
     asked = _prompt(record)
     found = fields.pair(asked.prompt, *fields.texts(record, "chosen", "rejected"))
     preference = fields.probability(record["preference"], "preference") if "preference" in record else 1.0
-    return dataclasses.replace(found, preference=preference, is_conversation=asked.is_conversation)
+    (instruction,) = fields.texts(record, "instruction") if "instruction" in record else ("",)
+    return dataclasses.replace(
+        found, preference=preference, instruction=instruction, is_conversation=asked.is_conversation
+    )

@@ -16,7 +16,7 @@ TEXTS = "oaif_tldr"  # whose prompts are texts to be continued; the others' are 
 
 
 def features() -> tfds.features.FeaturesDict:
-    """What is stored of an example: no `preference`, since no format that is prepared has one below 1."""
+    """What is stored of an example: no `preference` and no `instruction`, which no format that is prepared has."""
     message = {"role": tfds.features.Text(), "content": tfds.features.Text()}
     texts = {name: tfds.features.Text() for name in (*RESPONSES, "source")}
     return tfds.features.FeaturesDict({"prompt": tfds.features.Sequence(message), **texts})
