@@ -15,6 +15,7 @@ from oaif_jax.data.jsonl import TextPair, write_pairs
 from oaif_jax.data.records import Message
 from oaif_jax.tiny import degenerate, gold, templates, tokenizer_recipe, world, writers, written
 from oaif_jax.tiny.data import (
+    FURTHER,
     MARKS,
     Limits,
     Shares,
@@ -604,9 +605,9 @@ def test_candidates_that_policies_wrote(tmp_path, tokenizer):
         pair = [tuple(batch["responses"][i, j][batch["mask"][i, j]].tolist()) for j in range(2)]
         seen += sum(ids in known for ids in pair)
     assert 60 <= seen <= 119
-    data = data_for("judged", candidates=str(tmp_path / "own.jsonl.gz")).judged
-    early, ordinary = data.train(0, 0, 60), judged_batch("train", 0, 0, 60, LIMITS)
-    assert not np.array_equal(early["responses"], ordinary["responses"])
+    data = data_for("judged", candidates=str(tmp_path / "own.jsonl.gz"))
+    expected = judged_batch("train", 0, 0, 60, LIMITS, shares=FURTHER, answered=answered)
+    np.testing.assert_array_equal(data.judged.train(data, 0, 0, 60)["responses"], expected["responses"])
 
 
 @pytest.mark.parametrize(
