@@ -15,6 +15,7 @@ ends so, too, if the sweep is killed.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
@@ -31,8 +32,9 @@ from absl import flags
 from rich.console import Console
 
 from oaif_jax import config, report
-from oaif_jax.base import cli, files, options
+from oaif_jax.base import cli, files, options, phases
 from oaif_jax.base.errors import Interrupted, UserError
+from oaif_jax.base.phases import Watch, phase
 from oaif_jax.base.text import printable
 from oaif_jax.report import tables
 
@@ -199,7 +201,8 @@ def sweep(runs: Sequence[Run], workdir: pathlib.Path, console: Console, trainer:
         finished = " (has finished)" if summaries[i] else ""
         _say(console, f"run {i + 1} of {len(runs)}: {run.name}, seed {run.seed}{finished}")
         if not finished:
-            failures[i] = _train(run, trainer)
+            with phase(f"run {i + 1} of {len(runs)}"):
+                failures[i] = _train(run, trainer, console)
             summaries[i] = None if failures[i] else run.summary()
             _say(console, f"  failed: {failures[i]}" if failures[i] else "  finished")
         _write_json(workdir / "sweep.json", runs, summaries, failures)
@@ -216,7 +219,7 @@ def sweep(runs: Sequence[Run], workdir: pathlib.Path, console: Console, trainer:
     return len(failed)
 
 
-def _train(run: Run, trainer: Sequence[str]) -> str:
+def _train(run: Run, trainer: Sequence[str], console: Console) -> str:
     """Trains in a process of its own; why it failed, or nothing."""
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("a+", encoding="utf-8", errors="replace") as log:
@@ -225,7 +228,8 @@ def _train(run: Run, trainer: Sequence[str]) -> str:
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         command = _following(run.command(trainer))
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        with _signals_to(process) as seen:
+        says = functools.partial(_under_way, log.fileno(), start)
+        with _signals_to(process) as seen, Watch(console, says):
             code = process.wait()
         log.seek(start)
         lines = [line.strip() for line in log if line.strip()]
@@ -236,6 +240,18 @@ def _train(run: Run, trainer: Sequence[str]) -> str:
         return ""
     ended = f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
     return f"{ended}, {lines[-1] if lines else 'nothing said'} ({run.log})"
+
+
+def _under_way(log: int, start: int) -> str:
+    """Which run is under way, and the last line that it printed; `log` is the open file, whose bytes before `start` are older."""
+    end = os.fstat(log).st_size
+    begin = max(start, end - LAST_BYTES)
+    lines = os.pread(log, end - begin, begin).decode(errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f"{phases.text()}: {printable(last)}" if last else phases.text()
+
+
+LAST_BYTES = 1000  # of a log, in which its last line is
 
 
 @contextlib.contextmanager
@@ -302,7 +318,9 @@ def _write_json(path: pathlib.Path, runs: Sequence[Run], summaries: Sequence[dic
 def main() -> None:
     """Runs the sweep of the command line; 1 if a run failed."""
     with cli.user_errors():
-        sys.exit(1 if sweep(*parse_flags(sys.argv[1:]), Console()) else 0)
+        with cli.watch(), phase("checking the runs"):
+            runs, workdir = parse_flags(sys.argv[1:])
+        sys.exit(1 if sweep(runs, workdir, Console()) else 0)
 
 
 if __name__ == "__main__":

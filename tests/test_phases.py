@@ -34,6 +34,10 @@ def test_a_phase_has_its_name_count_and_time():
             assert phases.text().startswith("asking the judge, 0:0")
         assert phases.text().startswith("evaluating 96/256")
     assert phases.text() == ""
+    with phase("reading train.jsonl") as found:  # nobody knows how many there are
+        assert phases.text().startswith("reading train.jsonl, 0:0")
+        found.at(12_000)
+        assert phases.text().startswith("reading train.jsonl 12,000, 0:0")
 
 
 def test_a_phase_ends_with_an_error():

@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from launch import sweep
-from oaif_jax.base import cli
+from oaif_jax.base import cli, phases
 from oaif_jax.base.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -181,6 +182,24 @@ def test_runs_all_and_compares(tmp_path, trainer):
         assert "50.5 ± 6.4 %" in text  # mean of 0.50 and 0.51; 12.7062 * 0.00707 / sqrt(2) = 6.35 %
         assert "30.5 ± 6.4 %" in text
     assert runs[0].log.read_text() == "training\n"
+
+
+SLOW = """
+import time
+print("\x1b[2Jstep 3/8")
+time.sleep(1)
+"""
+
+
+def test_what_a_run_says_is_said_while_it_trains(tmp_path, monkeypatch):
+    """Not what it said before; as text."""
+    monkeypatch.setattr(phases, "OFTEN", 0.3)
+    (run,) = parse(tmp_path, f"--config={DPO}")
+    run.log.parent.mkdir(parents=True)
+    run.log.write_text("step 2/8\n")
+    _, shown = start(tmp_path, [run], (sys.executable, "-c", SLOW))
+    assert re.search(r"^run 1 of 1, 0:0\d: \\x1b\[2Jstep 3/8$", shown, re.M), shown
+    assert "step 2/8" not in shown
 
 
 def test_a_failure_does_not_stop_the_rest_and_is_run_again(tmp_path, trainer):

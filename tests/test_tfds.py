@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from test_readers import json_lines, write, write_hh, write_tldr, write_ultrafeedback
 
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.phases import Phase
 from oaif_jax.data import readers
 from oaif_jax.data.order import batch_indices
 from oaif_jax.data.records import Example, Message
@@ -43,6 +44,17 @@ def test_prepared_is_what_is_read(tmp_path, originals, format, folder, splits):
         assert builder.counts[split] == loaded.counts
     stored = tfds.builder_from_directory(path).info.metadata
     assert stored == {"counts": {split: str(builder.counts[split]) for split in splits}}
+
+
+def test_reading_and_writing_are_named(tmp_path, monkeypatch, capfd):
+    """With counts; and TFDS draws no bars of its own."""
+    seen = []
+    monkeypatch.setattr(Phase, "at", lambda self, done: seen.append((self.name, self.total, done)))
+    root = write_hh(tmp_path / "in")
+    for builder in builders_for("hh", root, tmp_path / "out"):
+        prepare(builder, root)
+    assert {("reading train.jsonl.gz", 0, 3), ("writing train", 3, 2), ("writing test", 3, 2)} <= set(seen)
+    assert capfd.readouterr() == ("", "")
 
 
 FAILING = b"import pathlib\npathlib.Path(__file__).with_name('imported').touch()\nraise ImportError"

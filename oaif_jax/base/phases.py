@@ -33,17 +33,17 @@ class Phase:
     """A part of the work that may take long."""
 
     name: str
-    total: int  # 0: not counted
+    total: int  # 0: nobody knows
     thread: int
     began: float
     done: int = 0
 
     def at(self, done: int) -> None:
-        """How many of `total` are done."""
+        """How many are done."""
         self.done = done
 
     def __str__(self) -> str:
-        count = f" {self.done}/{self.total}" if self.total else ""
+        count = f" {self.done}/{self.total}" if self.total else f" {self.done:,}" if self.done else ""
         return f"{self.name}{count}, {clock_time(time.monotonic() - self.began)}"
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from oaif_jax.base import cli, options
 from oaif_jax.base.errors import UserError, near
+from oaif_jax.base.phases import phase
 from oaif_jax.base.text import printable
 from oaif_jax.data import readers
 from oaif_jax.data.records import Example
@@ -86,7 +87,8 @@ def _print(console: Console, example: Example) -> None:
 def prepare() -> None:
     """Prepares each data set of a format whose files are there; prints where it is, and the counts of its splits."""
     given, root = flags.FLAGS, pathlib.Path(flags.FLAGS.path)
-    from oaif_jax.data.tfds import builders  # TFDS takes seconds to start
+    with phase("starting TFDS"):
+        from oaif_jax.data.tfds import builders  # takes seconds
 
     for builder in builders.builders_for(given.format, root, pathlib.Path(given.out)):
         builder.on_error = given.on_error

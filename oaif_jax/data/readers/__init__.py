@@ -12,6 +12,8 @@ import pathlib
 from collections.abc import Callable, Iterator
 
 from oaif_jax.base.errors import UserError, near
+from oaif_jax.base.phases import phase
+from oaif_jax.base.text import printable
 from oaif_jax.data.readers import hh, plain, prepared, tldr, ultrafeedback
 from oaif_jax.data.readers.files import Part
 from oaif_jax.data.records import EMPTY, Counts, Example, Loaded, RecordError, UndecidedError, by_majority
@@ -47,14 +49,16 @@ def read(format: str, path: pathlib.Path, split: str = "", on_error: str = "rais
     malformed: collections.Counter[str] = collections.Counter()
     found = []
     for part in parts(format, path, split):
-        for example, undecided in _examples(part, on_error == "skip", malformed):
-            if use == "prompts":
-                found.append(Example(example.prompt, source=example.source))
-            elif undecided:
-                left[undecided] += 1
-            else:
-                is_told = use in ("", "judged") or not example.instruction
-                found.append(example if is_told else dataclasses.replace(example, instruction=""))
+        with phase(f"reading {printable(part.file.name)}") as under_way:
+            for number, (example, undecided) in enumerate(_examples(part, on_error == "skip", malformed), 1):
+                under_way.at(number)
+                if use == "prompts":
+                    found.append(Example(example.prompt, source=example.source))
+                elif undecided:
+                    left[undecided] += 1
+                else:
+                    is_told = use in ("", "judged") or not example.instruction
+                    found.append(example if is_told else dataclasses.replace(example, instruction=""))
     kept, others = by_majority(found)
     left.update(others)
     counts = Counts(kept=len(kept), empty=malformed.pop(EMPTY, 0), malformed=dict(malformed), **left)

@@ -18,6 +18,7 @@ from typing import ClassVar
 import tensorflow_datasets as tfds
 
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.phases import phase
 from oaif_jax.data import readers
 from oaif_jax.data.readers import ultrafeedback
 from oaif_jax.data.records import Counts, Example
@@ -69,10 +70,13 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self.counts: dict[str, Counts] = {split: each.counts for split, each in loaded.items()}
         assert self.info.metadata is not None
         self.info.metadata["counts"] = {split: str(counts) for split, counts in self.counts.items()}
-        return {split: self._generate_examples(each.examples) for split, each in loaded.items()}
+        return {split: self._generate_examples(split, each.examples) for split, each in loaded.items()}
 
-    def _generate_examples(self, examples: list[Example]) -> Iterator[tuple[int, dict]]:
-        yield from enumerate(map(stored, examples))
+    def _generate_examples(self, split: str, examples: list[Example]) -> Iterator[tuple[int, dict]]:
+        with phase(f"writing {split}", len(examples)) as under_way:
+            for number, example in enumerate(examples):
+                under_way.at(number)
+                yield number, stored(example)
 
 
 class OaifTldr(FilesBuilder):
@@ -158,8 +162,9 @@ def prepare(builder: FilesBuilder, path: pathlib.Path) -> pathlib.Path:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: {target.parent} can't be made ({error.strerror}), wanted another --out") from error
-    # TFDS talks of downloading whatever it does, and makes a directory for it.
-    with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
+    # TFDS talks of downloading whatever it does, and makes a directory for it; its bars would be control characters in a log.
+    tfds.disable_progress_bar()
+    with phase("writing"), tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare(
             download_dir=downloads, download_config=tfds.download.DownloadConfig(manual_dir=path)
         )
