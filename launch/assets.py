@@ -18,12 +18,14 @@ from rich.console import Console
 
 from oaif_jax.base import cli, options
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.phases import phase
 
 if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
     options.define("workdir", "runs/assets", options.DIR, "where the stages are trained")
     stages = options.choice(("tokenizer", "sft", "annotator", "judge", "pairs"))
     options.define("only", None, stages, "one stage; else all of them")
     cli.parse()
+    cli.import_jax()
 
 import jax
 import jax.numpy as jnp
@@ -286,13 +288,15 @@ def drawn(cfg: Config, model: Model, indices: range, sampler: Sampler, seed: int
     """Two responses of a policy to each of some training posts: tokens and mask [B, 2, R]."""
     posts, voice, key = Posts(cfg.data.seed, "train"), policy_voice(), named_key(jax.random.key(seed), "pairs")
     found = []
-    for part in drawing.chunks(len(indices), CHUNK):
-        part = indices.start + np.asarray(part, np.int32)
-        rows = [voice.prompt(posts[int(index)]) for index in part]
-        tokens, valid = left_pad(rows, cfg.data.prompt_tokens, voice.tokenizer.pad_id, "prompt")
-        prompts = Prompts(tokens, valid, part)  # type: ignore[arg-type]  # numpy's
-        made = drawing.respond(model.params, prompts, key, sampler=sampler, cfg=model.cfg, compute=compute_of(cfg))
-        found.append((np.asarray(made.tokens), np.asarray(made.mask)))
+    with phase("drawing responses", len(indices)) as under_way:
+        for part in drawing.chunks(len(indices), CHUNK):
+            part = indices.start + np.asarray(part, np.int32)
+            rows = [voice.prompt(posts[int(index)]) for index in part]
+            tokens, valid = left_pad(rows, cfg.data.prompt_tokens, voice.tokenizer.pad_id, "prompt")
+            prompts = Prompts(tokens, valid, part)  # type: ignore[arg-type]  # numpy's
+            made = drawing.respond(model.params, prompts, key, sampler=sampler, cfg=model.cfg, compute=compute_of(cfg))
+            found.append((np.asarray(made.tokens), np.asarray(made.mask)))
+            under_way.at(min(CHUNK * len(found), len(indices)))
     tokens, masks = map(np.concatenate, zip(*found, strict=True))
     return tokens[: len(indices)], masks[: len(indices)]
 
@@ -317,7 +321,8 @@ def build(workdir: pathlib.Path, only: str = "") -> None:
     if only and only not in STAGES:
         raise UserError(f"--only={only}: no such stage, there are {', '.join(STAGES)}")
     for name in [only] if only else list(STAGES):
-        STAGES[name](workdir)
+        with phase(f"building {name}"):
+            STAGES[name](workdir)
     size = sum(path.stat().st_size for path in ASSETS.iterdir())
     if size > BUDGET:
         raise UserError(f"{ASSETS} holds {size} bytes, wanted at most {BUDGET}")

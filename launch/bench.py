@@ -36,6 +36,7 @@ from rich.table import Table
 
 from oaif_jax.base import cli, options
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.phases import phase
 
 if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
     cli.define_config()
@@ -43,6 +44,7 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
     options.define("profile", None, options.DIR, "a directory for a trace of each phase")
     options.define("repeats", 5, options.integer(least=5), "rounds that are measured; medians of fewer say little")
     cli.parse()
+    cli.import_jax()
 
 import jax
 from jaxtyping import Array, PyTree
@@ -95,7 +97,8 @@ def compiled(function: Callable, *arguments: object, donate: bool = False, out: 
     """
     lowered = jax.jit(function, donate_argnums=(0,) if donate else (), out_shardings=out).lower(*arguments)
     began = time.perf_counter()
-    made = lowered.compile()
+    with phase("compiling"):
+        made = lowered.compile()
     seconds = time.perf_counter() - began
     rest = arguments[1:]
 
@@ -173,16 +176,18 @@ def measure(
     """Rounds of all programs and rates, after one that warms up: (the state, seconds, rates). The state is consumed."""
     seconds: Measured = {name: [] for name in found}
     measured: Measured = {name: [] for name in rates}
-    for number in range(repeats + 1):
-        for name, program in found.items():
-            began = time.perf_counter()
-            training, results = program.run(training)
-            jax.block_until_ready((training, results))
-            if number:
-                seconds[name].append(time.perf_counter() - began)
-            del results
-        for name, rate in rates.items() if number else ():
-            measured[name].append(rate())
+    with phase("measuring", repeats) as under_way:
+        for number in range(repeats + 1):
+            for name, program in found.items():
+                began = time.perf_counter()
+                training, results = program.run(training)
+                jax.block_until_ready((training, results))
+                if number:
+                    seconds[name].append(time.perf_counter() - began)
+                del results
+            for name, rate in rates.items() if number else ():
+                measured[name].append(rate())
+            under_way.at(number)
     less = lambda whole, part: [a - b for a, b in zip(seconds[whole], seconds[part], strict=True)]  # noqa: E731
     seconds |= {"decode": less("sample", "prefill"), "update": less("both", "reference")}
     return training, seconds, measured
@@ -245,12 +250,15 @@ def run(bench: Bench, repeats: int, profile: pathlib.Path | None = None) -> dict
     """Measures, and returns the report: what --out writes. A trace goes to `profile`, of a round that isn't measured."""
     devices = list(bench.mesh.devices.flat)
     about = environment()
-    arena = bench_setup.arena(bench)
-    found = programs(bench, arena)
-    rates = {
-        "rate": bench_rates.matrix_rate(bench.cfg.compute.dtype, devices),
-        "bandwidth": bench_rates.bandwidth(devices),
-    }
+    with phase("making the models"):
+        arena = bench_setup.arena(bench)
+    with phase("making the programs"):
+        found = programs(bench, arena)
+    with phase("choosing rates' sizes"):
+        rates = {
+            "rate": bench_rates.matrix_rate(bench.cfg.compute.dtype, devices),
+            "bandwidth": bench_rates.bandwidth(devices),
+        }
     training, seconds, measured = measure(found, arena.training, rates, repeats)
     if profile is not None:
         trace(found, training, profile)

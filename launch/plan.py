@@ -32,7 +32,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from oaif_jax.base import cli, options
+from oaif_jax.base import cli, options, phases
 from oaif_jax.base.errors import UserError
 
 if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
@@ -43,6 +43,7 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
     options.define("out", None, options.FILE, "a file for the report as JSON")
     options.define("hlo", None, options.FILE, "a file for the compiled program's text")
     cli.parse()
+    cli.import_jax()
 
 import jax
 import jax.numpy as jnp
@@ -367,15 +368,18 @@ def run(values: Any, topology: str, out: str, text_file: str, console: Console) 
     devices = devices_of(topology)
     axes = planned.cfg.mesh
     mesh = sharding.make_mesh(axes.data, axes.fsdp, axes.tensor, devices)
-    lowered = lower(planned, mesh)
+    with phases.phase("tracing the step"):
+        lowered = lower(planned, mesh)
     began = time.monotonic()
-    compiled = lowered.compile()
+    with phases.phase("compiling the step"):
+        compiled = lowered.compile()
     seconds = time.monotonic() - began
     text = compiled.as_text()
     assert text is not None
     if text_file:
         pathlib.Path(text_file).write_text(text)
-    found = report(planned, compiled, text, devices[0].device_kind, len(devices))
+    with phases.phase("reading the program"):
+        found = report(planned, compiled, text, devices[0].device_kind, len(devices))
     found = {"topology": topology, "mesh": dict(mesh.shape), "compile_seconds": seconds} | found
     show(found, console)
     if out:

@@ -32,7 +32,7 @@ from absl import flags
 from rich.console import Console
 
 from oaif_jax import config, report
-from oaif_jax.base import cli, files, options, phases
+from oaif_jax.base import cli, environment, files, options, phases
 from oaif_jax.base.errors import Interrupted, UserError
 from oaif_jax.base.phases import Watch, phase
 from oaif_jax.base.text import printable
@@ -160,6 +160,7 @@ def name_of(file: str) -> str:
 
 def _checked(values: Mapping) -> config.Config:
     """The run's config, its method and loss among those that there are."""
+    environment.import_jax()
     from oaif_jax import losses, methods  # they import JAX, for whose seconds --help and wrong flags don't wait
 
     cfg = config.parse(values)
@@ -225,9 +226,9 @@ def _train(run: Run, trainer: Sequence[str], console: Console) -> str:
     with run.log.open("a+", encoding="utf-8", errors="replace") as log:
         start = log.tell()
         # Unbuffered: else what was printed comes after the error, which is then not the log's last line.
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        variables = os.environ | {"PYTHONUNBUFFERED": "1"}
         command = _following(run.command(trainer))
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables)
         says = functools.partial(_under_way, log.fileno(), start)
         with _signals_to(process) as seen, Watch(console, says):
             code = process.wait()

@@ -28,6 +28,7 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
     cli.define_checkpoint()
     options.define("out", None, options.DIR, "where to write, where it isn't WORKDIR/evaluations")
     cli.parse()
+    cli.import_jax()
 
 from oaif_jax.base.files import atomic_write_json, atomic_write_text, finite
 from oaif_jax.data import open as open_data

@@ -22,6 +22,7 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
     options.define("form", "merged", options.choice(("merged", "adapter")), "one model, or LoRA's additions for peft")
     cli.define_checkpoint()
     cli.parse()
+    cli.import_jax()
 
 from jax.sharding import Mesh
 from jaxtyping import PyTree

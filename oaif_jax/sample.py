@@ -21,6 +21,7 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
     options.define("seed", 0, options.integer(least=0, most=2**31 - 1), "of the draw")
     cli.define_checkpoint()
     cli.parse()
+    cli.import_jax()
 
 import jax
 import numpy as np

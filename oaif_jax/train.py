@@ -28,6 +28,7 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
     cli.define_config()
     cli.define_workdir()
     cli.parse()
+    cli.import_jax()
 
 import jax
 import jax.numpy as jnp

@@ -24,6 +24,7 @@ from launch.bench_count import Sizes, Work
 from oaif_jax.annotate import orders
 from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.phases import Phase
 from oaif_jax.config import ConfigError
 from oaif_jax.models import transformer
 from oaif_jax.models.config import ComputeConfig, ModelConfig
@@ -264,10 +265,22 @@ def test_error_is_one_line():
 
 
 @pytest.fixture(scope="module")
-def report() -> dict:
+def named() -> list[tuple[str, int]]:
+    """What the run named while it was at it, and how many of that were done."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def report(named) -> dict:
     """Of a model of one layer, which compiles sooner; two rounds."""
     made = bench_setup.parse(tiny(policy__shape__layers="1", bench__annotator__layers="1", data__response_tokens="3"))
-    return bench.run(made, repeats=2)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Phase, "at", lambda self, done: named.append((self.name, done)))
+        return bench.run(made, repeats=2)
+
+
+def test_rounds_are_counted_while_they_take_long(report, named):
+    assert named == [("measuring", done) for done in (0, 1, 2)]
 
 
 def test_report_has_everything(report):

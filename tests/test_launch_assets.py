@@ -9,6 +9,7 @@ from test_train import sft_config
 
 from launch import assets as build
 from oaif_jax.base import cli
+from oaif_jax.base.phases import Phase
 from oaif_jax.data.jsonl import read_pairs
 from oaif_jax.stored import single
 from oaif_jax.stored.open import Model, Source
@@ -24,12 +25,15 @@ def test_models_and_pairs_in_miniature(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "load_config", lambda file: ConfigDict(values).lock())
     monkeypatch.setattr(build, "ASSETS", tmp_path)
     monkeypatch.setattr(build, "PAIRS", 128)
+    counted = []
+    monkeypatch.setattr(Phase, "at", lambda self, done: counted.append((self.name, done, self.total)))
     monkeypatch.setattr(build, "WRITERS", tuple(dataclasses.replace(each, steps=2) for each in build.WRITERS))
     build.STAGES["sft"](tmp_path / "runs")
     params, cfg = single.load(tmp_path / "sft.safetensors")
     assert cfg.width == values["policy"]["shape"]["width"]
     assert params["layers"]["gate"].shape == (cfg.layers, cfg.width, cfg.mlp)
     build.STAGES["pairs"](tmp_path / "runs")
+    assert ("drawing responses", 128, 128) in counted
     pairs = read_pairs(tmp_path / "pairs.jsonl.gz")
     assert 0 < len(pairs) <= 128
     assert all(pair.chosen != pair.rejected for pair in pairs)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import fakes
 import jax
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from oaif_jax import config, train
 from oaif_jax.annotate import prompts
+from oaif_jax.base import environment
 from oaif_jax.base.errors import UserError
 from oaif_jax.config import ConfigError
 from oaif_jax.data import chat
@@ -181,8 +183,12 @@ def test_memory_of_this_machine():
 @pytest.mark.parametrize(
     ("variable", "value", "said"),
     [
-        ("XLA_FLAGS", "--xla_dump_to= --xla_force_host_platform_device_count=100000", "100000, wanted at most 1024"),
-        ("JAX_NUM_CPU_DEVICES", "100000", "error: JAX_NUM_CPU_DEVICES=100000, wanted at most 1024"),
+        (
+            "XLA_FLAGS",
+            "--xla_dump_to= --xla_force_host_platform_device_count=100000",
+            "100000, wanted a number from 1 to 1024",
+        ),
+        ("JAX_NUM_CPU_DEVICES", "100000", "error: JAX_NUM_CPU_DEVICES=100000, wanted a number from 1 to 1024"),
         ("JAX_PLATFORMS", "cuda", "error: JAX_PLATFORMS=cuda: JAX can't start"),
     ],
 )
@@ -198,6 +204,63 @@ with cli.user_errors():
     assert done.returncode == 2
     assert said in [line for line in done.stderr.splitlines() if line][-1]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("count", ["0", "-3", "many"])
+def test_devices_of_no_number(monkeypatch, count):
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={count}")
+    with pytest.raises(UserError, match=rf"device_count={count}, wanted a number from 1 to 1024"):
+        sharding.use_cpu_devices(2)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        (
+            "XLA_FLAGS",
+            "--xla_nonsense=1",
+            "XLA can't use them (Unknown flag in XLA_FLAGS: --xla_nonsense=1), wanted flags",
+        ),
+        (
+            "XLA_FLAGS",
+            "--xla_cpu_enable_fast_math=maybe",
+            "Couldn't interpret value maybe for flag xla_cpu_enable_fast_math",
+        ),
+        ("XLA_FLAGS", "nowhere", 'Could not open file "nowhere"'),
+        ("JAX_ENABLE_X64", "maybe", "error: JAX_ENABLE_X64=maybe: JAX can't use it (invalid truth value 'maybe'"),
+        ("JAX_DEFAULT_PRNG_IMPL", "dice", "error: JAX_DEFAULT_PRNG_IMPL=dice: JAX can't use it (Invalid value"),
+    ],
+)
+def test_settings_that_cannot_be_used(variable, value, said):
+    """Where XLA ends the process, and JAX the import: one line."""
+    code = "from oaif_jax.base import cli\ncli.import_jax()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {variable: value}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr
+
+
+def test_flags_that_can_be_used(monkeypatch):
+    """Are known without a try, or tried once."""
+    tried = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda *given, **_: tried.append(given) or SimpleNamespace(returncode=0, stderr="")
+    )
+    environment.check_flags.cache_clear()
+    for flags in ("", "--xla_force_host_platform_device_count=8 ", "--xla_a=1", "--xla_a=1"):
+        environment.check_flags(flags)
+    assert len(tried) == 1
+
+
+def test_every_program_tries_its_settings():
+    """Before the first import that needs them."""
+    for path in (*(ROOT / "oaif_jax").glob("*.py"), *(ROOT / "launch").glob("*.py")):
+        text = path.read_text()
+        if "cli.parse()" in text:
+            assert "    cli.parse()\n    cli.import_jax()\n" in text, path
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Unable to initialize backend 'tpu':\n no"), AssertionError()])

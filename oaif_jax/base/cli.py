@@ -8,7 +8,8 @@
         main()
 
 A program that needs JAX takes seconds to import it, for which --help and a wrong flag shouldn't wait: it defines its flags
-in an `if __name__ == "__main__":` before these imports, ends that with cli.parse(), and its last line is cli.call(main).
+in an `if __name__ == "__main__":` before these imports, ends that with cli.parse() and cli.import_jax(), and its last line is
+cli.call(main).
 
 Flags are defined by calls, not at import, so that a program has only its own. ml_collections parses the config's flags;
 what it would answer with a traceback is looked for beforehand, by the functions that the sweep uses too.
@@ -34,7 +35,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 
-from oaif_jax.base import options, phases
+from oaif_jax.base import environment, options, phases
 from oaif_jax.base.errors import Interrupted, UserError, near
 from oaif_jax.base.text import printable
 
@@ -93,6 +94,12 @@ def parse(command: str = "") -> None:
     if sys.stderr is not None and sys.stderr.isatty():
         _starting.enter_context(phases.Watch(Console(stderr=True), is_live=False))
         _starting.enter_context(phases.phase("starting"))
+
+
+def import_jax() -> None:
+    """Imports JAX, which a program is about to use; what the environment tells it and can't be used ends the program (2)."""
+    with user_errors():
+        environment.import_jax()
 
 
 _starting = contextlib.ExitStack()  # from `parse` to `call`: what is imported between them takes seconds

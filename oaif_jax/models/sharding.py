@@ -63,13 +63,13 @@ def use_cpu_devices(count: int) -> None:
     in a step that it doesn't split among threads.
     """
     said = re.findall(r"xla_force_host_platform_device_count=(\S*)", os.environ.get("XLA_FLAGS", ""))
-    is_said = bool(said)
     devices = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # made at run time
-    for name, asked in (("XLA_FLAGS=--xla_force_host_platform_device_count", said[-1] if said else "0"),
-                        ("JAX_NUM_CPU_DEVICES", str(devices))):  # fmt: skip
-        if asked.isdecimal() and int(asked) > CPU_DEVICES:  # XLA has no error for what it can't make: it crashes
-            raise ShardingError(f"{name}={asked}, wanted at most {CPU_DEVICES}")
-    if count and not is_said and devices != count:
+    given = {"XLA_FLAGS=--xla_force_host_platform_device_count": said[-1]} if said else {}
+    given |= {"JAX_NUM_CPU_DEVICES": str(devices)} if devices != -1 else {}  # -1: not given
+    for name, asked in given.items():
+        if not (asked.isdecimal() and 1 <= int(asked) <= CPU_DEVICES):  # of which XLA may crash
+            raise ShardingError(f"{name}={asked}, wanted a number from 1 to {CPU_DEVICES}")
+    if count and not said and devices != count:
         with contextlib.suppress(RuntimeError):  # JAX has started, and its devices are what they are
             jax.config.update("jax_num_cpu_devices", count)
     devices_there()
