@@ -11,11 +11,13 @@ import pytest
 from fakes import COMPUTE, MODEL, left_padded, make_params, prompts_of, right_padded
 from jax.sharding import Mesh
 
+from oaif_jax import config
 from oaif_jax.base.errors import UserError
 from oaif_jax.models import lora, sharding, transformer
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.models.rows import Rows, branch
 from oaif_jax.rollout import Sampler, sample
+from oaif_jax.run.setup import open_setup
 
 CFG = dataclasses.replace(MODEL, lora_scale=0.5)
 PLAIN_MLP = dataclasses.replace(CFG, gated=False, biases="all", activation="gelu")
@@ -217,3 +219,23 @@ def test_targets_that_are_not_there(text, cfg, said):
     with pytest.raises(UserError, match=re.escape(said)) as raised:
         lora.check_targets(text, cfg)
     assert "\n" not in str(raised.value)
+
+
+def test_a_rank_with_which_additions_are_larger_than_what_they_are_added_to():
+    """k maps 16 numbers to 2 heads of 8, q to 4 heads of 8: rank 8 has as many numbers as k, rank 9 more; q takes 10."""
+    assert lora.rank_notes(8, ("q", "k"), MODEL) == ()
+    (note,) = lora.rank_notes(9, ("q", "k"), MODEL)
+    assert note.startswith("config.policy.lora.rank=9 is high for this model: the additions to k have more numbers")
+    (note,) = lora.rank_notes(11, ("q", "k"), MODEL)
+    assert "additions to q, k have" in note
+
+
+def test_the_note_on_a_rank_is_shown():
+    lora_of = {"rank": 96, "targets": "q"}
+    setup = open_setup(
+        config.parse(
+            {"policy": {"init": "scratch", "lora": lora_of}, "judge": {"init": "none"}, "eval": {"final": "last"}}
+        ),
+        sharding.make_mesh(-1, 1, 1),
+    )
+    assert any("rank=96 is high for this model: the additions to q have" in note for note in setup.notes)

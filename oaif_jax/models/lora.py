@@ -62,6 +62,18 @@ def parameters(cfg: ModelConfig, rank: int, targets: tuple[str, ...]) -> int:
     return cfg.layers * rank * sum(math.prod(shape_in) + math.prod(shape_out) for shape_in, shape_out in shapes)
 
 
+def rank_notes(rank: int, targets: tuple[str, ...], cfg: ModelConfig) -> tuple[str, ...]:
+    """A warning where an addition has more numbers than the projection that it is added to: it can hold nothing more for them."""
+    sizes = {name: [math.prod(shape) for shape in _shapes(cfg, name)] for name in targets}
+    larger = [name for name, (size_in, size_out) in sizes.items() if rank * (size_in + size_out) > size_in * size_out]
+    if not larger:
+        return ()
+    return (
+        f"config.policy.lora.rank={rank} is high for this model: the additions to {', '.join(larger)} have more numbers than what "
+        "they are added to, wanted a lower rank, other config.policy.lora.targets, or full training (rank 0)",
+    )
+
+
 def init(key: Array, cfg: ModelConfig, rank: int, targets: tuple[str, ...]) -> PyTree:
     """New float32 additions: a [L, *in, rank] normal with variance 1 / in, b [L, rank, *out] zero."""
     added = {}

@@ -249,7 +249,7 @@ def with_lora(model: Model, section: config.Policy, mesh: Mesh, dtype: str, seed
     scale = section.lora.alpha / section.lora.rank
     if model.base is not None and _same_additions(run_config(model.source).policy, section, model.cfg):
         return dataclasses.replace(model, goes_on=True)
-    notes = model.notes
+    notes = (*model.notes, *lora.rank_notes(section.lora.rank, targets, model.cfg))
     if model.base is not None:
         lost = lost_in_merging(model.base, model.params, model.cfg, dtype)
         if lost > 0.01:
