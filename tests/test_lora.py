@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from oaif_jax.models import lora, sharding, transformer
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.models.rows import Rows, branch
 from oaif_jax.rollout import Sampler, sample
-from oaif_jax.run.setup import open_setup
+from oaif_jax.stored.open import Model, Source, with_lora
 
 CFG = dataclasses.replace(MODEL, lora_scale=0.5)
 PLAIN_MLP = dataclasses.replace(CFG, gated=False, biases="all", activation="gelu")
@@ -230,12 +231,9 @@ def test_a_rank_with_which_additions_are_larger_than_what_they_are_added_to():
     assert "additions to q, k have" in note
 
 
-def test_the_note_on_a_rank_is_shown():
-    lora_of = {"rank": 96, "targets": "q"}
-    setup = open_setup(
-        config.parse(
-            {"policy": {"init": "scratch", "lora": lora_of}, "judge": {"init": "none"}, "eval": {"final": "last"}}
-        ),
-        sharding.make_mesh(-1, 1, 1),
-    )
-    assert any("rank=96 is high for this model: the additions to q have" in note for note in setup.notes)
+def test_the_note_on_a_rank_is_the_models():
+    section = config.parse({"policy": {"lora": {"rank": 9, "targets": "q,k"}}}).policy
+    voice = SimpleNamespace()  # nobody talks
+    model = Model(MODEL, make_params(MODEL), voice, Source("policy", "scratch", ""))  # type: ignore[arg-type]
+    made = with_lora(model, section, sharding.make_mesh(-1, 1, 1), "float32", 0)
+    assert made.notes == lora.rank_notes(9, ("q", "k"), MODEL)

@@ -69,8 +69,8 @@ def rank_notes(rank: int, targets: tuple[str, ...], cfg: ModelConfig) -> tuple[s
     if not larger:
         return ()
     return (
-        f"config.policy.lora.rank={rank} is high for this model: the additions to {', '.join(larger)} have more numbers than what "
-        "they are added to, wanted a lower rank, other config.policy.lora.targets, or full training (rank 0)",
+        f"config.policy.lora.rank={rank} is high for this model: the additions to {', '.join(larger)} have more numbers than "
+        "what they are added to, wanted a lower rank, other config.policy.lora.targets, or full training (rank 0)",
     )
 
 
