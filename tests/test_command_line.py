@@ -6,11 +6,13 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 import types
 
 import pytest
 
 from oaif_jax import sample
+from oaif_jax.base import cli, phases
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DPO = "--config=experiments/tiny.py:tldr,online,dpo"
@@ -146,6 +148,22 @@ def test_is_answered_without_slow_imports(program, argument, code):
     line = [sys.executable, "-c", PROBE, program, argument]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1] == str(code)
+
+
+def test_a_program_says_what_takes_long(monkeypatch, capsys):
+    """On stderr, whatever is called."""
+    monkeypatch.setattr(phases, "OFTEN", 0.3)
+
+    @phases.phase("loading the model")
+    def main() -> None:
+        time.sleep(0.8)
+        print("done")
+
+    monkeypatch.setattr(cli.app, "run", lambda main, **_: main([]))  # absl's, which exits
+    cli.call(main)
+    out, err = capsys.readouterr()
+    assert out == "done\n"
+    assert re.match(r"loading the model, 0:0\d\n", err)
 
 
 # ------------------------------------------------------------------------------------------------ what can't be used

@@ -268,7 +268,12 @@ def test_peft_computes_what_the_merged_model_does(name, targets, tmp_path):
 
 def test_the_adapter_of_a_run(home, added, tmp_path):
     workdir, _ = added
-    said = export.run(workdir, tmp_path / "adapter", which="last", form="adapter")
+    old = os.umask(0o027)
+    try:
+        said = export.run(workdir, tmp_path / "adapter", which="last", form="adapter")
+    finally:
+        os.umask(old)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "adapter").iterdir()} == {0o640}
     assert str(home / "policy") in said
     found = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (found["r"], found["lora_alpha"], found["base_model_name_or_path"]) == (4, 8.0, str(home / "policy"))

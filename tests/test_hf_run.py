@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from oaif_jax import collect, config, evaluate, export, sample, step, train
 from oaif_jax.annotate.base import asks_of
-from oaif_jax.base import cli
+from oaif_jax.base import cli, phases
 from oaif_jax.base.errors import UserError
 from oaif_jax.data.tokenizer import right_pad
 from oaif_jax.evals.of_run import control_tokens
@@ -135,20 +135,41 @@ def test_a_run_that_was_killed_behind_its_export(trained, home, tmp_path):
         assert (again / "export" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_export_again_is_the_same(trained, tmp_path):
+def test_export_again_is_the_same(trained, tmp_path, monkeypatch):
     workdir, _ = trained
+    named = []
+    monkeypatch.setattr(phases, "_under_way", Kept(named))
     export.run(workdir, tmp_path / "again", dtype="float32")
+    assert {"loading the model", "exporting"} <= set(named)
     for file in (workdir / "export").iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
     with pytest.raises(UserError, match="is there already"):
         export.run(workdir, tmp_path / "again")
 
 
-def test_talking_to_it_and_evaluating_it_again(trained):
+def test_talking_to_it_and_evaluating_it_again(trained, monkeypatch):
+    """And what takes long of it is named."""
     workdir, summary = trained
+    named = []
+    monkeypatch.setattr(phases, "_under_way", Kept(named))
     assert len(sample.run(workdir, "Which dog?", samples=3)) == 3
+    assert {"loading the model", "sampling"} <= set(named)
+    named.clear()
     again = evaluate.run(workdir, prompts=8)
     assert again["judge"] == summary["judge"]
+    assert {"reading prompts.jsonl", "loading the policy", "evaluating", "evaluating, greedy"} <= set(named)
+
+
+class Kept(list):
+    """Phases under way, whose names are kept."""
+
+    def __init__(self, names: list[str]):
+        super().__init__()
+        self.names = names
+
+    def append(self, each: phases.Phase) -> None:
+        self.names.append(each.name)
+        super().append(each)
 
 
 def test_evaluating_it_on_any_split(trained, tmp_path):

@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import pathlib
+import re
 
 import pytest
 
@@ -124,6 +125,19 @@ def wrong_jax(found: Imports) -> list[str]:
     ]
 
 
+# They run what a file says.
+EXECUTING = ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml")
+
+
+def wrong_readers(found: Imports) -> list[str]:
+    return [
+        f"{module} imports {name}"
+        for module, names in found.items()
+        for name in sorted(names)
+        if name.split(".")[0] in EXECUTING
+    ]
+
+
 # What experiments share; one builds on another family.
 SHARED = ("experiments.family", "experiments.oaif")
 
@@ -151,7 +165,7 @@ def wrong_flax(found: Imports) -> list[str]:
     ]
 
 
-RULES = (wrong_floors, wrong_jax, wrong_experiments, wrong_flax)
+RULES = (wrong_floors, wrong_jax, wrong_experiments, wrong_flax, wrong_readers)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -187,6 +201,7 @@ def test_modules_are_seen():
         (wrong_experiments, "experiments/a.py", "from oaif_jax import losses", "experiments.a imports oaif_jax.losses"),
         (wrong_flax, "oaif_jax/step.py", "import flax.linen as nn", "oaif_jax.step imports flax.linen"),
         (wrong_flax, "oaif_jax/step.py", "from flax import linen", "oaif_jax.step imports flax.linen"),
+        (wrong_readers, "oaif_jax/base/files.py", "def f():\n    import pickle", "oaif_jax.base.files imports pickle"),
     ],
 )  # fmt: skip
 def test_rules_find_what_they_are_for(tmp_path, rule, path, line, said):
@@ -224,6 +239,24 @@ def test_rules_find_what_they_are_for(tmp_path, rule, path, line, said):
 
     assert [wrong for each in RULES for wrong in each(write(house))] == []
     assert any(said in wrong for wrong in rule(write({path: f"{house.get(path, '')}\n{line}\n"})))
+
+
+# Calls by which data or a command line would be run.
+RUNS = re.compile(r"\b(eval|exec|os\.system|os\.popen)\(|\b(shell|allow_pickle|trust_remote_code)=True|torch\.load")
+
+
+def test_nothing_that_is_read_is_run():
+    found = {
+        f"{name}: {ast.unparse(node)[:80]}"
+        for name, path in modules(ROOT).items()
+        if not name.startswith("experiments.peers")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.Call) and RUNS.match(f"{ast.unparse(node.func)}("))
+        or (isinstance(node, ast.keyword) and RUNS.match(f"{node.arg}={ast.unparse(node.value)}"))
+    }
+    assert found == set()
+    assert all(RUNS.match(text) for text in ("eval(x)", "os.system(x)", "shell=True", "allow_pickle=True"))
+    assert not any(RUNS.match(text) for text in ("literal_eval(x)", "model.eval()", "shell=False"))
 
 
 def circle(found: Imports) -> list[str]:
