@@ -18,7 +18,7 @@ import safetensors.numpy
 import tokenizer_files as files
 from rich.console import Console
 
-from oaif_jax import config, train
+from oaif_jax import config, report, train
 from oaif_jax.annotate import prompts
 from oaif_jax.base import environment
 from oaif_jax.base.errors import UserError
@@ -30,8 +30,9 @@ from oaif_jax.methods.online import Online
 from oaif_jax.methods.sft import SFT
 from oaif_jax.models import lora, sharding
 from oaif_jax.models.config import ModelConfig
-from oaif_jax.run import setup, sizes
+from oaif_jax.run import inputs, setup, sizes
 from oaif_jax.stored import hf
+from oaif_jax.stored.checkpoint import Reader
 from oaif_jax.stored.hf import pieces
 from oaif_jax.stored.hf.directory import abstract_params
 from oaif_jax.stored.hf.families import FAMILIES
@@ -317,6 +318,24 @@ def test_json_without_end(tmp_path):
         file.truncate(10**12)
     with pytest.raises(UserError, match=r"tokenizer\.json is too large \(1,000,000,000,000 bytes\)"):
         open_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "inputs.json", "checkpoints/2/MANIFEST.json"])
+def test_a_runs_own_json_without_end(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.truncate(10**12)
+    read = {
+        "config.json": [lambda: config.read(path), lambda: report.load(tmp_path, finished=False)],
+        "summary.json": [lambda: report.summary(tmp_path)],
+        "inputs.json": [lambda: inputs.read(path)],
+        "checkpoints/2/MANIFEST.json": [lambda: Reader(tmp_path / "checkpoints").latest()],
+    }
+    (tmp_path / "metrics.jsonl").touch()
+    for each in read[name]:
+        with pytest.raises(UserError, match=rf"{path}.* is too large"):
+            each()
 
 
 # --- config.json against the weights

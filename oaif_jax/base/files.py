@@ -100,10 +100,13 @@ def reason(error: OSError) -> str:
     return said[:1].lower() + said[1:]
 
 
+MOST_JSON = 100_000_000  # bytes of a file that a run writes whole
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds; UserError where it can't be read, isn't JSON, or is nested or long beyond reason."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_bytes(path, MOST_JSON).decode())
     except (OSError, ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise UserError(f"{path} can't be read ({str(error).splitlines()[0]}), wanted JSON") from error
 

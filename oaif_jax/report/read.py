@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from oaif_jax.base.errors import UserError
-from oaif_jax.base.files import reason
+from oaif_jax.base.files import MOST_JSON, read_bytes, reason
 
 KINDS = ("train", "eval", "health")
 RENAMED = {"kl": "log_ratio"}  # keys of earlier versions' files
@@ -160,7 +160,9 @@ def summary(workdir: pathlib.Path) -> dict[str, Any] | None:
     """What the run in `workdir` came to; None where it hasn't finished. ReportError for a file that isn't a summary."""
     path = workdir / "summary.json"
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path, MOST_JSON)
+    except UserError as error:
+        raise ReportError(f"{error}; {AGAIN}") from error
     except FileNotFoundError:
         if not path.is_symlink():
             return None
@@ -284,7 +286,9 @@ def renamed(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _bytes(path: pathlib.Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path, MOST_JSON) if path.suffix == ".json" else path.read_bytes()
+    except UserError as error:
+        raise ReportError(str(error)) from error
     except OSError as error:
         raise ReportError(f"{path}: {reason(error)}") from error
 

@@ -33,7 +33,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from oaif_jax.base.errors import UserError
-from oaif_jax.base.files import fsync, is_locked, reason
+from oaif_jax.base.files import MOST_JSON, fsync, is_locked, read_bytes, reason
 
 META, MANIFEST = "meta.json", "MANIFEST.json"
 _STEP = re.compile(r"0|[1-9]\d*")
@@ -290,7 +290,7 @@ class Reader:
         try:
             if not any(directory.iterdir()):
                 raise self._damaged(step, "", "is an empty directory")
-            manifest = json.loads((directory / MANIFEST).read_bytes())
+            manifest = json.loads(read_bytes(directory / MANIFEST, MOST_JSON))
             return {META: manifest[META]} | {name: {**entry} for name, entry in manifest.items()}
         except FileNotFoundError as error:
             raise self._damaged(step, "", f"has no {MANIFEST}") from error
@@ -298,6 +298,8 @@ class Reader:
             raise self._damaged(step, MANIFEST, f"can't be read ({reason(error)})") from error
         except CheckpointError:
             raise
+        except UserError as error:
+            raise self._damaged(step, MANIFEST, "is too large") from error
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise self._damaged(step, MANIFEST, "is unreadable") from error
 
