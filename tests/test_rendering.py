@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import re
 import resource
 import signal
 import threading
@@ -83,6 +84,38 @@ def test_memory_is_bounded(name):
 def test_other_ends(name):
     source, message = OTHER[name]
     assert message in said(source)
+
+
+ESCAPES = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ cycler.__init__.__globals__ }}",
+    "{{ lipsum.__globals__['os'].popen('id').read() }}",
+    "{{ raise_exception.__globals__ }}",
+    "{{ ''|attr('__class__') }}",
+    "{{ ''['__class__'] }}",
+    "{{ '{0.__class__}'.format(1) }}",
+    "{{ '{a.__class__}'.format_map({'a': 1}) }}",
+    "{{ self.__init__.__globals__ }}",
+    "{{ self._TemplateReference__context.environment }}",
+    "{{ namespace.__init__.__globals__ }}",
+    "{{ messages|map(attribute='__class__')|list }}",
+    "{% for m in messages|groupby('__class__') %}{{ m }}{% endfor %}",
+    "{% import 'os' as os %}{{ os }}",
+    "{{ messages.clear() }}{{ messages }}",
+    "{{ (messages|selectattr('__class__')|list).__reduce__ }}",
+]
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("source", ESCAPES)
+def test_no_way_out(source):
+    """A template reaches neither Python's objects nor files: an error, or nothing where the object would be."""
+    try:
+        text = rendering.render(source, DATE, VARIABLES)
+    except RenderError:
+        text = ""
+    assert not re.search(r"class|object|module|function|environment|uid=", text), text
+    assert rendering.render(SAYS, DATE, VARIABLES) == "why?"
 
 
 def test_a_bound_is_one_line_with_the_templates_path(tmp_path):
