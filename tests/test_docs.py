@@ -52,6 +52,20 @@ def test_programs(page):
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
 
 
+def test_faults_have_their_tests():
+    """Each row of the table names tests that there are: "FILE: NAME, NAME; FILE: NAME", or a whole file."""
+    rows = re.findall(r"^\| (?!fault |-)(.*) \|$", (ROOT / "docs" / "notes" / "faults.md").read_text(), re.M)
+    assert len(rows) > 70
+    for row in rows:
+        cells = row.split(" | ")
+        assert len(cells) == 4, row
+        for part in cells[3].split("; "):
+            file, _, names = part.partition(": ")
+            source = (ROOT / "tests" / f"{file}.py").read_text()
+            for name in names.split(", ") if names else []:
+                assert f"def {name}(" in source, f"{file}: {name}"
+
+
 LINES = re.findall(r"^\| `(\w+)` \|.*`(\{.*\})` \|$", (ROOT / "docs" / "data.md").read_text(), re.M)
 
 
