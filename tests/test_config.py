@@ -432,6 +432,7 @@ DIR = "--workdir={tmp}/run"
         ((DIR, "--config={tmp}/nowhere/x.py"), ("--config={tmp}/nowhere/x.py: there's no such file",)),
         ((DIR, "--config={tmp}/empty.py"), ("--config={tmp}/empty.py has no function get_config()",)),
         ((DIR, "--config={tmp}/raises.py"), ("failed in line 3: KeyError: 'width'",)),
+        ((DIR, "--config={tmp}/ends.py"), ("failed in line 2: SystemExit: 3",)),
         ((DIR, "--config={tmp}/syntax.py"), ("failed in line 2: SyntaxError",)),
         ((DIR, "--config={tmp}/imports.py"), ("failed in line 1: ModuleNotFoundError", "nonexistent_module")),
         ((DIR, "--config={tmp}/dict.py"), ("get_config() returned a dict, wanted a ConfigDict",)),
@@ -441,6 +442,7 @@ DIR = "--workdir={tmp}/run"
 def test_user_errors(program, tmp_path, arguments, said):
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "raises.py").write_text("\ndef get_config():\n    return {}['width']\n")
+    (tmp_path / "ends.py").write_text("import sys\nsys.exit(3)\n")
     (tmp_path / "syntax.py").write_text("\ndef get_config(:\n")
     (tmp_path / "imports.py").write_text("import nonexistent_module\n")
     (tmp_path / "dict.py").write_text("def get_config():\n    return {'a': 1}\n")

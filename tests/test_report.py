@@ -441,6 +441,21 @@ def test_a_place_that_cannot_be_written_is_one_line(workdir, monkeypatch, number
     assert not [path for path in workdir.iterdir() if path.name.startswith(".")]
 
 
+def test_settings_of_matplotlib_that_cannot_be_used(tmp_path):
+    """A backend that isn't there, a file that isn't text: read when matplotlib is imported, at a training's end."""
+    (tmp_path / "matplotlibrc").write_bytes(b"\xff")
+    code = (
+        "from oaif_jax.base import cli\nfrom oaif_jax.report import plots\nwith cli.user_errors():\n    plots.check()"
+    )
+    for name, value in (("MPLBACKEND", "nonsense"), ("MATPLOTLIBRC", str(tmp_path / "matplotlibrc"))):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {name: value}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith("error: matplotlib can't start (")
+        assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "y/" * 2500, "z\0z"])
 def test_a_path_that_cannot_be_is_one_line(tmp_path, name):
     with pytest.raises(report.ReportError, match="wanted the workdir of a run"):

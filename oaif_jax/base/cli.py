@@ -226,7 +226,7 @@ def load_config(file: str) -> ml_collections.ConfigDict:
         config = module.get_config(*argument)
     except UserError:
         raise
-    except Exception as error:  # whatever the user's file raises is about the file
+    except (Exception, SystemExit) as error:  # whatever the user's file raises is about the file
         raise UserError(f"--config={file} failed{_where(error, path)}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--config={file}: get_config() returned a {type(config).__name__}, wanted a ConfigDict")
@@ -377,7 +377,7 @@ def _flag_values(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
     return found
 
 
-def _where(error: Exception, path: str) -> str:
+def _where(error: BaseException, path: str) -> str:
     """` in line 12`, where the error left the config file, if it did."""
     if isinstance(error, SyntaxError) and error.filename == path:
         return f" in line {error.lineno}"

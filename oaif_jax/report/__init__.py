@@ -26,8 +26,8 @@ def write(workdir: str | pathlib.Path, *, finished: bool = True, out: pathlib.Pa
     """Reads the run in `workdir` and writes its curve.png and report.html, there or in `out`, each at once or not at all.
 
     Raises:
-        ReportError: a file of the run is missing or malformed, or can't be written; with `finished=False` summary.json may be
-            missing.
+        ReportError: a file of the run is missing or malformed, or can't be written, or matplotlib can't start; with
+            `finished=False` summary.json may be missing.
     """
     run = load(workdir, finished=finished)
     return _draw(run, run.workdir if out is None else out)
@@ -39,6 +39,7 @@ def drawn(run: Run) -> Run:
 
 
 def _draw(run: Run, out: pathlib.Path) -> Run:
+    plots.check()
     page = html.report(run)
     for name, save in (
         (CURVE, lambda path: plots.curve(run, path)),

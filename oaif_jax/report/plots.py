@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from oaif_jax.report.read import Run, series
+from oaif_jax.report.read import ReportError, Run, series
 
 BLUE, VERMILLION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#b0578d"
 INK, MUTED, RULE = "#24292f", "#6e7781", "#d8dee4"
@@ -26,6 +26,17 @@ WIDTH, PANEL_HEIGHT, DPI = 10.0, 3.0, 100  # inches, inches, pixels an inch: 100
 NARROW_WIDTH = 5.0  # of the figure that phones show: its letters are as large as those of the page
 LONGEST_NAME = 26  # letters of a line's name, which a phone's figure has room for
 LABEL_GAP = 0.085  # least distance of two line names, as a share of a panel's height
+
+
+def check() -> None:
+    """ReportError where matplotlib can't start with what its user's settings say."""
+    try:
+        import matplotlib  # noqa: F401
+    except ValueError as error:  # of MPLBACKEND, or a matplotlibrc that isn't UTF-8
+        said = str(error).splitlines()[0][:200]
+        raise ReportError(
+            f"matplotlib can't start ({said}), wanted other settings (MPLBACKEND, matplotlibrc)"
+        ) from error
 
 
 def curve(run: Run, path: pathlib.Path) -> pathlib.Path:
