@@ -6,6 +6,8 @@ CLOSE: probabilities from float32 logits (eps 6e-8) of order 1 to 10, computed b
 import dataclasses
 import functools
 import itertools
+import sys
+from types import SimpleNamespace
 
 import fakes
 import jax
@@ -13,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oaif_jax.annotate import orders
+from oaif_jax.annotate import orders, python
 from oaif_jax.annotate.orders import Template
+from oaif_jax.base.errors import UserError
 from oaif_jax.data.tokenizer import left_pad, right_pad
 from oaif_jax.models import heads, rows, transformer
 
@@ -186,3 +189,31 @@ def test_what_is_no_number_is_not_known():
     said = jnp.array([[[0.5, 0.7], [jnp.nan, 0.7], [0.1, 0.2]]])
     scores = orders.scores(said, 3)
     assert scores.known.tolist() == [[False, True, False]]
+
+
+# ------------------------------------------------------------------------------------------------ a function of the user's
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("import sys\nsys.exit(3)\n", r"can't be imported at \S+:2: SystemExit: 3"),
+        ("1 / 0\n", r"can't be imported at \S+:1: ZeroDivisionError"),
+        ("import nowhere_of_test\n", r"there's no module 'nowhere_of_test' here"),
+        ("def other(): ...\n", "has no function 'score', there are other"),
+    ],
+)
+def test_a_module_that_ends_the_program(tmp_path, monkeypatch, source, said):
+    """Or fails, or holds something else: one line, with the key."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    name = f"mine_{len(source)}_of_test"
+    (tmp_path / f"{name}.py").write_text(source)
+    with pytest.raises(UserError, match=rf"^config\.annotator\.init='python:{name}\.score'.*{said}"):
+        python.open_annotator(f"python:{name}.score")
+
+
+def test_a_function_that_ends_the_program():
+    asked = SimpleNamespace(examples=[], texts=[], tokens=np.zeros((0, 2, 1)))
+    with pytest.raises(UserError, match=r"annotator python:a\.b failed at test_annotator\.py:\d+: SystemExit: 3"):
+        python.PythonAnnotator("python:a.b", lambda *_: sys.exit(3)).score(asked)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from rich.console import Console
 from oaif_jax import config, report, train
 from oaif_jax.annotate import prompts
 from oaif_jax.base import environment
+from oaif_jax.base import files as files_of
 from oaif_jax.base.errors import UserError
 from oaif_jax.config import ConfigError
 from oaif_jax.data import chat
@@ -31,6 +32,7 @@ from oaif_jax.methods.sft import SFT
 from oaif_jax.models import lora, sharding
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.run import inputs, setup, sizes
+from oaif_jax.run.log import MetricsLog
 from oaif_jax.stored import hf
 from oaif_jax.stored.checkpoint import Reader
 from oaif_jax.stored.hf import pieces
@@ -336,6 +338,25 @@ def test_a_runs_own_json_without_end(tmp_path, name):
     for each in read[name]:
         with pytest.raises(UserError, match=rf"{path}.* is too large"):
             each()
+
+
+@pytest.mark.parametrize("device", ["pipe", "/dev/zero"])
+def test_a_runs_own_files_that_never_end(tmp_path, device):
+    """Nobody writes into the pipe, and the device never ends."""
+    path = tmp_path / "file.json"
+    os.mkfifo(path) if device == "pipe" else path.symlink_to(device)
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    for name in ("metrics.jsonl", "summary.json", "checkpoints/2/MANIFEST.json"):
+        (tmp_path / name).symlink_to(path)
+    for read in (
+        lambda: files_of.read_json(path),
+        lambda: inputs.digest(path),
+        lambda: report.summary(tmp_path),
+        lambda: MetricsLog(tmp_path, 2),
+        lambda: Reader(tmp_path / "checkpoints").latest(),
+    ):
+        with pytest.raises(UserError, match=r"(?i)is a pipe or a device and no file"):
+            read()
 
 
 # --- config.json against the weights

@@ -41,7 +41,7 @@ class PythonAnnotator:
         prompts = [context_of(example) for example in asks.examples]
         try:
             given = self.function(prompts, [list(texts) for texts in asks.texts])
-        except Exception as error:  # whatever the user's function raises is about the function
+        except (Exception, SystemExit) as error:  # whatever the user's function raises is about the function
             raise UserError(f"annotator {self.name} failed{_where(error)}: {type(error).__name__}: {error}") from error
         shape = asks.tokens.shape[:2]
         value, known = np.zeros(shape, np.float32), np.zeros(shape, bool)
@@ -77,7 +77,7 @@ def open_annotator(init: str) -> PythonAnnotator:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UserError(f"{said}: there's no module {error.name!r} here ({here}) or installed") from error
-    except Exception as error:  # whatever the user's module raises is about the module
+    except (Exception, SystemExit) as error:  # whatever the user's module raises is about the module
         raise UserError(f"{said} can't be imported{_where(error)}: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -86,7 +86,7 @@ def open_annotator(init: str) -> PythonAnnotator:
     return PythonAnnotator(init, function)  # type: ignore[arg-type]  # what it returns is checked when it is asked
 
 
-def _where(error: Exception) -> str:
+def _where(error: BaseException) -> str:
     """` at FILE:LINE`, where the error came from."""
     frames = traceback.extract_tb(error.__traceback__)
     return f" at {pathlib.Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""

@@ -1,5 +1,6 @@
 """Files that are whole or absent, and the digest that names a set of parameters. Imports no jax: readers use it too."""
 
+import errno
 import fcntl
 import fnmatch
 import hashlib
@@ -7,6 +8,7 @@ import io
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -134,10 +136,18 @@ def unreadable(path: Path, error: OSError) -> UserError:
     return UserError(f"{shown} can't be read ({error.strerror or error})")
 
 
+def open_file(path: Path) -> io.BufferedReader:
+    """The file, to be read; OSError where it can't be, or is a pipe or a device, which may never answer, or never end."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # of a directory `open` says what it is
+        raise OSError(errno.EINVAL, "Is a pipe or a device and no file", str(path))
+    return path.open("rb")
+
+
 def read_bytes(path: Path, most: int) -> bytes:
     """What a file holds; OSError where it can't be read, and UserError, before more is read, where it holds more bytes than
     could be meant."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         found = file.read(most + 1)
     if len(found) > most:
         raise UserError(f"{path} is too large ({path.stat().st_size:,} bytes), wanted at most {most:,}")

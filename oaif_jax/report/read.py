@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from oaif_jax.base.errors import UserError
-from oaif_jax.base.files import MOST_JSON, read_bytes, reason
+from oaif_jax.base.files import MOST_JSON, open_file, read_bytes, reason
 
 KINDS = ("train", "eval", "health")
 RENAMED = {"kl": "log_ratio"}  # keys of earlier versions' files
@@ -286,7 +286,10 @@ def renamed(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _bytes(path: pathlib.Path) -> bytes:
     try:
-        return read_bytes(path, MOST_JSON) if path.suffix == ".json" else path.read_bytes()
+        if path.suffix == ".json":
+            return read_bytes(path, MOST_JSON)
+        with open_file(path) as file:
+            return file.read()
     except UserError as error:
         raise ReportError(str(error)) from error
     except OSError as error:

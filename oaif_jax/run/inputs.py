@@ -18,7 +18,7 @@ from importlib.machinery import PathFinder
 from oaif_jax import config, methods
 from oaif_jax.annotate import prompts, python
 from oaif_jax.base.errors import UserError
-from oaif_jax.base.files import read_json
+from oaif_jax.base.files import open_file, read_json
 from oaif_jax.base.phases import phase
 from oaif_jax.config import Config
 from oaif_jax.data import chat, readers, special_tokens, splits, tokenizer
@@ -143,7 +143,7 @@ _read: dict[
 def digest(path: pathlib.Path) -> str:
     """A file's SHA-256."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}), wanted a file that can") from error

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 
 from oaif_jax.base.errors import UserError
-from oaif_jax.base.files import atomic_write_text, finite, fsync, reason
+from oaif_jax.base.files import atomic_write_text, finite, fsync, open_file, reason
 from oaif_jax.run.board import Board, Say
 
 _SAMPLES = re.compile(r"step_(\d+)")
@@ -65,7 +65,9 @@ class MetricsLog:
             return
         kept: dict[tuple[str, int], bytes] = {}
         bad, last = [], 0
-        for number, line in enumerate(self.path.read_bytes().splitlines(), start=1):
+        with open_file(self.path) as file:
+            lines = file.read().splitlines()
+        for number, line in enumerate(lines, start=1):
             found = _read(line)
             if found is None or found in kept:
                 bad.append(number)

@@ -33,7 +33,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from oaif_jax.base.errors import UserError
-from oaif_jax.base.files import MOST_JSON, fsync, is_locked, read_bytes, reason
+from oaif_jax.base.files import MOST_JSON, fsync, is_locked, open_file, read_bytes, reason
 
 META, MANIFEST = "meta.json", "MANIFEST.json"
 _STEP = re.compile(r"0|[1-9]\d*")
@@ -112,7 +112,7 @@ def _files(directory: Path) -> dict[str, Path]:
 
 
 def _digest(path: Path) -> dict[str, int | str]:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
@@ -309,7 +309,9 @@ class Reader:
         if not path.is_file():
             raise self._damaged(step, name, "is missing")
         try:
-            found = _digest(path)
+            found = {"bytes": path.stat().st_size}
+            if found["bytes"] == expected[name].get("bytes"):  # else there is no need to read it
+                found = _digest(path)
         except OSError as error:
             raise self._damaged(step, name, f"can't be read ({reason(error)})") from error
         if found != expected[name]:
