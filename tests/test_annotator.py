@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import itertools
 import sys
-from types import SimpleNamespace
 
 import fakes
 import jax
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 
 from oaif_jax.annotate import orders, python
+from oaif_jax.annotate.base import Asks
 from oaif_jax.annotate.orders import Template
 from oaif_jax.base.errors import UserError
 from oaif_jax.data.tokenizer import left_pad, right_pad
@@ -214,6 +214,7 @@ def test_a_module_that_ends_the_program(tmp_path, monkeypatch, source, said):
 
 
 def test_a_function_that_ends_the_program():
-    asked = SimpleNamespace(examples=[], texts=[], tokens=np.zeros((0, 2, 1)))
+    none = np.zeros((0, 2, 1), np.int32)
+    asks = Asks((), none, none > 0, [])
     with pytest.raises(UserError, match=r"annotator python:a\.b failed at test_annotator\.py:\d+: SystemExit: 3"):
-        python.PythonAnnotator("python:a.b", lambda *_: sys.exit(3)).score(asked)  # type: ignore[arg-type]
+        python.PythonAnnotator("python:a.b", lambda *_: sys.exit(3)).score(asks)
