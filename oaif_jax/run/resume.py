@@ -21,7 +21,7 @@ from oaif_jax.config import Config
 from oaif_jax.run import inputs
 
 # What a kill in a run's first moment leaves: no other program's files.
-FIRST = ("lock", inputs.FILE, f".{inputs.FILE}.partial", ".config.json.partial")
+FIRST = ("lock", "hosts", inputs.FILE, f".{inputs.FILE}.partial", ".config.json.partial")
 # Settings of JAX that change the numbers of a program, or the random ones that it draws.
 SETTINGS = (
     "jax_default_prng_impl", "jax_threefry_partitionable", "jax_threefry_gpu_kernel_lowering", "jax_random_seed_offset",
