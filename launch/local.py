@@ -29,6 +29,7 @@ from oaif_jax.base.processes import SIGNALS, following
 
 PATIENCE = 10.0  # seconds that processes have to end after one of them did, before they are killed
 POLL = 0.1
+GREETINGS = (b"[Gloo] Rank",)  # what the CPU's collectives print each time that they connect
 
 
 class Processes:
@@ -147,9 +148,13 @@ def shown(path: pathlib.Path) -> Iterator[None]:
 
     def copy() -> None:
         with path.open("rb") as log:
+            rest = b""
             while True:
                 is_last = ended.wait(POLL)
-                sys.stdout.buffer.write(log.read())
+                *lines, rest = (rest + log.read()).split(b"\n")
+                for line in [*lines, *([rest] if is_last and rest else [])]:
+                    if not line.startswith(GREETINGS):
+                        sys.stdout.buffer.write(line + b"\n")
                 sys.stdout.flush()
                 if is_last:
                     return
