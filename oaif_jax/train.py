@@ -128,7 +128,7 @@ def finished_before(cfg: Config, workdir: pathlib.Path, console: Console) -> dic
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     resume.refuse_owned(workdir)  # before models are opened, for which there may be no room beside the other's
     changes = resume.check(workdir, cfg, say)
-    if not os.path.lexists(workdir / "summary.json") or changes:
+    if not os.path.lexists(workdir / "summary.json") or resume.is_other(changes):
         return None
     done = report.load(workdir)
     if done.summary["steps"] != total_steps(cfg):  # it is of a run that goes on to more steps

@@ -80,10 +80,10 @@ class HostRewardAnnotator:
         placed = self.place(
             model.question(asks.examples)
             | {"responses": tokens, "mask": mask, "rows": np.arange(len(tokens), dtype=np.int32)}
+            | {"finished": np.ones(tokens.shape[:2], bool)}
         )
         prompts = Prompts(placed["questions"], placed["question_valid"], placed["rows"])
-        finished = np.ones(tokens.shape[:2], bool)
-        rollout = Rollout(prompts, placed["responses"], placed["mask"], finished, (DATA,) * tokens.shape[1])
+        rollout = Rollout(prompts, placed["responses"], placed["mask"], placed["finished"], (DATA,) * tokens.shape[1])
         return sharding.fetch(model.score(model.params, placed, rollout))
 
     def written_anew(self, asks: Asks) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,8 @@ from typing import Any
 
 from absl import flags
 
+from oaif_jax.base.errors import UserError
+
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # the flags belong to the program that asks for them
 
@@ -145,7 +147,9 @@ def define_distributed() -> None:
     define_switch(
         "distributed", "joins the other hosts' processes, as the platform names them (a TPU pod, Slurm), or by"
     )
-    define("coordinator", None, Kind("HOST:PORT", "an address such as 10.0.0.2:1234", _address), "where process 0 is met")
+    define(
+        "coordinator", None, Kind("HOST:PORT", "an address such as 10.0.0.2:1234", _address), "where process 0 is met"
+    )
     define("processes", 0, integer(least=0), "how many there are; 0: as the platform says")
     define("process", -1, integer(least=-1), "which one this is, from 0; -1: as the platform says")
 
