@@ -151,8 +151,8 @@ def asked(annotator: Annotator, asks: Asks) -> Scores:
         return annotator.score(asks)
     count = len(asks.texts)
     each = -(-count // jax.process_count())  # the last ones ask about rows again where these don't divide
-    own = np.minimum(np.arange(each) + each * jax.process_index(), count - 1)
-    examples, texts = [asks.examples[row] for row in own.tolist()], [asks.texts[row] for row in own.tolist()]
+    own = [min(row, count - 1) for row in range(each * jax.process_index(), each * (jax.process_index() + 1))]
+    examples, texts = [asks.examples[row] for row in own], [asks.texts[row] for row in own]
     said = annotator.score(Asks(examples, asks.tokens[own], asks.mask[own], texts))
     return jax.tree.map(lambda x: x[:count], multihost_utils.process_allgather(said, tiled=True))
 
