@@ -30,11 +30,10 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
     options.define_distributed()
     cli.parse()
 
-from oaif_jax.base import hosts
 from oaif_jax.base.files import atomic_write_json, atomic_write_text, finite
 from oaif_jax.data import open as open_data
 from oaif_jax.evals.of_run import Evaluations, described
-from oaif_jax.models import sharding
+from oaif_jax.models import hosts, sharding
 from oaif_jax.report import Run, Sample, tables
 from oaif_jax.run import resume
 from oaif_jax.run.log import json_lines

@@ -37,7 +37,6 @@ import numpy as np
 from jaxtyping import PyTree
 
 from oaif_jax import collect, config, export, methods, report, step
-from oaif_jax.base import hosts
 from oaif_jax.base.files import atomic_write_json, finite, sha256_of_tree
 from oaif_jax.base.output import Lasting
 from oaif_jax.base.phases import Watch, phase
@@ -45,7 +44,7 @@ from oaif_jax.collect import Batches
 from oaif_jax.config import Config
 from oaif_jax.evals.of_run import Evaluations, agreement_with_gold, control_tokens, described, of_samples
 from oaif_jax.methods.base import known
-from oaif_jax.models import sharding
+from oaif_jax.models import hosts, sharding
 from oaif_jax.rollout import named_key
 from oaif_jax.run import resume
 from oaif_jax.run.health import Health, HealthError

@@ -19,11 +19,11 @@ from launch import local, soak
 from oaif_jax import config
 from oaif_jax.annotate.base import Asks
 from oaif_jax.annotate.python import PythonAnnotator
-from oaif_jax.base import hosts, phases
+from oaif_jax.base import phases
 from oaif_jax.base.errors import Interrupted, UserError
 from oaif_jax.data.records import Example, Message
 from oaif_jax.evals import comparison
-from oaif_jax.models import sharding
+from oaif_jax.models import hosts, sharding
 from oaif_jax.run import resume
 from oaif_jax.run.interrupts import Interrupts
 from oaif_jax.run.log import Follower

@@ -8,12 +8,11 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
 from oaif_jax.annotate.base import Annotator, Asks
-from oaif_jax.base import hosts
 from oaif_jax.base.phases import phase
 from oaif_jax.data.dataset import DataSet, context_of
 from oaif_jax.evals import drawing, verdicts
 from oaif_jax.evals.drawing import Drawn
-from oaif_jax.models import sharding
+from oaif_jax.models import hosts, sharding
 from oaif_jax.models.config import ComputeConfig
 from oaif_jax.rollout import Sampler, named_key
 from oaif_jax.stored.open import Model

@@ -17,8 +17,8 @@ from typing import Any
 from oaif_jax.base import phases
 from oaif_jax.base.cli import WORKER
 from oaif_jax.base.errors import Interrupted
-from oaif_jax.base.hosts import Agreement
 from oaif_jax.base.processes import SIGNALS
+from oaif_jax.models.hosts import Agreement
 
 POLL = 0.1  # seconds
 # Seconds after a signal in which what nobody could do again is waited for: clusters kill after a minute.

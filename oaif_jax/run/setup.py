@@ -16,7 +16,6 @@ from oaif_jax.annotate.base import Annotator, MeshAnnotator
 from oaif_jax.annotate.llm import HostLLMAnnotator, LLMAnnotator, RatingAnnotator, on_host
 from oaif_jax.annotate.questions import asked_by, fitted, widest
 from oaif_jax.annotate.reward import HostRewardAnnotator, RewardAnnotator
-from oaif_jax.base import hosts
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.phases import phase
 from oaif_jax.config import Config
@@ -24,7 +23,7 @@ from oaif_jax.data import open as open_data
 from oaif_jax.data.dataset import DataSet
 from oaif_jax.data.voice import Voice
 from oaif_jax.methods.base import Method, Models
-from oaif_jax.models import sharding
+from oaif_jax.models import hosts, sharding
 from oaif_jax.models.config import ComputeConfig, Kernel, ModelConfig
 from oaif_jax.rollout import Sampler
 from oaif_jax.run import sizes
