@@ -31,6 +31,7 @@ EXTRAS = {
     # torch and transformers: what models from released directories are compared with.
     "test": [
         "beartype",
+        "kubeflow-trainer-api",  # JobSet's schema as Python types
         "peft",
         "pre-commit",
         "pyright[nodejs]",

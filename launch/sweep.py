@@ -35,6 +35,7 @@ from oaif_jax import config, report
 from oaif_jax.base import cli, environment, files, options, phases
 from oaif_jax.base.errors import Interrupted, UserError
 from oaif_jax.base.phases import Watch, phase
+from oaif_jax.base.processes import SIGNALS, following
 from oaif_jax.base.text import printable
 from oaif_jax.report import tables
 
@@ -227,7 +228,7 @@ def _train(run: Run, trainer: Sequence[str], console: Console) -> str:
         start = log.tell()
         # Unbuffered: else what was printed comes after the error, which is then not the log's last line.
         variables = os.environ | {"PYTHONUNBUFFERED": "1"}
-        command = _following(run.command(trainer))
+        command = following(run.command(trainer))
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables)
         says = functools.partial(_under_way, log.fileno(), start)
         with _signals_to(process) as seen, Watch(console, says):
@@ -271,13 +272,8 @@ def _signals_to(process: subprocess.Popen) -> Iterator[list[int]]:
         else:
             process.terminate()
 
-    defaults = {
-        signal.SIGINT: signal.default_int_handler,
-        signal.SIGTERM: signal.SIG_DFL,
-        signal.SIGHUP: signal.SIG_DFL,
-    }
     is_main = threading.current_thread() is threading.main_thread()
-    taken = {each: default for each, default in defaults.items() if is_main and signal.getsignal(each) is default}
+    taken = {each: default for each, default in SIGNALS.items() if is_main and signal.getsignal(each) is default}
     try:
         for each in taken:
             signal.signal(each, hand_on)
@@ -285,22 +281,6 @@ def _signals_to(process: subprocess.Popen) -> Iterator[list[int]]:
     finally:
         for each, default in taken.items():
             signal.signal(each, default)
-
-
-# Asks Linux for SIGTERM at the end of the process that started it, however that ends, and becomes the run.
-FOLLOWER = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
-if os.getppid() != int(sys.argv[1]):  # it has ended meanwhile
-    sys.exit(128 + signal.SIGTERM)
-os.execvp(sys.argv[2], sys.argv[2:])
-"""
-
-
-def _following(command: list[str]) -> list[str]:
-    """The command, which ends with this process where the system can do that."""
-    is_linux = sys.platform == "linux"
-    return [sys.executable, "-I", "-S", "-c", FOLLOWER, str(os.getpid()), *command] if is_linux else command
 
 
 def _say(console: Console, text: str) -> None:

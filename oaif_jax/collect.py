@@ -152,10 +152,16 @@ class Batches:
         annotator, rollout = self._setup.annotator, drawn.rollout
         assert annotator is not None
         assert rollout is not None
-        tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
-        asks = asks_of(examples_at(self._setup, at), tokens, mask, self._setup.data.voice)
+        examples, count, mesh = examples_at(self._setup, at), len(rollout.tokens), self._setup.mesh
+        if annotator.is_on_mesh:  # all processes ask it together
+            tokens, mask = sharding.fetch((rollout.tokens, rollout.mask))
+        else:  # each about its own rows, in its own time
+            (own, tokens), (_, mask) = sharding.own_rows(rollout.tokens), sharding.own_rows(rollout.mask)
+            examples = [examples[row] for row in own]
+        asks = asks_of(examples, tokens, mask, self._setup.data.voice)
         scores = dataclasses.replace(annotator.score(asks), mass=None)  # that is for evaluations
-        return dataclasses.replace(drawn, scores=self._setup.place(scores))
+        placed = self._setup.place(scores) if annotator.is_on_mesh else sharding.place_rows(scores, mesh, count)
+        return dataclasses.replace(drawn, scores=placed)
 
     def _unasked(self, batch: Batch) -> Scores:
         """Shapes of what an annotator on the host will say."""

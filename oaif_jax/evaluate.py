@@ -27,13 +27,14 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
     options.define("prompts", None, options.integer(least=1, most=1_000_000), wanted)
     cli.define_checkpoint()
     options.define("out", None, options.DIR, "where to write, where it isn't WORKDIR/evaluations")
+    options.define_distributed()
     cli.parse()
     cli.import_jax()
 
 from oaif_jax.base.files import atomic_write_json, atomic_write_text, finite
 from oaif_jax.data import open as open_data
 from oaif_jax.evals.of_run import Evaluations, described
-from oaif_jax.models import sharding
+from oaif_jax.models import hosts, sharding
 from oaif_jax.report import Run, Sample, tables
 from oaif_jax.run import resume
 from oaif_jax.run.log import json_lines
@@ -58,6 +59,7 @@ def run(
     UserError for more prompts than there are, and where the data aren't those of the run any more.
     """
     began, workdir = time.monotonic(), pathlib.Path(workdir).expanduser()
+    hosts.check()
     cfg, trained, source = read_run(workdir, which)
     resume.check_data(workdir, cfg)
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
@@ -70,7 +72,8 @@ def run(
     if count > MOST:
         raise UserError(f"--prompts={count}: wanted at most {MOST}, since all samples are kept until the end")
     asked = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, final_prompts=count, final_split=split))
-    directory = _directory(pathlib.Path(out or workdir / "evaluations").expanduser())
+    directory = pathlib.Path(out or workdir / "evaluations").expanduser()
+    hosts.in_first(lambda: _make(directory))
     name = f"{split}_{count}_step_{step:06d}"
 
     evaluations = Evaluations(dataclasses.replace(setup, data=data))
@@ -82,8 +85,12 @@ def run(
         "command": shlex.join(sys.orig_argv),
     }
     found = finite(found)
-    atomic_write_json(directory / f"{name}.json", {"step": step, **found})
-    atomic_write_text(directory / f"{name}.jsonl", json_lines(records))
+
+    def write() -> None:
+        atomic_write_json(directory / f"{name}.json", {"step": step, **found})
+        atomic_write_text(directory / f"{name}.jsonl", json_lines(records))
+
+    hosts.in_first(write)
     if console is not None:
         samples = {name: tuple(Sample(**record) for record in records)}
         report = Run(workdir, resume.nested(cfg), (), (), samples, found)
@@ -93,28 +100,28 @@ def run(
     return {"step": step, **found}
 
 
-def _directory(path: pathlib.Path) -> pathlib.Path:
-    """A directory to write in, made if need be."""
+def _make(path: pathlib.Path) -> None:
+    """A directory to write in, if it isn't there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path} can't be made ({error.strerror}), wanted --out=DIR") from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"{path} can't be written in, wanted --out=DIR")
-    return path
 
 
 def main() -> None:
     """Prints the tables that the command line asks for."""
     given = flags.FLAGS
-    run(
-        given.workdir,
-        split=given.split,
-        prompts=given.prompts,
-        which=given.checkpoint,
-        out=given.out,
-        console=Console(),
-    )
+    with hosts.joined(*options.distributed()):
+        run(
+            given.workdir,
+            split=given.split,
+            prompts=given.prompts,
+            which=given.checkpoint,
+            out=given.out,
+            console=Console() if hosts.is_first() else None,
+        )
 
 
 if __name__ == "__main__":

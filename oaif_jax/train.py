@@ -8,6 +8,7 @@ The same command goes on after a kill, from the last complete checkpoint, and pr
 import contextlib
 import dataclasses
 import functools
+import io
 import math
 import os
 import pathlib
@@ -21,12 +22,13 @@ from typing import Any
 from absl import flags
 from rich.console import Console
 
-from oaif_jax.base import cli
+from oaif_jax.base import cli, options
 from oaif_jax.base.errors import Interrupted, UserError
 
 if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
     cli.define_config()
     cli.define_workdir()
+    options.define_distributed()
     cli.parse()
     cli.import_jax()
 
@@ -43,13 +45,13 @@ from oaif_jax.collect import Batches
 from oaif_jax.config import Config
 from oaif_jax.evals.of_run import Evaluations, agreement_with_gold, control_tokens, described, of_samples
 from oaif_jax.methods.base import known
-from oaif_jax.models import sharding
+from oaif_jax.models import hosts, sharding
 from oaif_jax.rollout import named_key
 from oaif_jax.run import resume
 from oaif_jax.run.health import Health, HealthError
 from oaif_jax.run.inputs import Say
 from oaif_jax.run.interrupts import PATIENCE, Interrupts
-from oaif_jax.run.log import MetricsLog, RecordError
+from oaif_jax.run.log import Follower, MetricsLog, RecordError
 from oaif_jax.run.progress import Progress
 from oaif_jax.run.setup import Setup, open_setup
 from oaif_jax.stored.checkpoint import Checkpoints, Reader, load_params
@@ -83,6 +85,8 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
     Ctrl-C, SIGTERM or SIGHUP, with a checkpoint of all steps taken.
     """
     console = console or Console(file=Lasting.stdout())
+    if not hosts.is_first():
+        console = Console(file=io.StringIO())  # the first process says what there is to say
     with Watch(console):
         return _run(values, workdir, console)
 
@@ -93,23 +97,12 @@ def _run(values: Any, workdir: str | pathlib.Path, console: Console) -> dict[str
     cfg = config.parse(values)
     workdir = pathlib.Path(workdir).expanduser()
     sharding.use_cpu_devices(cfg.mesh.cpu_devices)
-    if jax.process_count() > 1:
-        raise UserError(
-            f"there are {jax.process_count()} processes, wanted one: runs on several hosts aren't there yet"
-        )
+    hosts.check()
 
     # ------------------------------------------------------------------------------------------ is it done already?
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    resume.refuse_owned(workdir)  # before models are opened, for which there may be no room beside the other's
-    changes = resume.check(workdir, cfg, say)
-    if os.path.lexists(workdir / "summary.json") and not changes:
-        done = report.load(workdir)
-        if done.summary["steps"] == total_steps(cfg):  # else it is of a run that goes on to more steps
-            for note in resume.stored_config(workdir)[1]:
-                say(note)
-            say(f"finished before, in {workdir}")
-            report.show(report.drawn(done), console)
-            return dict(done.summary)
+    if summary := hosts.from_first(functools.partial(finished_before, cfg, workdir, console)):
+        return summary
 
     # ------------------------------------------------------------------------- mesh, models, data: all that can be wrong
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
@@ -121,17 +114,43 @@ def _run(values: Any, workdir: str | pathlib.Path, console: Console) -> dict[str
     sharding.param_shardings(setup.policy.params, mesh)
 
     # ------------------------------------------------------------------------------------------ from here on it is ours
-    with resume.owned(workdir):
-        changes = resume.check(workdir, cfg)  # again: it may have been another process's until now
-        reader = Reader(workdir / "checkpoints", is_own=True)
-        taken = reader.latest()
-        if taken is not None and taken > total_steps(cfg):
-            raise UserError(f"config.steps={cfg.steps}, but {taken} were taken in {workdir}; wanted at least that")
-        if changes and taken is not None:  # what the run before left is given up now: not for one that can't go on
-            reader.verify(taken)
-        for line in (*resume.claim(workdir, cfg, say), *setup.notes):
+    with contextlib.ExitStack() as held:
+        hosts.in_first(lambda: held.enter_context(resume.owned(workdir)))
+        hosts.in_first(functools.partial(claim, cfg, workdir, say))
+        for line in setup.notes:
             say(line)
         return _train(setup, workdir, console, say, began)
+
+
+def finished_before(cfg: Config, workdir: pathlib.Path, console: Console) -> dict[str, Any] | None:
+    """The summary of a run that is done, whose results are shown again; None: there is something to do. UserError where the
+    workdir can't be this run's."""
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    resume.refuse_owned(workdir)  # before models are opened, for which there may be no room beside the other's
+    changes = resume.check(workdir, cfg, say)
+    if not os.path.lexists(workdir / "summary.json") or resume.is_other(changes):
+        return None
+    done = report.load(workdir)
+    if done.summary["steps"] != total_steps(cfg):  # it is of a run that goes on to more steps
+        return None
+    for note in resume.stored_config(workdir)[1]:
+        say(note)
+    say(f"finished before, in {workdir}")
+    report.show(report.drawn(done), console)
+    return dict(done.summary)
+
+
+def claim(cfg: Config, workdir: pathlib.Path, say: Say) -> None:
+    """Makes a workdir, which is owned, this run's; UserError where the run there can't be gone on with."""
+    changes = resume.check(workdir, cfg)  # again: it may have been another process's until now
+    reader = Reader(workdir / "checkpoints", is_own=True)
+    taken = reader.latest()
+    if taken is not None and taken > total_steps(cfg):
+        raise UserError(f"config.steps={cfg.steps}, but {taken} were taken in {workdir}; wanted at least that")
+    if changes and taken is not None:  # what the run before left is given up now: not for one that can't go on
+        reader.verify(taken)
+    for line in resume.claim(workdir, cfg, say):
+        say(line)
 
 
 def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, began: float) -> dict[str, Any]:
@@ -142,7 +161,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
 
     # ------------------------------------------------------------------------------------ state, new or from a checkpoint
     checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.checkpoint.keep)
-    begin = checkpoints.latest()
+    begin = hosts.from_first(checkpoints.latest)
     seconds_before, history, frozen = 0.0, {}, dict(setup.frozen)
     environment = resume.environment()
     if begin is None:
@@ -162,21 +181,22 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
         for difference in resume.differences(meta["environment"], environment):
             say(f"not bit for bit what an uninterrupted run gives: {difference}")
     sharding.free(setup.policy.params)  # the state has them, or a checkpoint's
-    log = MetricsLog(workdir, begin, say)
+    log = open_log(workdir, begin, say)
     learns = setup.method.evaluation == "agreement"
     health = Health(cfg, annotator=setup.measured_as, is_tiny=setup.data.gold is not None, learns=learns)
-    health.replay(log.lines())
+    health.replay(hosts.from_first(log.lines))
     evaluations = Evaluations(setup)
 
     # ----------------------------------------------------------------------------------------------------- the step
     on = state.state_shardings(training.params, tx, mesh)
+    everywhere = sharding.replicated(mesh) if hosts.are_several() else None  # what the host reads; None: as XLA likes
 
     def step_at(at: int):
         """The step that `at` steps were taken before; another one only where a method has stages."""
         return jax.jit(
             functools.partial(step.train_step, step=collect.step_of(setup, at), tx=tx),
             donate_argnames="state",
-            out_shardings=(on, None, None),  # as it came in: one trace
+            out_shardings=(on, everywhere, everywhere),  # the state as it came in: one trace
         )
 
     next_round = jax.jit(
@@ -190,7 +210,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
 
     # ----------------------------------------------------------------------------------------------------- the loop
     progress = Progress(steps, begin or 0, cfg.method, console=console)
-    interrupts = Interrupts(is_program=cli.is_program())
+    interrupts = Interrupts(is_program=cli.is_program(), agreement=hosts.Agreement() if hosts.are_several() else None)
     read_at = began  # when the last step's metrics came
     at = kept = begin or 0  # steps taken, and those that a checkpoint has
     unread: Taken | None = None
@@ -392,7 +412,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
 
             # ------------------------------------------------------------------------------- final evaluation, summary
             doing = "the final evaluation"
-            final_step = checkpoints.best() if cfg.eval.final == "best" else checkpoints.latest()
+            final_step = hosts.from_first(checkpoints.best if cfg.eval.final == "best" else checkpoints.latest)
             if final_step is None:
                 raise UserError(
                     f"config.eval.best={cfg.eval.best!r}: no evaluation gave a number, wanted eval.final=last"
@@ -407,12 +427,13 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             if setup.method.evaluation == "reward":
                 mean, scale, note = interrupts.work(evaluations.normal, params)
                 say(note) if note else None
-                atomic_write_json(workdir / NORMAL, {"step": final_step, "mean": mean, "scale": scale})
+                normal = {"step": final_step, "mean": mean, "scale": scale}
+                hosts.in_first(functools.partial(atomic_write_json, workdir / NORMAL, normal))
                 policy = dataclasses.replace(policy, normal=(mean, scale))
                 metrics |= {"reward_mean": mean, "reward_scale": scale}
             doing = "the export"
-            for name in ("export", "adapter"):
-                shutil.rmtree(workdir / name, ignore_errors=True)  # of fewer steps, or of a run that was killed since
+            for name in ("export", "adapter"):  # of fewer steps, or of a run that was killed since
+                hosts.in_first(functools.partial(shutil.rmtree, workdir / name, ignore_errors=True))
             if cfg.export.at_end:
                 say(interrupts.work(export.save, policy, params, workdir / "export", cfg.export.dtype))
             if cfg.export.adapter:
@@ -442,12 +463,16 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
         "evaluated_step": final_step,
         "seconds": seconds_before + time.monotonic() - began,
         "command": shlex.join(sys.orig_argv),
-        "params_sha256": sha256_of_tree(jax.tree.map(np.asarray, training.params)),
+        "params_sha256": sha256_of_tree(sharding.fetch(training.params)),
         "health": [dataclasses.asdict(found) for found in health.found],
     }
     summary = finite(summary)
-    atomic_write_json(workdir / "summary.json", summary)
-    report.show(report.write(workdir), console)
+
+    def write() -> None:
+        atomic_write_json(workdir / "summary.json", summary)
+        report.show(report.write(workdir), console)
+
+    hosts.in_first(write)
     return summary
 
 
@@ -535,9 +560,17 @@ def summarise(
     return summary | {"annotator": averages | moments}
 
 
+def open_log(workdir: pathlib.Path, begin: int | None, say: Say) -> MetricsLog:
+    """The record of a run that goes on from a step; the first process writes it."""
+    log = MetricsLog(workdir, begin, say) if hosts.is_first() else Follower()
+    log.evaluated = set(hosts.from_first(lambda: sorted(log.evaluated)))
+    return log
+
+
 def main() -> None:
     """Trains as the command line says."""
-    run(flags.FLAGS.config, flags.FLAGS.workdir)
+    with hosts.joined(*options.distributed()):
+        run(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,18 @@ from oaif_jax.base import cli, phases
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DPO = "--config=experiments/tiny.py:tldr,online,dpo"
+JOINED = "distributed coordinator processes process"
+CLUSTER = "name cluster project zone topology image volume"
 
 # Program -> the file that holds its docstring, its required flags, its other flags, and arguments that it would take.
 PROGRAMS = {
-    "oaif_jax.train": ("oaif_jax/train.py", "config workdir", "", (DPO, "--workdir=x")),
-    "oaif_jax.evaluate": ("oaif_jax/evaluate.py", "workdir", "split prompts checkpoint out", ("--workdir=x",)),
+    "oaif_jax.train": ("oaif_jax/train.py", "config workdir", JOINED, (DPO, "--workdir=x")),
+    "oaif_jax.evaluate": (
+        "oaif_jax/evaluate.py",
+        "workdir",
+        f"split prompts checkpoint out {JOINED}",
+        ("--workdir=x",),
+    ),
     "oaif_jax.sample": (
         "oaif_jax/sample.py",
         "workdir prompt",
@@ -45,6 +52,14 @@ PROGRAMS = {
     "launch.assets": ("launch/assets.py", "", "workdir only", ()),
     "launch.sweep": ("launch/sweep.py", "config workdir", "set run seeds", (DPO, "--workdir=x")),
     "launch.bench": ("launch/bench.py", "config", "out profile repeats", (DPO,)),
+    "launch.local": ("launch/local.py", "", "processes devices-per-process", ()),
+    "launch.soak": ("launch/soak.py", "workdir", "kills seed processes devices-per-process", ("--workdir=x",)),
+    "launch.gke": (
+        "launch/gke.py",
+        CLUSTER,
+        "slices restarts grace out dry-run xpk",
+        tuple(f"--{each}=x" for each in CLUSTER.split()),
+    ),
     "launch.plan": ("launch/plan.py", "config", "topology out hlo", (DPO,)),
 }
 TAKE_FLAGS_ONLY = sorted(
@@ -98,7 +113,7 @@ def test_help(program):
     assert f"python -m {program.split()[0]} " in example
     heading, *entries = re.split(r"\n(?=  --)", parts[3])
     assert heading == "flags:"
-    shown = {re.match(r"  --(?:\[no\])?(\w+)", entry)[1]: entry for entry in entries}  # type: ignore[index]
+    shown = {re.match(r"  --(?:\[no\])?([\w-]+)", entry)[1]: entry for entry in entries}  # type: ignore[index]
     assert list(shown) == [*required.split(), *others.split()] or set(shown) == {*required.split(), *others.split()}
     for name, entry in shown.items():
         assert re.fullmatch(r"  --\S+(?: \S+)?  \(.*(required|optional|default: .+)\)\n      \S.*\n?", entry), entry

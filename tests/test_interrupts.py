@@ -24,8 +24,9 @@ from test_train import (
 
 from oaif_jax import collect, train
 from oaif_jax.base.errors import Interrupted, UserError
+from oaif_jax.base.processes import SIGNALS
 from oaif_jax.evals.of_run import Evaluations
-from oaif_jax.run.interrupts import DEFAULTS, Interrupts
+from oaif_jax.run.interrupts import Interrupts
 from oaif_jax.run.log import MetricsLog, RecordError
 from oaif_jax.stored.checkpoint import Checkpoints, Reader
 
@@ -38,9 +39,9 @@ def base(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(autouse=True)
 def defaults():
     """The handlers that a program has; a shell's background job ignores Ctrl-C."""
-    before = {number: signal.signal(number, default) for number, default in DEFAULTS.items()}
+    before = {number: signal.signal(number, default) for number, default in SIGNALS.items()}
     yield
-    assert {number: signal.getsignal(number) for number in DEFAULTS} == DEFAULTS, "as they were"
+    assert {number: signal.getsignal(number) for number in SIGNALS} == SIGNALS, "as they were"
     for number, handler in before.items():
         signal.signal(number, handler)
 

@@ -38,6 +38,11 @@ class Annotator(Protocol):
         """Whether it compares pairs in both presentation orders (Scores.orders), or scores each completion by itself."""
         ...
 
+    @property
+    def is_on_mesh(self) -> bool:
+        """Whether it computes on the mesh, so that all processes ask it together; others are asked by each about its own rows."""
+        ...
+
     def score(self, asks: Asks) -> Scores:
         """Scores in numpy arrays: value and known [P, C], larger is better."""
         ...

@@ -16,6 +16,7 @@ from oaif_jax.annotate.questions import Questions, RatingQuestions
 from oaif_jax.data.dataset import Arrays
 from oaif_jax.data.records import Example
 from oaif_jax.data.voice import Voice
+from oaif_jax.models import sharding
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.types import Rollout, Scores
 
@@ -96,6 +97,7 @@ class HostLLMAnnotator:
     on_mesh: LLMAnnotator
     reads_policy_ids: bool
     place: Place
+    is_on_mesh: bool = True
 
     @property
     def compares(self) -> bool:
@@ -110,7 +112,7 @@ class HostLLMAnnotator:
             tokens, mask = model.questions.responses(asks.texts, 2 * asks.tokens.shape[-1])
         placed = self.place(model.question(asks.examples) | {"responses": tokens, "mask": mask})
         responses, seen = placed.pop("responses"), placed.pop("mask")
-        return jax.tree.map(np.asarray, model.asked(placed, responses, seen))
+        return sharding.fetch(model.asked(placed, responses, seen))
 
 
 def on_host(annotator: LLMAnnotator, policy: Voice, place: Place) -> HostLLMAnnotator:

@@ -35,6 +35,7 @@ class PythonAnnotator:
     name: str  # python:module.function
     function: Function
     compares: bool = False
+    is_on_mesh: bool = False
 
     def score(self, asks: Asks) -> Scores:
         """Scores in numpy arrays; UserError where the function raises, or returns something else."""

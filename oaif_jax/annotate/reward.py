@@ -16,6 +16,7 @@ from oaif_jax.data.dataset import Arrays
 from oaif_jax.data.records import Example
 from oaif_jax.data.tokenizer import left_pad, right_pad
 from oaif_jax.data.voice import Voice
+from oaif_jax.models import sharding
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.types import DATA, Prompts, Rollout, Scores
 
@@ -65,6 +66,7 @@ class HostRewardAnnotator:
     policy: Voice
     place: Place
     compares: bool = False
+    is_on_mesh: bool = True
 
     @functools.cached_property
     def reads_policy_ids(self) -> bool:
@@ -78,11 +80,11 @@ class HostRewardAnnotator:
         placed = self.place(
             model.question(asks.examples)
             | {"responses": tokens, "mask": mask, "rows": np.arange(len(tokens), dtype=np.int32)}
+            | {"finished": np.ones(tokens.shape[:2], bool)}
         )
         prompts = Prompts(placed["questions"], placed["question_valid"], placed["rows"])
-        finished = jnp.ones(tokens.shape[:2], bool)
-        rollout = Rollout(prompts, placed["responses"], placed["mask"], finished, (DATA,) * tokens.shape[1])
-        return jax.tree.map(np.asarray, model.score(model.params, placed, rollout))
+        rollout = Rollout(prompts, placed["responses"], placed["mask"], placed["finished"], (DATA,) * tokens.shape[1])
+        return sharding.fetch(model.score(model.params, placed, rollout))
 
     def written_anew(self, asks: Asks) -> tuple[np.ndarray, np.ndarray]:
         """Completions in the reward model's own tokens, and their mask, [B, C, 2 R]."""

@@ -9,11 +9,14 @@ import dataclasses
 import inspect
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
+
+from oaif_jax.base.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # the flags belong to the program that asks for them
@@ -137,6 +140,34 @@ def define(
 def define_switch(name: str, wanted: str, *, values: flags.FlagValues = FLAGS) -> flags.FlagHolder:
     """Defines a flag that is off unless it is given."""
     return flags.DEFINE_flag(Switch(name, False, wanted), values)
+
+
+def define_distributed() -> None:
+    """Defines the flags by which a process joins others."""
+    define_switch(
+        "distributed", "joins the other hosts' processes, as the platform names them (a TPU pod, Slurm), or by"
+    )
+    define(
+        "coordinator", None, Kind("HOST:PORT", "an address such as 10.0.0.2:1234", _address), "where process 0 is met"
+    )
+    define("processes", 0, integer(least=0), "how many there are; 0: as the platform says")
+    define("process", -1, integer(least=-1), "which one this is, from 0; -1: as the platform says")
+
+
+def distributed() -> tuple[bool, str, int, int]:
+    """What these flags are: asked for or not, coordinator, processes and process; UserError for some without the others."""
+    coordinator, count, index = FLAGS.coordinator or "", FLAGS.processes, FLAGS.process
+    if any(said := (bool(coordinator), count > 0, index >= 0)) and not all(said):
+        raise UserError("wanted all of --coordinator=HOST:PORT --processes=N --process=I, or none of them")
+    if index >= max(count, 1):
+        raise UserError(f"--process={index}: there are {count} processes, wanted one of 0 to {count - 1}")
+    return FLAGS.distributed or bool(coordinator), coordinator, count, index
+
+
+def _address(text: str) -> str:
+    if not re.fullmatch(r"[^\s:]+:\d+|\[[^\s\]]+\]:\d+", text):
+        raise ValueError
+    return text
 
 
 # ------------------------------------------------------------------------------------------------ a program's own

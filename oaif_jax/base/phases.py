@@ -26,6 +26,7 @@ OFTEN = 6.0  # seconds after which something is said; imports, before which no w
 _lock = threading.Lock()
 _under_way: "list[Phase]" = []  # in the order in which they began
 _watches: "list[Watch]" = []  # the last one shows
+_asked: list[tuple[int, Callable[[], None]]] = []  # threads, and what is called there
 
 
 @dataclasses.dataclass(eq=False)
@@ -41,6 +42,8 @@ class Phase:
     def at(self, done: int) -> None:
         """How many are done."""
         self.done = done
+        if _asked and _asked[-1][0] == threading.get_ident():
+            _asked[-1][1]()
 
     def __str__(self) -> str:
         count = f" {self.done}/{self.total}" if self.total else f" {self.done:,}" if self.done else ""
@@ -58,6 +61,16 @@ def phase(name: str, total: int = 0) -> Iterator[Phase]:
     finally:
         with _lock:
             _under_way.remove(begun)
+
+
+@contextlib.contextmanager
+def at_each(function: Callable[[], None]) -> Iterator[None]:
+    """While entered, a function is called each time that a phase of this thread says how far it is."""
+    _asked.append((threading.get_ident(), function))
+    try:
+        yield
+    finally:
+        _asked.pop()
 
 
 def under_way() -> list[Phase]:

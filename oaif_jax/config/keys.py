@@ -294,6 +294,10 @@ MAY_CHANGE = (
     "export.check",
     "health.stop",
     "health.off",
+    "mesh.cpu_devices",  # where a run lies changes last bits and no meaning
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
 )
 
 # Keys that there once were, with their defaults: a stored config may still have them.

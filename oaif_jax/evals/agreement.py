@@ -10,6 +10,7 @@ from oaif_jax.annotate import orders
 from oaif_jax.base.phases import phase
 from oaif_jax.data.dataset import DataSet
 from oaif_jax.evals import reward, verdicts
+from oaif_jax.models import sharding
 from oaif_jax.models.config import ComputeConfig
 from oaif_jax.stored.open import Model
 
@@ -37,7 +38,7 @@ def evaluate(
     with phase("evaluating") as under_way:
         for instructions, batch in judged.held_out(data, split, count, chunk):
             said = answers(params, place({part: batch[part] for part in ASKED}), cfg=policy.cfg, compute=compute)
-            parts.append((np.asarray(said)[: len(instructions)], batch["label"][: len(instructions)]))
+            parts.append((sharding.fetch(said)[: len(instructions)], batch["label"][: len(instructions)]))
             names += instructions
             under_way.at(len(names))
     logprobs, label = (np.concatenate(part) for part in zip(*parts, strict=True))

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
 from oaif_jax.annotate.base import Annotator, Asks
@@ -10,6 +12,7 @@ from oaif_jax.base.phases import phase
 from oaif_jax.data.dataset import DataSet, context_of
 from oaif_jax.evals import drawing, verdicts
 from oaif_jax.evals.drawing import Drawn
+from oaif_jax.models import hosts, sharding
 from oaif_jax.models.config import ComputeConfig
 from oaif_jax.rollout import Sampler, named_key
 from oaif_jax.stored.open import Model
@@ -64,7 +67,7 @@ def evaluate(
             "repetition": drawing.repetition(ours.tokens, ours.mask)[:, 0],
             "reference_repetition": drawing.repetition(theirs.tokens, theirs.mask)[:, 0],
             "words": np.array([drawing.in_words(text) for text in texts]),
-            "log_ratio": np.asarray(ratios)[:, 0],
+            "log_ratio": sharding.fetch(ratios)[:, 0],
             "same": np.array([a == b for a, b in zip(texts, their_texts, strict=True)]),
             "identical": np.array([a == b for a, b in ours.texts]),
         }
@@ -75,12 +78,12 @@ def evaluate(
         both = lambda name: np.stack([getattr(each, name)[:, 0] for each in (ours, theirs)], axis=1)  # noqa: E731
         against = Asks(examples, both("tokens"), both("mask"), list(zip(texts, their_texts, strict=True)))
         if judge is not None:
-            said = judge.score(against)
+            said = asked(judge, against)
             part |= {"judge": orders(said)} | mass_of(said, "judge_mass")
         if own in annotators:
-            part["own"] = orders(annotators[own].score(against))
+            part["own"] = orders(asked(annotators[own], against))
         for name, annotator in annotators.items():
-            said = annotator.score(Asks(examples, ours.tokens, ours.mask, ours.texts))
+            said = asked(annotator, Asks(examples, ours.tokens, ours.mask, ours.texts))
             part |= {f"orders.{name}": orders(said)} | mass_of(said, f"mass.{name}")
             if gold := data.gold:
                 known = name if name in gold.instructions else gold.instructions[0]
@@ -138,6 +141,19 @@ def evaluate(
             "score"
         ]
     return metrics, [record for _, records in parts for record in records][:count]
+
+
+def asked(annotator: Annotator, asks: Asks) -> Scores:
+    """An annotator's scores. Of several processes each asks one that isn't on the mesh about a part of the rows, and tells the
+    others: nobody is asked twice."""
+    if annotator.is_on_mesh or not hosts.are_several():
+        return annotator.score(asks)
+    count = len(asks.texts)
+    each = -(-count // jax.process_count())  # the last ones ask about rows again where these don't divide
+    own = [min(row, count - 1) for row in range(each * jax.process_index(), each * (jax.process_index() + 1))]
+    examples, texts = [asks.examples[row] for row in own], [asks.texts[row] for row in own]
+    said = annotator.score(Asks(examples, asks.tokens[own], asks.mask[own], texts))
+    return jax.tree.map(lambda x: x[:count], multihost_utils.process_allgather(said, tiled=True))
 
 
 def orders(scores: Scores) -> np.ndarray:

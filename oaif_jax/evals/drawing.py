@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PyTree
 
 from oaif_jax import rollout
 from oaif_jax.data.voice import Voice
+from oaif_jax.models import sharding
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.rollout import Sampler
 from oaif_jax.types import Prompts, Rollout
@@ -66,9 +67,9 @@ def draw(
 ) -> Drawn:
     """Two responses to each prompt of a chunk, and their texts."""
     made = respond(params, prompts, key, sampler=sampler, cfg=cfg, compute=compute)
-    tokens, mask = np.asarray(made.tokens), np.asarray(made.mask)
+    tokens, mask, finished = sharding.fetch((made.tokens, made.mask, made.finished))
     texts = [[voice.text(*each) for each in zip(*two, strict=True)] for two in zip(tokens, mask, strict=True)]
-    return Drawn(tokens, mask, np.asarray(made.finished), texts, made)
+    return Drawn(tokens, mask, finished, texts, made)
 
 
 def chunks(count: int, chunk: int) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ from jaxtyping import Array, PyTree
 from oaif_jax.base.phases import phase
 from oaif_jax.data.dataset import DataSet, context_of
 from oaif_jax.evals import drawing
+from oaif_jax.models import sharding
 from oaif_jax.models.config import ComputeConfig
 from oaif_jax.rollout import Sampler
 from oaif_jax.stored.open import Model
@@ -41,12 +42,12 @@ def evaluate(
             repeated_by_data.append(drawing.repetition(np.asarray(given.tokens), np.asarray(given.mask))[:own, 0])
             given = place(dataclasses.replace(given, mask=given.mask & (np.arange(len(indices)) < own)[:, None, None]))
             part, size = drawing.log_likelihood(params, given, cfg=policy.cfg, compute=compute)
-            loss, tokens = loss - float(part), tokens + float(size)
+            loss, tokens = loss - float(sharding.fetch(part)), tokens + float(sharding.fetch(size))
             made = drawing.respond(params, place(prompts), key, sampler=sampler, cfg=policy.cfg, compute=compute)
-            drawn, mask = np.asarray(made.tokens)[:own, 0], np.asarray(made.mask)[:own, 0]
+            drawn, mask, ended = (each[:own, 0] for each in sharding.fetch((made.tokens, made.mask, made.finished)))
             lengths.append(mask.sum(-1))
             repeated.append(drawing.repetition(drawn, mask))
-            finished.append(np.asarray(made.finished)[:own, 0])
+            finished.append(ended)
             for example, response, kept in zip(examples[:own], drawn, mask, strict=True):
                 text = data.voice.text(response, kept)
                 record: dict = {"prompt": context_of(example), "reference": example.reference, "policy": text}

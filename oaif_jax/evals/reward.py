@@ -9,6 +9,7 @@ from oaif_jax.annotate.reward import score
 from oaif_jax.base.phases import phase
 from oaif_jax.data.dataset import DataSet
 from oaif_jax.evals import drawing
+from oaif_jax.models import sharding
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 
 BINS = 10  # of a probability, for the calibration error
@@ -33,7 +34,9 @@ def scored(
         for indices in drawing.chunks(count, chunk):
             batch = data.batch(data.examples(split, indices), "pairs")
             assert batch.scores is not None
-            parts.append((np.asarray(score(params, place(batch.data), cfg=cfg, compute=compute)), batch.scores.value))
+            parts.append(
+                (sharding.fetch(score(params, place(batch.data), cfg=cfg, compute=compute)), batch.scores.value)
+            )
             under_way.at(min(chunk * len(parts), count))
     scores, labels = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
     return scores, labels[:, 0]

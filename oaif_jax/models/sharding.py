@@ -11,6 +11,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
@@ -171,6 +172,31 @@ def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """A host batch on the mesh, rows over data and fsdp; every process holds the whole batch and gives its part."""
     on = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, on, lambda index: x[index]), batch)
+
+
+def fetch(tree: PyTree) -> PyTree:
+    """Arrays of the mesh on the host, whole, as numpy's. What lies on devices of several processes is gathered by all of them,
+    which call this at the same point."""
+
+    def one(leaf):
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+        return np.asarray(leaf)
+
+    return jax.tree.map(one, tree)
+
+
+def own_rows(array: Array) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of a batch that lie on this process's devices: their numbers, ascending, and their values on the host."""
+    found = {shard.index[0].indices(array.shape[0])[:2]: shard.data for shard in array.addressable_shards}
+    numbers = np.concatenate([np.arange(*each) for each in sorted(found)])
+    return numbers, np.concatenate([np.asarray(found[each]) for each in sorted(found)])
+
+
+def place_rows(batch: PyTree, mesh: Mesh, count: int) -> PyTree:
+    """A batch of `count` rows on the mesh, of which each process gives its `own_rows`."""
+    on = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(on, x, (count, *x.shape[1:])), batch)
 
 
 def free(params: PyTree) -> None:

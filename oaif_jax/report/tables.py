@@ -338,6 +338,7 @@ def comparison(rows: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Table
     """
     values = [(label, [_compared(summary) for summary in summaries]) for label, summaries in rows]
     extra = {key for _, seeds in values for seed in seeds for key in seed if _is_result(key, seed[key])}
+    extra -= {key for key, _ in COMPARED.values()}
     measures = {**COMPARED, **{readable(key): (key, plain) for key in sorted(extra)}}
     present = {
         name: measure

@@ -138,6 +138,33 @@ class MetricsLog:
             raise RecordError(f"{path} can't be written: {reason(error)}") from error
 
 
+class Follower(MetricsLog):
+    """The record as other processes than the first see it: they write nothing."""
+
+    def __init__(self) -> None:
+        self.evaluated = set()
+
+    def write(self, step: int, kind: str, metrics: Mapping) -> dict[str, float]:
+        """What the first process writes."""
+        del step, kind
+        return {name: value for name, value in flatten(metrics) if math.isfinite(value)}
+
+    def warn(self, step: int, check: str, value: float, threshold: float, message: str) -> None:
+        pass
+
+    def lines(self) -> list[dict]:
+        return []
+
+    def write_samples(self, name: str, records: list[dict]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _read(line: bytes) -> tuple[str, int] | None:
     """Kind and step of a line of metrics.jsonl; None for anything else."""
     try:

@@ -21,7 +21,7 @@ from oaif_jax.config import Config
 from oaif_jax.run import inputs
 
 # What a kill in a run's first moment leaves: no other program's files.
-FIRST = ("lock", inputs.FILE, f".{inputs.FILE}.partial", ".config.json.partial")
+FIRST = ("lock", "hosts", inputs.FILE, f".{inputs.FILE}.partial", ".config.json.partial")
 # Settings of JAX that change the numbers of a program, or the random ones that it draws.
 SETTINGS = (
     "jax_default_prng_impl", "jax_threefry_partitionable", "jax_threefry_gpu_kernel_lowering", "jax_random_seed_offset",
@@ -132,6 +132,8 @@ def check(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None = None) -> 
         raise UserError(f"--workdir={str(workdir)!r}: {said}") from error
 
 
+# A mesh is where a run lies: arrays are put there from any other, and sums are taken in another order then.
+MOVED = "; the same run from here on, but for its last bits"
 LONGEST = 3800  # bytes of a path: what lies deep in a checkpoint needs some 200 of Linux's 4096
 
 
@@ -153,6 +155,11 @@ def _check(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None) -> list[s
     begun = f"wanted what the run in {workdir} began with; put it back, or take another --workdir"
     _same_inputs(workdir, cfg, begun, say=say)
     return changes
+
+
+def is_other(changes: list[str]) -> bool:
+    """Whether what `check` found asks for another result: devices alone don't."""
+    return any(not line.endswith(MOVED) for line in changes)
 
 
 def check_data(workdir: pathlib.Path, cfg: Config) -> None:
@@ -181,7 +188,7 @@ def claim(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None = None) -> 
                 f"{workdir} has no {inputs.FILE} yet: what the config names now counts as what it began with",
             )
     now = inputs.of(cfg, known, say)
-    if changes:
+    if is_other(changes):
         (workdir / "summary.json").unlink(missing_ok=True)  # of the config before; the run's end writes it anew
     if now != known:  # the inputs first: a config.json without them is an earlier version's
         atomic_write_json(hashed, inputs.nested(now))
@@ -234,6 +241,6 @@ def _changes(path: pathlib.Path, cfg: Config) -> list[str]:
         raise UserError(
             f"--workdir={path.parent} is another config's run: {listed}; take another --workdir or the same config"
         )
-    lines = [f"config.{name}: {before[name]!r} before, {now[name]!r} now" for name in changed]
-    compared = "; evaluations before don't compete for the best one"
-    return [f"{line}{compared if name == 'eval.prompts' else ''}" for name, line in zip(changed, lines, strict=True)]
+    effects = {"eval.prompts": "; evaluations before don't compete for the best one"}
+    effects |= dict.fromkeys((name for name in changed if name.startswith("mesh.")), MOVED)
+    return [f"config.{name}: {before[name]!r} before, {now[name]!r} now{effects.get(name, '')}" for name in changed]

@@ -23,7 +23,7 @@ from oaif_jax.data import open as open_data
 from oaif_jax.data.dataset import DataSet
 from oaif_jax.data.voice import Voice
 from oaif_jax.methods.base import Method, Models
-from oaif_jax.models import sharding
+from oaif_jax.models import hosts, sharding
 from oaif_jax.models.config import ComputeConfig, Kernel, ModelConfig
 from oaif_jax.rollout import Sampler
 from oaif_jax.run import sizes
@@ -155,6 +155,7 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
     if kind.asks or (is_compared and cfg.judge.init == "annotator"):
         if cfg.annotator.init.startswith(python.PREFIX):
             annotator = python.open_annotator(cfg.annotator.init)
+            check_rows(cfg, mesh)
             measured, measured_as = {annotator.name: annotator}, annotator.name
         else:
             model = _open_frozen(cfg, "annotator", cfg.annotator, mesh, cfg.annotator.quant)
@@ -177,6 +178,16 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
         raise UserError(
             f"{source_of('annotator', cfg.annotator)} compares responses, and there is one to each prompt: wanted a reward "
             "model, python:MODULE.FUNCTION, an instruction that asks for a mark, or more of config.reinforce.completions"
+        )
+    if (
+        cfg.async_steps
+        and hosts.are_several()
+        and annotator is not None
+        and annotator.is_on_mesh
+        and on_the_mesh is None
+    ):
+        raise UserError(
+            f"config.async_steps={cfg.async_steps}: {OVER_THE_HOST}, and several processes ask it together: wanted 0"
         )
     judge, judged_by = None, ""
     if is_compared and cfg.judge.init != "none":
@@ -465,6 +476,15 @@ def _asks(
     )
     kind = RatingAnnotator if text.rates else LLMAnnotator
     return kind(questions, model.cfg, model.params, compute, data.voice.stop_ids)  # type: ignore[arg-type]
+
+
+def check_rows(cfg: Config, mesh: Mesh) -> None:
+    """UserError where several processes have the same rows: each would ask an annotator on the host about them."""
+    if hosts.are_several() and jax.local_device_count() % mesh.shape["tensor"]:
+        raise UserError(
+            f"config.mesh.tensor={cfg.mesh.tensor} with an annotator on the host, config.annotator.init={cfg.annotator.init!r}: "
+            f"rows lie on devices of several processes, wanted a divisor of the {jax.local_device_count()} devices of each"
+        )
 
 
 def _on_host(annotator: LLMAnnotator, data: DataSet, mesh: Mesh) -> HostLLMAnnotator:

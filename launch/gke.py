@@ -1,0 +1,220 @@
+"""Runs a training on TPUs of a GKE cluster, as a JobSet: one pod for each host, started again after a preemption.
+
+    python -m launch.gke --name=tldr-2b --cluster=C --project=P --zone=us-central1-a --topology=v5e:4x4 --image=IMAGE \\
+        --volume=CLAIM --dry-run -- --config=experiments/oaif.py:tldr,online,dpo --workdir=/runs/tldr_2b ...
+
+Behind `--` stand the arguments of oaif_jax.train. IMAGE is made of the Dockerfile here; CLAIM is a persistent volume claim that
+all hosts can write (Filestore, for instance), which is mounted at /runs: there are models, data and workdirs.
+
+Writes NAME.json, the JobSet, prints each command, and runs those that put it into the cluster; with --dry-run it runs none. The
+hosts find each other by `jax.distributed.initialize()`. A host that is to go (SIGTERM, --grace seconds before SIGKILL) stops all
+of them with a checkpoint and exit code 143. On that code, and on those of a kill or a crash, the JobSet starts them again, up to
+--restarts times, and the run goes on; an error in the arguments or the data (2) ends it.
+
+xpk has queues and looks at the cluster first: --xpk prints the same run as a command of it. Its volumes are its --storage's.
+"""
+
+import math
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from oaif_jax.base import cli, files, options
+from oaif_jax.base.errors import UserError, near
+
+# Kind -> GKE's label, and xpk's prefix with how it counts ("chips", or "cores": two to a chip).
+KINDS = {
+    "v4": ("tpu-v4-podslice", "v4", "cores"),
+    "v5e": ("tpu-v5-lite-podslice", "v5litepod", "chips"),
+    "v5p": ("tpu-v5p-slice", "v5p", "cores"),
+    "v6e": ("tpu-v6e-slice", "v6e", "chips"),
+    "7x": ("tpu7x", "tpu7x", "cores"),
+}
+CHIPS = 4  # of a host in a slice of several
+# 128 + a signal: it was ended (143, with a checkpoint), killed or has crashed, on its own host or because another one was gone.
+RESTARTED = tuple(range(128, 256))
+MOUNT = "/runs"
+LONGEST = 28  # characters of a name: pods' names are made of it
+
+
+def job_set(
+    *, name: str, topology: str, slices: int, image: str, volume: str, restarts: int, grace: int, command: Sequence[str]
+) -> dict[str, Any]:
+    """The JobSet of a run, by JobSet's v1alpha2."""
+    kind, shape = topology.split(":")
+    chips = math.prod(map(int, shape.split("x")))
+    hosts = max(chips // CHIPS, 1)
+    container = {
+        "name": "jax-tpu",
+        "image": image,
+        "command": list(command),  # no shell between: the trainer is process 1, and signals reach it
+        "ports": [{"containerPort": port} for port in (8471, 8080)],  # libtpu's, and jax.distributed's coordinator
+        "env": [{"name": "PYTHONUNBUFFERED", "value": "1"}],
+        "securityContext": {"privileged": True},
+        "resources": {"limits": {"google.com/tpu": min(chips, CHIPS)}},
+        "volumeMounts": [{"name": "runs", "mountPath": MOUNT}, {"name": "shared-memory", "mountPath": "/dev/shm"}],
+    }
+    pod = {
+        "restartPolicy": "Never",  # a JobSet starts all hosts again, or none
+        "terminationGracePeriodSeconds": grace,
+        "hostNetwork": True,
+        "dnsPolicy": "ClusterFirstWithHostNet",
+        "nodeSelector": {
+            "cloud.google.com/gke-tpu-accelerator": KINDS[kind][0],
+            "cloud.google.com/gke-tpu-topology": shape,
+        },
+        "tolerations": [{"key": "google.com/tpu", "operator": "Exists"}],
+        "containers": [container],
+        "volumes": [
+            {"name": "runs", "persistentVolumeClaim": {"claimName": volume}},
+            {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
+        ],
+    }
+    codes = {"containerName": "jax-tpu", "operator": "NotIn", "values": list(RESTARTED)}
+    job = {
+        "parallelism": hosts,
+        "completions": hosts,
+        "backoffLimit": 0,  # one host that ends is the end of all: they compute together
+        "podFailurePolicy": {"rules": [{"action": "FailJob", "onPodConditions": [], "onExitCodes": codes}]},
+        "template": {"spec": pod},
+    }
+    policy = {
+        "maxRestarts": restarts,
+        "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+    }
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {
+            "name": name,
+            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
+        },
+        "spec": {
+            "ttlSecondsAfterFinished": 12 * 3600,
+            "failurePolicy": policy,
+            "replicatedJobs": [{"name": "slice-job", "replicas": slices, "template": {"spec": job}}],
+        },
+    }
+
+
+def commands(
+    file: pathlib.Path, *, name: str, cluster: str, project: str, zone: str, image: str
+) -> dict[str, list[list[str]]]:
+    """What is run, and what the user may want to run then."""
+    place = [f"--project={project}", f"--zone={zone}"]
+    label = f"jobset.sigs.k8s.io/jobset-name={name}"
+    return {
+        "the image, once": [["docker", "build", "-t", image, "."], ["docker", "push", image]],
+        "the run": [
+            ["gcloud", "container", "clusters", "get-credentials", cluster, *place],
+            ["kubectl", "apply", "-f", str(file)],
+        ],
+        "watch it": [
+            ["kubectl", "get", "jobset", name],
+            ["kubectl", "logs", "-f", "-l", f"{label},batch.kubernetes.io/job-completion-index=0"],
+        ],
+        "end it (with a checkpoint), and free the TPUs": [["kubectl", "delete", "-f", str(file)]],
+    }
+
+
+def xpk_command(*, name: str, cluster: str, project: str, zone: str, topology: str, slices: int, image: str, restarts: int,
+                grace: int, command: Sequence[str]) -> list[str]:  # fmt: skip
+    """The same run by xpk."""
+    kind, shape = topology.split(":")
+    _, prefix, counted = KINDS[kind]
+    count = math.prod(map(int, shape.split("x"))) * (2 if counted == "cores" else 1)
+    return [
+        "xpk", "workload", "create", f"--workload={name}", f"--cluster={cluster}", f"--project={project}", f"--zone={zone}",
+        f"--tpu-type={prefix}-{count}", f"--num-slices={slices}", f"--docker-image={image}", f"--max-restarts={restarts}",
+        f"--termination-grace-period-seconds={grace}", f"--command={shlex.join(command)}",
+    ]  # fmt: skip
+
+
+def check_topology(text: str) -> None:
+    """UserError for TPUs that aren't known."""
+    kind, _, shape = text.partition(":")
+    if kind not in KINDS:
+        raise UserError(f"--topology={text}: there's no TPU {kind!r}{near(kind, KINDS)}")
+    flat = 2 if kind in ("v5e", "v6e") else 3
+    if not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{flat - 1}}}", shape):
+        raise UserError(f"--topology={text}: wanted {flat} sizes, such as {'v5e:4x4' if flat == 2 else 'v5p:4x4x4'}")
+    chips = math.prod(map(int, shape.split("x")))
+    if chips > 1 and chips % CHIPS:
+        raise UserError(f"--topology={text}: {chips} chips, wanted one or a multiple of {CHIPS}, as hosts have")
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", text) or len(text) > LONGEST:
+        raise ValueError
+    return text
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """UserError for a trainer's arguments that can't go on in another pod."""
+    workdirs = [text.split("=", 1)[1] for text in arguments if re.match(r"--?workdir=", text)]
+    if len(workdirs) != 1 or not workdirs[0].startswith(f"{MOUNT}/"):
+        given = f"--workdir={workdirs[0]}" if workdirs else "no --workdir"
+        raise UserError(f"{given} behind --: wanted one in {MOUNT}/, the volume that outlives the pods")
+    if not any(re.match(r"--?config=", text) for text in arguments):
+        raise UserError("behind -- stand the trainer's arguments, wanted --config=FILE among them")
+
+
+def main() -> None:
+    """Starts what the command line says."""
+    with cli.user_errors():
+        arguments = sys.argv[1:]
+        at = arguments.index("--") if "--" in arguments else len(arguments)
+        values = flags.FlagValues()
+
+        def asked(name: str, wanted: str, kind: options.Kind = options.TEXT, default: Any = None) -> flags.FlagHolder:
+            return options.define(name, default, kind, wanted, required=default is None, values=values)
+
+        named = options.Kind("NAME", f"small letters, digits and hyphens, at most {LONGEST}", _name)
+        name = asked("name", "the run's name in the cluster", named)
+        cluster, project, zone = (asked(each, f"the {each}") for each in ("cluster", "project", "zone"))
+        topology = asked("topology", "the TPUs, such as v5e:4x4", options.Kind("KIND:SHAPE", "", str))
+        image, volume = asked("image", "the image's name"), asked("volume", f"the claim that is mounted at {MOUNT}")
+        slices = asked("slices", "how many such slices", options.integer(least=1), 1)
+        restarts = asked("restarts", "how often it is started again", options.integer(least=0), 10)
+        grace = asked("grace", "seconds from SIGTERM to SIGKILL", options.integer(least=1), 60)
+        out = options.define("out", None, options.FILE, "the manifest's file, if not NAME.json", values=values)
+        is_dry = options.define_switch("dry-run", "runs nothing", values=values)
+        by_xpk = options.define_switch("xpk", "prints xpk's command instead", values=values)
+        cli.no_words(cli.parse_flags(arguments[:at], values, words="-- ARGUMENTS OF oaif_jax.train"))
+        rest = arguments[at + 1 :]
+        check_topology(topology.value)
+        check_arguments(rest)
+        place = {"name": name.value, "cluster": cluster.value, "project": project.value, "zone": zone.value}
+        run = {
+            "name": name.value, "topology": topology.value, "slices": slices.value, "image": image.value,
+            "restarts": restarts.value, "grace": grace.value,
+            "command": ["python", "-m", "oaif_jax.train", "--distributed", *rest],
+        }  # fmt: skip
+        if by_xpk.value:
+            print(shlex.join(xpk_command(**run | place)))
+            return
+        file = pathlib.Path(out.value or f"{name.value}.json")
+        files.atomic_write_json(file, job_set(**run, volume=volume.value))
+        for what, lines in commands(file, **place, image=image.value).items():
+            print(f"# {what}")
+            for line in lines:
+                print(shlex.join(line), flush=True)
+                if what == "the run" and not is_dry.value:
+                    _call(line)
+
+
+def _call(command: list[str]) -> None:
+    try:
+        subprocess.run(command, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"{shlex.join(command)}: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

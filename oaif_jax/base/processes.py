@@ -1,0 +1,29 @@
+"""Processes that a program starts, and that end with it."""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+# Signals that end a program, and what they do otherwise.
+SIGNALS = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}
+
+# Asks Linux for SIGTERM at the end of the process that started it, however that ends, and becomes the command.
+FOLLOWER = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):  # it has ended meanwhile
+    sys.exit(128 + signal.SIGTERM)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def following(command: Sequence[str]) -> list[str]:
+    """The command, which ends with this process where the system can do that."""
+    is_linux = sys.platform == "linux"
+    start = [sys.executable, "-I", "-S", "-c", FOLLOWER, str(os.getpid())] if is_linux else []
+    return [*start, *command]

@@ -1,0 +1,151 @@
+"""A run's JobSet: by JobSet's own types, beside what xpk makes of the same run, and what it is started again on."""
+
+import json
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
+
+from launch import gke
+from oaif_jax.base.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+COMMAND = ["python", "-m", "oaif_jax.train", "--distributed", "--config=c.py", "--workdir=/runs/a"]
+# What `xpk workload create --dry-run --output-manifest-file` of xpk 1.16.0 says of the same slices: --tpu-type, GKE's two labels,
+# pods, and chips of each.
+XPK = {
+    "v4:2x2x1": ("v4-8", "tpu-v4-podslice", "2x2x1", 1, 4),
+    "v4:2x2x2": ("v4-16", "tpu-v4-podslice", "2x2x2", 2, 4),
+    "v5e:2x4": ("v5litepod-8", "tpu-v5-lite-podslice", "2x4", 2, 4),
+    "v5e:4x4": ("v5litepod-16", "tpu-v5-lite-podslice", "4x4", 4, 4),
+    "v5p:2x2x1": ("v5p-8", "tpu-v5p-slice", "2x2x1", 1, 4),
+    "v5p:4x4x4": ("v5p-128", "tpu-v5p-slice", "4x4x4", 16, 4),
+    "v6e:4x4": ("v6e-16", "tpu-v6e-slice", "4x4", 4, 4),
+    "v6e:16x16": ("v6e-256", "tpu-v6e-slice", "16x16", 64, 4),
+    "7x:1x1x1": ("tpu7x-2", "tpu7x", "1x1x1", 1, 1),
+    "7x:2x2x2": ("tpu7x-16", "tpu7x", "2x2x2", 2, 4),
+}
+
+
+def made(topology: str = "v5e:4x4", slices: int = 1) -> dict:
+    run = {"name": "tldr-2b", "image": "i", "volume": "claim", "restarts": 5, "grace": 30, "command": COMMAND}
+    return gke.job_set(topology=topology, slices=slices, **run)
+
+
+def left_out(given, read, path: str = "") -> list[str]:
+    """Paths of what was given and not read."""
+    if isinstance(given, dict) and isinstance(read, dict):
+        return [found for key in given for found in left_out(given[key], read.get(key), f"{path}.{key}")]
+    if isinstance(given, list) and isinstance(read, list) and len(given) == len(read):
+        pairs = enumerate(zip(given, read, strict=True))
+        return [found for at, (one, other) in pairs for found in left_out(one, other, f"{path}[{at}]")]
+    return [] if given == read else [path]
+
+
+def test_it_is_a_job_set():
+    """Read by the types that JobSet's own schema was turned into: they want no more, and know all that is said."""
+    manifest = made()
+    read = JobsetV1alpha2JobSet.from_dict(manifest)
+    assert read is not None
+    assert left_out(manifest, read.to_dict()) == []
+    manifest["spec"]["replicatedJobs"][0]["replica"] = 2
+    misspelt = JobsetV1alpha2JobSet.from_dict(manifest)
+    assert misspelt is not None
+    assert left_out(manifest, misspelt.to_dict()) == [".spec.replicatedJobs[0].replica"]
+
+
+@pytest.mark.parametrize("topology", list(XPK))
+def test_slices_as_xpk_has_them(topology):
+    kind, accelerator, shape, pods, chips = XPK[topology]
+    job = made(topology)["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    assert (job["parallelism"], job["completions"], job["backoffLimit"]) == (pods, pods, 0)
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": accelerator,
+        "cloud.google.com/gke-tpu-topology": shape,
+    }
+    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": chips}
+    place = {"cluster": "c", "project": "p", "zone": "z"}
+    given = {"name": "n", "image": "i", "slices": 1, "restarts": 5, "grace": 30, "command": COMMAND}
+    assert f"--tpu-type={kind}" in gke.xpk_command(topology=topology, **place, **given)
+
+
+def test_restarts_as_xpk_has_them():
+    """All or none, after what a launcher may repeat: not after 2, an error of the user's, nor after 1, a bug."""
+    spec = made(slices=2)["spec"]
+    assert spec["failurePolicy"] == {
+        "maxRestarts": 5,
+        "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+    }
+    assert spec["replicatedJobs"][0]["replicas"] == 2
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    rule = job["podFailurePolicy"]["rules"][0]
+    container = job["template"]["spec"]["containers"][0]
+    assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "NotIn")
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    codes = set(rule["onExitCodes"]["values"])
+    assert {128 + 15, 128 + 2, 128 + 9, 128 + 6} <= codes
+    assert not {0, 1, 2} & codes
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
+    assert container["command"] == COMMAND, "process 1 is the trainer, which hears SIGTERM"
+
+
+@pytest.mark.parametrize(
+    ("topology", "said"),
+    [
+        ("v5x:4x4", "there's no TPU 'v5x'; did you mean"),
+        ("v5e:4", "wanted 2 sizes, such as v5e:4x4"),
+        ("v5p:4x4", "wanted 3 sizes, such as v5p:4x4x4"),
+        ("v5e:1x2", "2 chips, wanted one or a multiple of 4"),
+    ],
+)
+def test_unknown_tpus(topology, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        gke.check_topology(topology)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config=c.py"], "no --workdir behind --: wanted one in /runs/"),
+        (["--config=c.py", "--workdir=runs/a"], "--workdir=runs/a behind --: wanted one in /runs/"),
+        (["--workdir=/runs/a"], "wanted --config=FILE among them"),
+    ],
+)
+def test_arguments_that_outlive_no_pod(arguments, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        gke.check_arguments(arguments)
+
+
+def test_a_dry_run(tmp_path):
+    """Prints each command, as a shell reads it, writes the manifest, and runs nothing: there's no gcloud here."""
+    own = ["--name=tldr-2b", "--cluster=c", "--project=p", "--zone=z", "--topology=v5e:4x4", "--image=i", "--volume=v"]
+    trainer = ["--config=experiments/oaif.py:tldr,online,dpo", "--workdir=/runs/a b"]
+    command = [sys.executable, "-m", "launch.gke", *own, f"--out={tmp_path}/job.json", "--dry-run", "--", *trainer]
+    environment = {"PATH": "", "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    lines = [shlex.split(line) for line in found.stdout.splitlines() if not line.startswith("#")]
+    assert ["kubectl", "apply", "-f", f"{tmp_path}/job.json"] in lines
+    assert ["kubectl", "delete", "-f", f"{tmp_path}/job.json"] in lines
+    manifest = json.loads((tmp_path / "job.json").read_text())
+    container = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    assert container["command"] == ["python", "-m", "oaif_jax.train", "--distributed", *trainer]
+    without = [flag for flag in command if flag != "--dry-run"]
+    found = subprocess.run(without, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert "gcloud container clusters get-credentials" in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+def test_the_image_has_what_a_run_needs():
+    """Each path that the Dockerfile copies is there, and what setup.py reads comes before it is run."""
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    copied = [path for line in lines if line.startswith("COPY") for path in line.split()[1:-1]]
+    assert all((ROOT / path).exists() for path in copied)
+    first = next(at for at, line in enumerate(lines) if line.startswith("RUN pip install"))
+    assert {"setup.py", "constraints.txt"} <= {path for line in lines[:first] for path in line.split()}
+    assert {"oaif_jax", "experiments", "launch"} <= set(copied)
