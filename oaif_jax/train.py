@@ -183,7 +183,9 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
     sharding.free(setup.policy.params)  # the state has them, or a checkpoint's
     log = open_log(workdir, begin, say)
     learns = setup.method.evaluation == "agreement"
-    health = Health(cfg, annotator=setup.measured_as, is_tiny=setup.data.gold is not None, learns=learns)
+    is_tiny = setup.data.gold is not None
+    by = {"annotator": setup.measured_as, "instruction": setup.instruction}
+    health = Health(cfg, **by, is_tiny=is_tiny, learns=learns)
     health.replay(hosts.from_first(log.lines))
     evaluations = Evaluations(setup)
 

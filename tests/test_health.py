@@ -49,6 +49,22 @@ def seen(of: Health, kind: str, *changes: dict, first: int = 1) -> list[health.F
     return found
 
 
+def test_who_is_asked_for_other_things_is_no_witness():
+    """Short summaries please an annotator that is asked for short ones, and neither gold nor a judge that want helpful ones."""
+    liked = {"annotator.short.score": 0.96, "judge.score": 0.6, "gold.score": 0.6}
+    cfg = config.parse({"eval": {"prompts": 128}})
+    assert seen(Health(cfg, annotator="short", instruction="short"), "eval", liked) == []
+    both = config.parse({"eval": {"prompts": 128}, "judge": {"instruction": "short"}})
+    (by_judge,) = seen(Health(both, annotator="short", instruction="short"), "eval", liked)
+    assert "60% by the judge" in by_judge.message
+    for of in (
+        Health(cfg, annotator="short", instruction="helpful"),
+        Health(cfg, annotator="short"),
+    ):  # a reward model reads none
+        (by_gold,) = seen(of, "eval", liked)
+        assert "60% by the gold" in by_gold.message
+
+
 def test_healthy_lines_say_nothing():
     of = checked()
     assert seen(of, "eval", {}) == seen(of, "train", *[{}] * 60) == seen(of, "eval", {}, first=60) == []

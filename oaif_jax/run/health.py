@@ -22,6 +22,7 @@ WINDOW = 20  # where there are few pairs in a step, or a run's own past is looke
 FEWEST = (
     64  # pairs of which a share is taken: it is known to 6 points then (one standard error), and orders are wrong at 45
 )
+GOLD = "helpful"  # the instruction that gold's scores are by
 FINE = {"train": 20, "eval": 2}  # lines in a row that are fine, before a check that is crossed again is said again
 
 
@@ -62,6 +63,14 @@ class Seen:
     evals: Sequence[Line]  # all lines of evaluations
     prompts: int = 0  # examples of an evaluation
     annotator: str = ""  # the name in evaluations of the annotator that trains
+    instructions: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # who asks for what: annotator, judge, gold
+
+    def want_the_same(self, one: str, other: str) -> bool:
+        """Whether neither is asked for something that the other isn't: who reads no instruction is asked for nothing."""
+        asked = {self.instructions[each] for each in (one, other) if self.instructions.get(each)}
+        return len(asked) < 2
 
     def mean(self, name: str, count: int = RECENT) -> float | None:
         """A metric's mean over the last steps; None where fewer than that have it."""
@@ -139,14 +148,15 @@ def mass(seen: Seen) -> Crossing | None:
 def overoptimised(seen: Seen) -> Crossing | None:
     """Who is independent falls by more than 10 points below its best, while who is followed doesn't: with 128 prompts that is two
     to three standard errors, and one that errs in the same direction as the other falls with it. Or the two are 15 points apart,
-    which is three standard errors of their difference (a healthy run of 240 steps: 2)."""
+    which is three standard errors of their difference (a healthy run of 240 steps: 2). Of two that are asked for different
+    things, such as short summaries and helpful ones, nothing is said."""
     now = seen.evals[-1]
     apart = max(0.15, 1.5 / max(seen.prompts, 1) ** 0.5)
     scores = {"annotator": f"annotator.{seen.annotator}.score", "judge": "judge.score", "gold": "gold.score"}
     for followed, other in (("judge", "gold"), ("annotator", "gold"), ("annotator", "judge")):
         one, two = scores[followed], scores[other]
         lines = [line for line in seen.evals if one in line and two in line]
-        if one not in now or two not in now or seen.prompts < FEWEST:
+        if one not in now or two not in now or seen.prompts < FEWEST or not seen.want_the_same(followed, other):
             continue
         best = max(lines, key=lambda line: line[two])
         fall = best[two] - now[two]
@@ -347,14 +357,17 @@ CHECKS: Mapping[str, Mapping[str, Check]] = {
 class Health:
     """What was found in a run so far. The lines of its metrics.jsonl are shown to it in their order."""
 
-    def __init__(self, cfg: Config, *, annotator: str = "", is_tiny: bool = False, learns: bool = False):
-        """`annotator`: its name in evaluations; `learns`: it is what is trained. The tiny world's annotators learned to choose
-        between their answers and nothing else, and one that learns begins as a coin that answers anything: of these nothing is
-        said."""
+    def __init__(
+        self, cfg: Config, *, annotator: str = "", instruction: str = "", is_tiny: bool = False, learns: bool = False
+    ):
+        """`annotator`: its name in evaluations; `instruction`: by which it is asked, if it reads any; `learns`: it is what is
+        trained. The tiny world's annotators learned to choose between their answers and nothing else, and one that learns begins
+        as a coin that answers anything: of these nothing is said."""
         self.found: list[Finding] = []  # all of the run, those of earlier processes too
         self._off, self._stop = names(cfg.health.off), names(cfg.health.stop)
         self._off |= ({"mass"} if is_tiny else set()) | ({"orders", "mass"} if learns else set())
         self._prompts, self._annotator = cfg.eval.prompts, annotator
+        self._instructions = {"annotator": instruction, "judge": cfg.judge.instruction, "gold": GOLD}
         self._train: collections.deque[Line] = collections.deque(maxlen=WINDOW + 5)
         self._evals: list[Line] = []
         self._crossed: dict[tuple[str, str], Finding] = {}  # by kind of line and name: what isn't fine again
@@ -382,7 +395,7 @@ class Health:
     def _look(self, line: Line) -> list[Finding]:
         kind, new = line["kind"], []
         (self._train if kind == "train" else self._evals).append(line)
-        seen = Seen(list(self._train), self._evals, self._prompts, self._annotator)
+        seen = Seen(list(self._train), self._evals, self._prompts, self._annotator, self._instructions)
         for name, check in CHECKS[kind].items():
             if name in self._off:
                 continue
