@@ -380,15 +380,15 @@ def test_an_evaluation_that_cannot_be_kept_there(base, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tldr,sft", "annotator", "judge"])
-def test_recipes_run_twenty_steps_from_scratch(tmp_path, name):
-    """At the size that the recipe names, on fewer posts; without warm-up, since twenty steps are a small part of it."""
-    changes = {"steps": 20, "data__batch": 8, "optimizer__warmup": 0, "eval__prompts": 8, "eval__final_prompts": 8}
-    values = configured(name, **changes, eval__every=20, checkpoint__every=20)
+def test_recipes_run_ten_steps_from_scratch(tmp_path, name):
+    """At the size that the recipe names, on fewer posts; without warm-up, since ten steps are a small part of it."""
+    changes = {"steps": 10, "data__batch": 8, "optimizer__warmup": 0, "eval__prompts": 8, "eval__final_prompts": 8}
+    values = configured(name, **changes, eval__every=10, checkpoint__every=10)
     assert values["policy"]["init"] == "scratch"
     summary, _ = run(values, tmp_path / "run")
     losses = [line["loss"] for line in lines(tmp_path / "run", "train")]
-    assert len(losses) == summary["steps"] == 20
-    assert np.mean(losses[-5:]) < 0.95 * np.mean(losses[:3])
+    assert len(losses) == summary["steps"] == 10
+    assert np.mean(losses[-3:]) < 0.95 * np.mean(losses[:3])
     assert all(line["changed"] > 0.5 for line in lines(tmp_path / "run", "train"))
 
 
