@@ -101,7 +101,7 @@ Check = Callable[[Seen], Crossing | None]
 
 
 def _orders(share: float, pairs: int) -> Crossing | None:
-    """A coin has 0.5. Annotators that work have 0.8 to 0.95 (quickstart: 0.79 at least over 20 steps)."""
+    """A coin has 0.5. Annotators that work have 0.8 to 0.95 (quickstart: 0.91 at least over 20 steps)."""
     if share >= 0.55:
         return None
     means = "the annotator follows the position" if share < 0.45 else "the annotator decides as a coin does"
@@ -191,7 +191,7 @@ def worse(seen: Seen) -> Crossing | None:
 
 
 def identical(seen: Seen) -> Crossing | None:
-    """Equal pairs teach nothing. Where responses are short they become many as the policy grows sure (quickstart: 0.73 over 20
+    """Equal pairs teach nothing. Where responses are short they become many as the policy grows sure (quickstart: 0.80 over 20
     steps, and still better at each evaluation); at 0.9 a step has a tenth of its batch."""
     share = seen.mean("identical")
     if share is None or share <= 0.9:
