@@ -31,7 +31,7 @@ USUAL = (
     "--config.data.batch=8",
     "--config.mesh.fsdp=2",
     "--config.eval.every=4",
-    "--config.checkpoint.every=3",
+    "--config.checkpoint.every=2",
     "--config.eval.prompts=16",
     "--config.eval.final_prompts=16",
 )

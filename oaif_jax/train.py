@@ -440,6 +440,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
                 say(interrupts.work(export.save, policy, params, workdir / "export", cfg.export.dtype))
             if cfg.export.adapter:
                 say(interrupts.work(export.save_adapter, setup.policy, params, workdir / "adapter"))
+            hosts.meet()
             if cfg.export.check:
                 exported = export.load(setup.policy, workdir / "export", mesh, cfg.compute.trained)
                 metrics["exported"], _ = interrupts.work(evaluations.finish, exported)

@@ -145,11 +145,20 @@ def is_program() -> bool:
     return _is_program
 
 
+def leave_at_once() -> None:
+    """From now on the program ends without what Python does at its end, which might wait for others for ever."""
+    global _leaves_at_once
+    _leaves_at_once = True
+
+
+_leaves_at_once = False
+
+
 def _leave(code: int) -> NoReturn:
     """Exits; a program does so at once if a thread is still at work, such as one that compiles: nothing can stop it, and its
     result is wanted no more."""
     is_at_work = any(thread.name.startswith(WORKER) for thread in threading.enumerate())
-    if not (is_at_work and _is_program):
+    if not _leaves_at_once and not (is_at_work and _is_program):
         sys.exit(code)
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:

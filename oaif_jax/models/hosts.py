@@ -7,6 +7,10 @@ agreed upon, and not looked up by each.
 
 import contextlib
 import json
+import os
+import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,8 +18,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
 
+PATIENCE = 5.0  # seconds in which all processes have ended that end by the same error
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the others end
 
 
@@ -35,13 +41,25 @@ def start(coordinator: str = "", count: int = 0, index: int = -1) -> None:
 @contextlib.contextmanager
 def joined(is_asked: bool, coordinator: str, count: int, index: int) -> Iterator[None]:
     """While entered, this process is one of several, if that is asked for."""
-    if is_asked:
-        start(coordinator, count, index)
+    if not is_asked:
+        yield
+        return
+    start(coordinator, count, index)
     try:
         yield
-    finally:
-        if is_asked:
-            jax.distributed.shutdown()
+    except BaseException as error:
+        # The others may be in the midst of a computation, and would wait for this one for ever: it leaves if they don't.
+        leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        leaving.start()
+        leaving.join(PATIENCE)
+        if not isinstance(error, (UserError, KeyboardInterrupt, SystemExit)):
+            traceback.print_exception(error)
+            sys.stderr.flush()
+            os._exit(1)
+        if leaving.is_alive():
+            cli.leave_at_once()
+        raise
+    jax.distributed.shutdown()
 
 
 WANTED = "a platform that knows its hosts (a TPU pod, Slurm), or --coordinator=HOST:PORT --processes=N --process=I"
@@ -92,6 +110,11 @@ def from_first(function: Callable[[], Any]) -> Any:
 def in_first(function: Callable[[], Any]) -> None:
     """Calls a function in the first process, and returns in all of them when it has ended."""
     from_first(lambda: function() and None)
+
+
+def meet() -> None:
+    """Returns when all processes have come here: what the first one has written is there for the others."""
+    from_first(lambda: None)
 
 
 class Agreement:

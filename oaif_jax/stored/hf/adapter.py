@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 from oaif_jax.base import files
 from oaif_jax.base.errors import UserError
+from oaif_jax.models import sharding
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.stored.hf.directory import HFModel
 from oaif_jax.stored.hf.families import FAMILIES, Row
@@ -47,9 +48,12 @@ def save_adapter(directory: str | pathlib.Path, added: PyTree, cfg: ModelConfig,
             f"{source.directory} is a model that also sees, whose modules have other names than a text model's: "
             "wanted the merged model instead of an adapter"
         )
-    if directory.exists():
+    if jax.process_index() == 0 and directory.exists():
         raise UserError(f"adapter to {directory}: it is there already, wanted a new directory")
-    low = {name: {part: np.asarray(leaf, np.float32) for part, leaf in each.items()} for name, each in added.items()}
+    low = {
+        name: {part: sharding.fetch(leaf).astype(np.float32) for part, leaf in each.items()}
+        for name, each in added.items()
+    }
     rank = next(iter(low.values()))["a"].shape[-1]
     modules: dict[str, list[Row]] = {}
     for row in family.layers:

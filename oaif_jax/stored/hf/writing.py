@@ -70,12 +70,12 @@ def save(
     directory = pathlib.Path(directory)
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}, wanted one of {', '.join(DTYPES)}")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    writes = jax.process_index() == 0
+    if writes and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"export to {directory}: it is there already, wanted a new directory")
     _check_shapes(params, cfg, source)
     tensors = _tensors(params, cfg, source)
     partial = directory.with_name(f".{directory.name}.partial")
-    writes = jax.process_index() == 0
     if writes:
         shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
         partial.mkdir(parents=True)
