@@ -22,6 +22,7 @@ from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
 
 PATIENCE = 5.0  # seconds in which all processes have ended that end by the same error
+WANTED = "a platform that knows its hosts (a TPU pod, Slurm), or --coordinator=HOST:PORT --processes=N --process=I"
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the others end
 
 
@@ -60,9 +61,6 @@ def joined(is_asked: bool, coordinator: str, count: int, index: int) -> Iterator
             cli.leave_at_once()
         raise
     jax.distributed.shutdown()
-
-
-WANTED = "a platform that knows its hosts (a TPU pod, Slurm), or --coordinator=HOST:PORT --processes=N --process=I"
 
 
 def are_several() -> bool:
