@@ -1,4 +1,4 @@
-"""Runs a list of settings one after another, each over seeds, and compares them.
+"""Runs a list of settings, each over seeds, and compares them.
 
     python -m launch.sweep --workdir=runs/lr --config=experiments/tiny.py:tldr,online,dpo --seeds=0,1,2 \\
         --set "loss.beta=0.05,0.1,0.3" --set "optimizer.lr=1e-4,3e-4" --config.eval.final_split=validation
@@ -7,7 +7,9 @@ Runs the product of all --config, --run "KEY=A KEY=B" (settings that belong toge
 --seeds, each in a process of its own, in WORKDIR/SETTINGS/seed_N; what it prints is in seed_N.log beside it. A run that
 has finished isn't run again, one that was stopped goes on. One that fails doesn't stop the others; it is listed at the
 end, and the exit code is 1. WORKDIR/sweep.md has the table with means and 95 % intervals, sweep.json all results. Values
-that are lists themselves are set apart by semicolons: --set "policy.lora.targets=q,v;q,k,v".
+that are lists themselves are set apart by semicolons: --set "policy.lora.targets=q,v;q,k,v". --sample=N runs N of the settings,
+drawn at random; --jobs=N runs N at once, which together need N times the memory; --print runs none, and prints the commands, for
+other machines.
 
 Ctrl-C, SIGTERM and SIGHUP end the run that is training as they end any, with a checkpoint, and then the sweep. On Linux the run
 ends so, too, if the sweep is killed.
@@ -15,16 +17,17 @@ ends so, too, if the sweep is killed.
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
-import itertools
 import os
 import pathlib
+import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 
@@ -95,9 +98,8 @@ def _read_config(path: pathlib.Path) -> config.Config:
 # ------------------------------------------------------------------------------------------------ flags to runs
 
 
-def parse_flags(arguments: Sequence[str]) -> tuple[list[Run], pathlib.Path]:
-    """The runs of a command line, all of them checked, and the sweep's directory; UserError for what can't be run."""
-    fixed = [_override(text) for text in arguments if _is_override(text)]
+def read_flags(arguments: Sequence[str]) -> flags.FlagValues:
+    """The flags of a command line, but for those of the config."""
     values = flags.FlagValues()
     options.define("config", None, options.FILE, "an experiment's file", required=True, repeatable=True, values=values)
     options.define("workdir", None, options.DIR, "the directory of all runs", required=True, values=values)
@@ -113,13 +115,29 @@ def parse_flags(arguments: Sequence[str]) -> tuple[list[Run], pathlib.Path]:
         "run", [], options.TEXT, 'settings that are tried together, "KEY=A KEY=B"', repeatable=True, values=values
     )
     options.define("seeds", "0", SEEDS, "values of config.seed", values=values)
+    wanted = "so many of the settings, drawn at random; 0: all"
+    options.define("sample", 0, options.integer(least=0), wanted, values=values)
+    options.define("sample_seed", 0, options.integer(least=0), "of that draw", values=values)
+    options.define("jobs", 1, options.integer(least=1), "how many runs at once", values=values)
+    options.define_switch("print", "runs nothing, and prints each run's command", values=values)
     cli.no_words(cli.parse_flags([text for text in arguments if not _is_override(text)], values))
+    return values
+
+
+def parse_flags(arguments: Sequence[str]) -> tuple[list[Run], pathlib.Path]:
+    """The runs of a command line, all of them checked, and the sweep's directory; UserError for what can't be run."""
+    fixed = [_override(text) for text in arguments if _is_override(text)]
+    values = read_flags(arguments)
     workdir = pathlib.Path(values.workdir)
     choices = [[_setting(part) for part in text.split()] for text in values.run] or [[]]
     for key, texts in map(_setting, values.set):
         choices = [[*choice, (key, text)] for choice in choices for text in _values(texts)]
-    products = itertools.product(values.config, choices, map(int, values.seeds.split(",")))
-    runs = [make_run(workdir, file, fixed, choice, seed) for file, choice, seed in products]
+    settings = [(str(file), choice) for file in values.config for choice in choices]
+    if values.sample:  # random search (Bergstra & Bengio 2012), on the values given; in the order of the product
+        drawn = random.Random(values.sample_seed).sample(range(len(settings)), min(values.sample, len(settings)))
+        settings = [settings[at] for at in sorted(drawn)]
+    seeds = [int(seed) for seed in values.seeds.split(",")]
+    runs = [make_run(workdir, file, fixed, choice, seed) for file, choice in settings for seed in seeds]
     for i, run in enumerate(runs):
         if any(run.workdir == earlier.workdir for earlier in runs[:i]):
             raise UserError(f"two runs would be in {run.workdir}, wanted other settings, seeds or names of files")
@@ -191,23 +209,18 @@ def _setting(text: str) -> Pair:
 # ------------------------------------------------------------------------------------------------ runs to results
 
 
-def sweep(runs: Sequence[Run], workdir: pathlib.Path, console: Console, trainer: Sequence[str] = TRAINER) -> int:
-    """Runs what hasn't finished, writes sweep.json and sweep.md, prints the table; the number of runs that failed."""
+def sweep(
+    runs: Sequence[Run], workdir: pathlib.Path, console: Console, trainer: Sequence[str] = TRAINER, jobs: int = 1
+) -> int:
+    """Runs what hasn't finished, `jobs` at a time, writes sweep.json and sweep.md, prints the table; the number of runs that
+    failed."""
     summaries = [run.summary() for run in runs]  # before the first starts: results of other settings stop the sweep
     failures = [""] * len(runs)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={workdir} can't be made ({error.strerror})") from error
-    for i, run in enumerate(runs):
-        finished = " (has finished)" if summaries[i] else ""
-        _say(console, f"run {i + 1} of {len(runs)}: {run.name}, seed {run.seed}{finished}")
-        if not finished:
-            with phase(f"run {i + 1} of {len(runs)}"):
-                failures[i] = _train(run, trainer, console)
-            summaries[i] = None if failures[i] else run.summary()
-            _say(console, f"  failed: {failures[i]}" if failures[i] else "  finished")
-        _write_json(workdir / "sweep.json", runs, summaries, failures)
+    _train_all(runs, summaries, failures, workdir, console, trainer, jobs)
     rows: dict[str, list[dict]] = {}
     for run, summary in zip(runs, summaries, strict=True):
         rows.setdefault(run.name, []).extend([summary] if summary else [])
@@ -221,44 +234,99 @@ def sweep(runs: Sequence[Run], workdir: pathlib.Path, console: Console, trainer:
     return len(failed)
 
 
-def _train(run: Run, trainer: Sequence[str], console: Console) -> str:
-    """Trains in a process of its own; why it failed, or nothing."""
-    run.log.parent.mkdir(parents=True, exist_ok=True)
-    with run.log.open("a+", encoding="utf-8", errors="replace") as log:
-        start = log.tell()
+def _train_all(
+    runs: Sequence[Run],
+    summaries: list[dict | None],
+    failures: list[str],
+    workdir: pathlib.Path,
+    console: Console,
+    trainer: Sequence[str],
+    jobs: int,
+) -> None:
+    """Trains what has no summary, in order, and fills in summaries and failures; Interrupted once all that train have ended."""
+    waiting, training = list(range(len(runs))), dict[int, Training]()
+    with _signals_to(training) as seen, Watch(console, lambda: _under_way(training, len(runs))):
+        while waiting or training:
+            while waiting and len(training) < jobs and not seen:
+                at = waiting.pop(0)
+                finished = " (has finished)" if summaries[at] else ""
+                _say(console, f"run {at + 1} of {len(runs)}: {runs[at].name}, seed {runs[at].seed}{finished}")
+                if finished:
+                    _write_json(workdir / "sweep.json", runs, summaries, failures)
+                else:
+                    training[at] = Training(runs[at], trainer)
+            if seen and not training:
+                break
+            ended = [at for at, each in training.items() if each.process.poll() is not None]
+            for at in ended:
+                own = training.pop(at)
+                failures[at] = own.failure(is_interrupted=bool(seen))
+                summaries[at] = None if failures[at] else runs[at].summary()
+                which = f"  run {at + 1}: " if jobs > 1 else "  "
+                _say(console, f"{which}failed: {failures[at]}" if failures[at] else f"{which}finished")
+                _write_json(workdir / "sweep.json", runs, summaries, failures)
+            if not ended:
+                time.sleep(POLL)
+    if seen:
+        left = next((run for run, summary in zip(runs, summaries, strict=True) if summary is None), runs[-1])
+        raise Interrupted(f"interrupted in {left.workdir}; the same command goes on with that run", seen[0])
+
+
+class Training:
+    """A run in a process of its own, and what it prints."""
+
+    def __init__(self, run: Run, trainer: Sequence[str]):
+        self.run, self.began = run, time.monotonic()
+        run.log.parent.mkdir(parents=True, exist_ok=True)
+        self.log = run.log.open("a+", encoding="utf-8", errors="replace")
+        self.start = self.log.tell()  # what stands before is older
         # Unbuffered: else what was printed comes after the error, which is then not the log's last line.
         variables = os.environ | {"PYTHONUNBUFFERED": "1"}
         command = following(run.command(trainer))
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables)
-        says = functools.partial(_under_way, log.fileno(), start)
-        with _signals_to(process) as seen, Watch(console, says):
-            code = process.wait()
-        log.seek(start)
-        lines = [line.strip() for line in log if line.strip()]
-    number = seen[0] if seen else signal.SIGINT if code == 128 + signal.SIGINT else None
-    if number is not None:
-        raise Interrupted(f"interrupted in {run.workdir}; the same command goes on with that run", number)
-    if code == 0 and (run.workdir / "summary.json").exists():
-        return ""
-    ended = f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
-    return f"{ended}, {lines[-1] if lines else 'nothing said'} ({run.log})"
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=variables)
+
+    def failure(self, *, is_interrupted: bool) -> str:
+        """Why it failed, or nothing, once it has ended; Interrupted after a Ctrl-C that only it has heard of."""
+        code = self.process.wait()
+        with self.log:
+            self.log.seek(self.start)
+            lines = [line.strip() for line in self.log if line.strip()]
+        if code == 128 + signal.SIGINT and not is_interrupted:
+            said = f"interrupted in {self.run.workdir}; the same command goes on with that run"
+            raise Interrupted(said, signal.SIGINT)
+        if code == 0 and (self.run.workdir / "summary.json").exists():
+            return ""
+        ended = f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
+        return f"{ended}, {lines[-1] if lines else 'nothing said'} ({self.run.log})"
+
+    def last_line(self) -> str:
+        """What it printed last."""
+        number = self.log.fileno()
+        end = os.fstat(number).st_size
+        begin = max(self.start, end - LAST_BYTES)
+        lines = os.pread(number, end - begin, begin).decode(errors="replace").split("\n")
+        return next((printable(line.strip()) for line in reversed(lines) if line.strip()), "")
 
 
-def _under_way(log: int, start: int) -> str:
-    """Which run is under way, and the last line that it printed; `log` is the open file, whose bytes before `start` are older."""
-    end = os.fstat(log).st_size
-    begin = max(start, end - LAST_BYTES)
-    lines = os.pread(log, end - begin, begin).decode(errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return f"{phases.text()}: {printable(last)}" if last else phases.text()
+POLL = 0.1  # seconds
+
+
+def _under_way(training: Mapping[int, Training], count: int) -> str:
+    """Which runs are under way, and the last line that each printed."""
+    said = []
+    for at, each in training.items():
+        last = each.last_line()
+        clock = phases.clock_time(time.monotonic() - each.began)
+        said.append(f"run {at + 1} of {count}, {clock}{': ' if last else ''}{last}")
+    return "; ".join(said)
 
 
 LAST_BYTES = 1000  # of a log, in which its last line is
 
 
 @contextlib.contextmanager
-def _signals_to(process: subprocess.Popen) -> Iterator[list[int]]:
-    """Hands signals on that would end the sweep, and lists them; a second Ctrl-C kills the run.
+def _signals_to(training: Mapping[int, Training]) -> Iterator[list[int]]:
+    """Hands signals on that would end the sweep to all that train, and lists them; a second Ctrl-C kills these.
 
     A terminal sends Ctrl-C to the run as well. What is handed on is SIGTERM, which a run that stops already takes no notice of.
     """
@@ -267,10 +335,11 @@ def _signals_to(process: subprocess.Popen) -> Iterator[list[int]]:
     def hand_on(number: int, frame: FrameType | None) -> None:
         del frame
         seen.append(number)
-        if seen.count(signal.SIGINT) > 1:
-            process.kill()
-        else:
-            process.terminate()
+        for each in list(training.values()):
+            if seen.count(signal.SIGINT) > 1:
+                each.process.kill()
+            else:
+                each.process.terminate()
 
     is_main = threading.current_thread() is threading.main_thread()
     taken = {each: default for each, default in SIGNALS.items() if is_main and signal.getsignal(each) is default}
@@ -301,7 +370,12 @@ def main() -> None:
     with cli.user_errors():
         with cli.watch(), phase("checking the runs"):
             runs, workdir = parse_flags(sys.argv[1:])
-        sys.exit(1 if sweep(runs, workdir, Console()) else 0)
+            values = read_flags(sys.argv[1:])
+        if values.print:
+            for run in runs:
+                print(shlex.join(run.command(("python", *TRAINER[1:]))))
+            return
+        sys.exit(1 if sweep(runs, workdir, Console(), jobs=values.jobs) else 0)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,12 @@ PROGRAMS = {
         ("prepare", "--format=hh", "--path=x", "--out=x"),
     ),
     "launch.assets": ("launch/assets.py", "", "workdir only", ()),
-    "launch.sweep": ("launch/sweep.py", "config workdir", "set run seeds", (DPO, "--workdir=x")),
+    "launch.sweep": (
+        "launch/sweep.py",
+        "config workdir",
+        "set run seeds sample sample_seed jobs print",
+        (DPO, "--workdir=x"),
+    ),
     "launch.bench": ("launch/bench.py", "config", "out profile repeats", (DPO,)),
     "launch.local": ("launch/local.py", "", "processes devices-per-process", ()),
     "launch.soak": ("launch/soak.py", "workdir", "kills seed processes devices-per-process", ("--workdir=x",)),

@@ -4,6 +4,7 @@ import io
 import json
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -327,6 +328,53 @@ def test_a_sweep_that_ends_does_not_leave_its_run_training(tmp_path, number):
     assert not (tmp_path / "sweep" / "tiny_tldr_online_dpo" / "seed_1.log").exists()
 
 
+TOGETHER = """
+import pathlib, sys, time
+workdir = pathlib.Path(next(text.split("=", 1)[1] for text in sys.argv if text.startswith("--workdir=")))
+(workdir.parent.parent / f"began_{workdir.name}").touch()
+until = time.monotonic() + 30
+while len(list(workdir.parent.parent.glob("began_*"))) < 2:
+    assert time.monotonic() < until, "the other one doesn't train"
+    time.sleep(0.01)
+"""
+
+
+def test_several_at_once(tmp_path):
+    """Each waits until both train, and a third one until one of them has ended."""
+    runs = parse(tmp_path, f"--config={DPO}", "--seeds=0,1,2")
+    shown = io.StringIO()
+    console = Console(file=shown, width=200)
+    sweep.sweep(runs, tmp_path / "sweep", console, (sys.executable, "-c", TOGETHER), jobs=2)
+    said = shown.getvalue()
+    assert said.index("run 2 of 3") < said.index("  run ") < said.index("run 3 of 3")
+    assert [said.count(f"  run {number}: ") for number in (1, 2, 3)] == [1, 1, 1]
+
+
+def test_some_of_the_settings(tmp_path):
+    """Drawn by their seed, each with all seeds of training, in the order of the product."""
+    flags = [f"--config={DPO}", "--set=loss.beta=0.1,0.2,0.3,0.4,0.5,0.6", "--seeds=0,1"]
+    every = [run.workdir for run in parse(tmp_path, *flags)]
+    some = [run.workdir for run in parse(tmp_path, *flags, "--sample=2")]
+    assert len(some) == 4
+    assert some == [path for path in every if path in some]
+    draws = {
+        tuple(run.workdir for run in parse(tmp_path, *flags, "--sample=2", f"--sample_seed={n}")) for n in range(9)
+    }
+    assert len(draws) > 1
+    assert tuple(some) in draws
+    assert [run.workdir for run in parse(tmp_path, *flags, "--sample=99")] == every
+
+
+def test_commands_are_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "sweep", lambda *_, **__: pytest.fail("nothing is run"))
+    arguments = [f"--workdir={tmp_path}", f"--config={DPO}", "--set=loss.beta=0.1,0.2", "--print"]
+    monkeypatch.setattr(sys, "argv", ["sweep", *arguments])
+    sweep.main()
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line[:3] for line in lines] == [["python", "-m", "oaif_jax.train"]] * 2
+    assert [line[-2] for line in lines] == ["--config.loss.beta=0.1", "--config.loss.beta=0.2"]
+
+
 def wait_for(seen) -> None:
     until = time.monotonic() + 60
     while not seen():
@@ -370,7 +418,7 @@ def test_interrupted(tmp_path):
 
 
 def test_exit_code_tells_of_failures(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sweep, "sweep", lambda runs, workdir, console: len(runs) - 1)
+    monkeypatch.setattr(sweep, "sweep", lambda runs, workdir, console, jobs: len(runs) - 1)
     for seeds, code in (("0", 0), ("0,1", 1)):
         monkeypatch.setattr(sys, "argv", ["sweep", f"--workdir={tmp_path}", f"--config={DPO}", f"--seeds={seeds}"])
         with pytest.raises(SystemExit) as exited:
