@@ -84,20 +84,19 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
     Raises UserError for what can't be run, before anything is computed or written; Interrupted, a KeyboardInterrupt, after
     Ctrl-C, SIGTERM or SIGHUP, with a checkpoint of all steps taken.
     """
+    cfg = config.parse(values)
+    sharding.use_cpu_devices(cfg.mesh.cpu_devices)  # before anything asks JAX, which starts it
+    hosts.check()
     console = console or Console(file=Lasting.stdout())
     if not hosts.is_first():
         console = Console(file=io.StringIO())  # the first process says what there is to say
     with Watch(console):
-        return _run(values, workdir, console)
+        return _run(cfg, pathlib.Path(workdir).expanduser(), console)
 
 
-def _run(values: Any, workdir: str | pathlib.Path, console: Console) -> dict[str, Any]:
+def _run(cfg: Config, workdir: pathlib.Path, console: Console) -> dict[str, Any]:
     """The same, while what takes long is named."""
     began = time.monotonic()
-    cfg = config.parse(values)
-    workdir = pathlib.Path(workdir).expanduser()
-    sharding.use_cpu_devices(cfg.mesh.cpu_devices)
-    hosts.check()
 
     # ------------------------------------------------------------------------------------------ is it done already?
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)

@@ -11,7 +11,9 @@ import hashlib
 import io
 import json
 import math
+import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -714,3 +716,14 @@ def test_what_an_annotator_does_not_know_is_never_a_label(base, tmp_path, outsid
         assert line["abstained"] + line["identical"] == 1
         # Nothing was applied, so that the schedule hasn't moved either: the rate that is logged is the one that would be.
         assert line["lr"] == pytest.approx(0.5e-3)
+
+
+def test_a_cpu_is_as_many_devices_as_the_config_says(tmp_path):
+    """Nothing starts JAX before it is told."""
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+    given = ["--config=experiments/tiny.py", f"--workdir={tmp_path}/run", "--config.data.batch=33"]
+    command = [sys.executable, "-m", "oaif_jax.train", *given, "--config.mesh.cpu_devices=3", "--config.mesh.fsdp=2"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False
+    )
+    assert "config.mesh.fsdp=2 x config.mesh.tensor=1 doesn't divide the 3 devices" in done.stderr
