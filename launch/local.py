@@ -29,7 +29,8 @@ from oaif_jax.base.processes import SIGNALS, following
 
 PATIENCE = 10.0  # seconds that processes have to end after one of them did, before they are killed
 POLL = 0.1
-GREETINGS = (b"[Gloo] Rank",)  # what the CPU's collectives print each time that they connect
+# What the CPU's collectives print each time that they connect, and what the launcher says itself.
+UNSAID = re.compile(rb"\[Gloo\] Rank|W\d{4} .*preemption_notifier|ended by SIGTERM; ")
 
 
 class Processes:
@@ -100,7 +101,9 @@ def run(arguments: Sequence[str], count: int, devices: int, logs: pathlib.Path) 
         processes.end()
     code = codes[first] or 0
     if seen and code > 128:
-        raise Interrupted(f"ended by {signal.Signals(code - 128).name}: {processes.last_line(0)}", code - 128)
+        by = "Ctrl-C" if seen[0] == signal.SIGINT else signal.Signals(seen[0]).name
+        where = re.search(r"step \d+ of \d+|nothing was trained yet", processes.last_line(0))
+        raise Interrupted(f"stopped by {by}{f' ({where[0]})' if where else ''}; the same command goes on", code - 128)
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     others = f"; {', '.join(map(str, left))} ended after it" if left else ""
     print(
@@ -153,7 +156,7 @@ def shown(path: pathlib.Path) -> Iterator[None]:
                 is_last = ended.wait(POLL)
                 *lines, rest = (rest + log.read()).split(b"\n")
                 for line in [*lines, *([rest] if is_last and rest else [])]:
-                    if not line.startswith(GREETINGS):
+                    if not UNSAID.match(line):
                         sys.stdout.buffer.write(line + b"\n")
                 sys.stdout.flush()
                 if is_last:

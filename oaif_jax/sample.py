@@ -1,6 +1,7 @@
 """Prints responses of a run's model to any prompt.
 
-    python -m oaif_jax.sample --workdir=runs/online_dpo --prompt="we talked about the river. i worry about the exam."
+    python -m oaif_jax.sample --workdir=runs/quickstart \\
+        --prompt="my sister asked about the wedding. we talked about the river. i worry about the exam."
 
 In the tiny world a prompt is a post to summarise, else what a user says.
 """

@@ -306,7 +306,7 @@ def test_plain_ids(made):
         ("{{ messages.append(1) }}", "fails: .*unsafe"),
         ("{{ ''.__class__.__mro__ }}", "fails: .*unsafe"),
         ("{% include 'x' %}", "fails: no loader for this environment"),
-        ("  \n", "is empty; template=none is the plain format"),
+        ("  \n", r"is empty; none \(--config.policy.chat=none, annotator.chat, judge.chat\) is the plain format"),
         (None, r"has no chat template, wanted chat_template\.jinja or chat_template in tokenizer_config\.json"),
         ({"default": "a"}, "chat_template is a JSON dict, wanted a text or a list"),
         ([{"name": "rag", "template": "a"}, {"name": "b", "template": ""}], "has rag, b, wanted one named default"),

@@ -100,7 +100,9 @@ def test_restarts_as_xpk_has_them():
         ("v5x:4x4", "there's no TPU 'v5x'; did you mean"),
         ("v5e:4", "wanted 2 sizes, such as v5e:4x4"),
         ("v5p:4x4", "wanted 3 sizes, such as v5p:4x4x4"),
-        ("v5e:1x2", "2 chips, wanted one or a multiple of 4"),
+        ("v5e:4x5", "there's no such slice, wanted one of 1x1, 2x2,"),
+        ("v5p:4x4x6", "there's no such slice, wanted 1x1x1,"),
+        ("v5p:8x4x4", "or multiples of 4, ascending"),
     ],
 )
 def test_unknown_tpus(topology, said):
@@ -114,6 +116,7 @@ def test_unknown_tpus(topology, said):
         (["--config=c.py"], "no --workdir behind --: wanted one in /runs/"),
         (["--config=c.py", "--workdir=runs/a"], "--workdir=runs/a behind --: wanted one in /runs/"),
         (["--workdir=/runs/a"], "wanted --config=FILE among them"),
+        (["--workdir=/runs/a", "--config=experiments/tiny.py", "--config.los.beta=1"], "did you mean 'loss.beta'?"),
     ],
 )
 def test_arguments_that_outlive_no_pod(arguments, said):

@@ -309,7 +309,7 @@ def parse_flags(arguments: Sequence[str], values: flags.FlagValues = FLAGS, word
         given = values.read_flags_from_files(arguments, force_gnu=False)
         _check_values(given, values)
         if options.is_config(values):
-            _check_config(given)
+            check_config(given)
         left = values(["", *arguments])[1:]
     except flags.UnrecognizedFlagError as error:
         own = [flag.name for flag in options.own_flags(values)]
@@ -340,7 +340,7 @@ def _check_values(arguments: Sequence[str], values: flags.FlagValues) -> None:
             raise UserError(f"--{name} has no value, wanted {flag.help}: {options.shown(flag)}")
 
 
-def _check_config(arguments: Sequence[str]) -> None:
+def check_config(arguments: Sequence[str]) -> None:
     """UserError if --config's file can't be read, or if an override doesn't fit it."""
     given = _flag_values(arguments)
     files = [value for name, value in given if name == "config" and value is not None]

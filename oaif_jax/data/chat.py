@@ -196,7 +196,9 @@ def open_template(
     if len(source) > MOST_BYTES:
         raise UserError(f"chat template {path} has {len(source):,} characters, wanted at most {MOST_BYTES:,}")
     if not source.strip():
-        raise UserError(f"chat template {path} is empty; template=none is the plain format")
+        raise UserError(
+            f"chat template {path} is empty; none (--config.policy.chat=none, annotator.chat, judge.chat) is the plain format"
+        )
     found = ChatTemplate(
         path, source, tuple(sorted(tokenizer.named.items())), date, _arguments(arguments, path, source)
     )
@@ -292,7 +294,7 @@ def _own(directory: pathlib.Path) -> tuple[pathlib.Path, str | None]:
     if found is None:
         raise UserError(
             f"tokenizer {directory} has no chat template, wanted {TEMPLATE_FILE} or chat_template in {CONFIG};"
-            " template=none is the plain format, or give the path of a .jinja file"
+            " none (--config.policy.chat=none, annotator.chat, judge.chat) is the plain format, or give the path of a .jinja file"
         )
     if isinstance(found, list):
         found = _default(path, found)

@@ -189,6 +189,9 @@ def _annotator_table(run: Run) -> Table:
     if instructions and not run.is_comparison and run.finished:
         notes.append(f"Start and end are of validation pairs, the others of {run.standing.get('split', 'test')} pairs.")
     note = " ".join(notes)
+    if len(kinds) == 1:  # two columns have no header
+        (only,) = kinds.values()
+        rows = tuple((f"{pairs}: {only.lower()}", share) for pairs, share in rows)
     return Table(title, ("Pairs", *kinds.values()), rows, note)
 
 
