@@ -47,7 +47,8 @@ def asset(name: str) -> pathlib.Path:
     """The file of an asset, by its name without ending."""
     found = {path.name.split(".")[0]: path for path in sorted(ASSETS.glob("*.*"))}
     if name not in found:
-        raise UserError(f"tiny:{name}: no such asset, there are {', '.join(found)}")
+        models = [there for there, path in found.items() if path.suffix == ".safetensors"]
+        raise UserError(f"tiny:{name}: no such asset, there are {', '.join(models)}")
     return found[name]
 
 
