@@ -175,8 +175,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
 def main() -> None:
     """Starts what the command line says."""
     with cli.user_errors():
-        arguments = sys.argv[1:]
-        at = arguments.index("--") if "--" in arguments else len(arguments)
+        own, rest = cli.around_dashes(sys.argv[1:])
         values = flags.FlagValues()
 
         def asked(name: str, wanted: str, kind: options.Kind = options.TEXT, default: Any = None) -> flags.FlagHolder:
@@ -193,8 +192,7 @@ def main() -> None:
         out = options.define("out", None, options.FILE, "the manifest's file, if not NAME.json", values=values)
         is_dry = options.define_switch("dry-run", "runs nothing", values=values)
         by_xpk = options.define_switch("xpk", "prints xpk's command instead", values=values)
-        cli.no_words(cli.parse_flags(arguments[:at], values, words="-- ARGUMENTS OF oaif_jax.train"))
-        rest = arguments[at + 1 :]
+        cli.no_words(cli.parse_flags(own, values, words="-- ARGUMENTS OF oaif_jax.train"))
         check_topology(topology.value)
         check_arguments(rest)
         place = {"name": name.value, "cluster": cluster.value, "project": project.value, "zone": zone.value}

@@ -182,15 +182,13 @@ def workdir_of(arguments: Sequence[str]) -> pathlib.Path:
 def main() -> None:
     """Starts what the command line says."""
     with cli.user_errors():
-        arguments = sys.argv[1:]
-        at = arguments.index("--") if "--" in arguments else len(arguments)
+        own, rest = cli.around_dashes(sys.argv[1:])
         values = flags.FlagValues()
         processes = options.define("processes", 2, options.integer(least=1), "how many processes", values=values)
         devices = options.define(
             "devices-per-process", 4, options.integer(least=1), "CPU devices of each", values=values
         )
-        cli.no_words(cli.parse_flags(arguments[:at], values, words="-- ARGUMENTS OF oaif_jax.train"))
-        rest = arguments[at + 1 :]
+        cli.no_words(cli.parse_flags(own, values, words="-- ARGUMENTS OF oaif_jax.train"))
         sys.exit(run(rest, processes.value, devices.value, workdir_of(rest) / "hosts"))
 
 

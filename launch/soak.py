@@ -159,16 +159,15 @@ def soak(workdir: pathlib.Path, kills: int, seed: int, processes: int, devices: 
 def main() -> None:
     """Soaks as the command line says."""
     with cli.user_errors():
-        arguments = sys.argv[1:]
-        at = arguments.index("--") if "--" in arguments else len(arguments)
+        own, rest = cli.around_dashes(sys.argv[1:])
         values = flags.FlagValues()
         workdir = options.define("workdir", None, options.DIR, "where, a new directory", required=True, values=values)
         kills = options.define("kills", 20, options.integer(least=1), "how many", values=values)
         seed = options.define("seed", 0, options.integer(least=0), "of moments and kinds", values=values)
         processes = options.define("processes", 2, options.integer(least=1), "of each run", values=values)
         devices = options.define("devices-per-process", 2, options.integer(least=1), "CPU devices", values=values)
-        cli.no_words(cli.parse_flags(arguments[:at], values, words="-- ARGUMENTS OF oaif_jax.train"))
-        asked = (kills.value, seed.value, processes.value, devices.value, arguments[at + 1 :] or USUAL)
+        cli.no_words(cli.parse_flags(own, values, words="-- ARGUMENTS OF oaif_jax.train"))
+        asked = (kills.value, seed.value, processes.value, devices.value, rest or USUAL)
         sys.exit(0 if soak(pathlib.Path(workdir.value).expanduser(), *asked) else 1)
 
 

@@ -322,6 +322,12 @@ def parse_flags(arguments: Sequence[str], values: flags.FlagValues = FLAGS, word
     return left
 
 
+def around_dashes(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A launcher's own arguments, and those behind `--`, of the program that it starts."""
+    at = list(arguments).index("--") if "--" in arguments else len(arguments)
+    return list(arguments[:at]), list(arguments[at + 1 :])
+
+
 def _expanded(match: re.Match) -> str:
     return match[1] + os.path.expanduser(match[2])
 
