@@ -696,7 +696,7 @@ def test_faultless_and_faulty_writers():
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(UserError, match=r"tiny:nothing: no such asset, there are .*tokenizer"):
+    with pytest.raises(UserError, match=r"tiny:nothing: no such asset, there are annotator, judge, sft"):
         asset("nothing")
     with pytest.raises(UserError, match="instruction 'helpfull' doesn't exist: wanted helpful, short, very_short or"):
         instruction("helpfull")
