@@ -55,7 +55,7 @@ from jaxtyping import PyTree
 
 from launch import bench_count, hlo, hlo_report
 from launch.asked import TemplateAnnotator
-from oaif_jax import config, methods, train
+from oaif_jax import config, methods
 from oaif_jax.annotate.orders import Template
 from oaif_jax.annotate.prompts import read_instruction
 from oaif_jax.base.files import atomic_write_json
@@ -65,6 +65,7 @@ from oaif_jax.methods.base import Method, Models
 from oaif_jax.models import sharding
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.rollout import Sampler
+from oaif_jax.run.schedule import optimizer_config
 from oaif_jax.run.setup import compute_of
 from oaif_jax.step import Frozen, Step, train_step
 from oaif_jax.stored import hf
@@ -220,7 +221,7 @@ def lower(planned: Planned, mesh: Mesh) -> jax.stages.Lowered:
     """The training step, traced for a mesh, whose devices need not be here."""
     cfg = planned.cfg
     sharding.check_batch(cfg.data.batch, cfg.optimizer.accumulate, mesh)
-    tx = optim.optimizer(train.optimizer_config(cfg))
+    tx = optim.optimizer(optimizer_config(cfg))
     given = arguments(planned, tx, mesh)
     take = jax.jit(
         functools.partial(train_step, step=step_of(planned, mesh), tx=tx),

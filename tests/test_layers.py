@@ -27,6 +27,7 @@ FLOORS = (
     ("run",),
     ("evals",),
     ("collect", "export", "sample", "evaluate"),
+    ("loop",),
     ("train",),
 )
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from oaif_jax import train
+from oaif_jax import loop, train
 from oaif_jax.base import cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -29,7 +29,7 @@ def test_memory_and_programs_stay(tmp_path, monkeypatch):
     values = cli.load_config(f"{ROOT}/experiments/tiny.py:tldr,sft")
     cli.override(values, SMALL)
     seen: dict[int, tuple[int, int]] = {}
-    original = train.MetricsLog.write
+    original = loop.MetricsLog.write
 
     def write(self, step, kind, metrics):
         if kind == "train" and step % 50 == 7:
@@ -38,7 +38,7 @@ def test_memory_and_programs_stay(tmp_path, monkeypatch):
             seen[step] = (len(jax.live_arrays()), peak)
         return original(self, step, kind, metrics)
 
-    monkeypatch.setattr(train.MetricsLog, "write", write)
+    monkeypatch.setattr(loop.MetricsLog, "write", write)
     began = time.monotonic()
     train.run(values, tmp_path / "run", console=Console(file=io.StringIO()))
     took = time.monotonic() - began

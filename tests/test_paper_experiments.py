@@ -15,7 +15,7 @@ from test_hf_config import count, place
 
 from experiments import oaif, pythia, selm
 from launch.asked import TemplateAnnotator
-from oaif_jax import config, losses, methods, step, train
+from oaif_jax import config, losses, methods, step
 from oaif_jax import rollout as rollouts
 from oaif_jax.annotate import orders
 from oaif_jax.annotate.orders import Template
@@ -34,6 +34,7 @@ from oaif_jax.models import sharding
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.rollout import Sampler
 from oaif_jax.run import setup
+from oaif_jax.run.schedule import optimizer_config
 from oaif_jax.step import Step
 from oaif_jax.stored import hf
 from oaif_jax.stored.hf.directory import abstract_params
@@ -361,7 +362,7 @@ def step_of(cfg: Config, policy: hf.HFModel, annotator: hf.HFModel | None) -> St
 
 
 def state_of(cfg: Config, params) -> TrainState:
-    tx = optim.optimizer(train.optimizer_config(cfg))
+    tx = optim.optimizer(optimizer_config(cfg))
     return jax.eval_shape(lambda params: TrainState(jnp.array(0, jnp.int32), params, tx.init(params)), params)
 
 
@@ -394,7 +395,7 @@ def traced(cfg: Config, policy: hf.HFModel, annotator: hf.HFModel | None):
     one_step = functools.partial(
         step.train_step,
         step=step_of(cfg, policy, annotator),
-        tx=optim.optimizer(train.optimizer_config(cfg)),
+        tx=optim.optimizer(optimizer_config(cfg)),
     )
     batch = batch_of(cfg, fused=is_fused(policy, annotator))
     return begin, jax.eval_shape(one_step, begin, frozen_of(cfg, policy, annotator), batch, KEY)
@@ -472,7 +473,7 @@ def test_memory(model, stem):
     cfg, policy = parsed(stem), model(policy_of(stem))
     on = mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
     params = params_of(policy, cfg.compute.trained)
-    tx = optim.optimizer(train.optimizer_config(cfg))
+    tx = optim.optimizer(optimizer_config(cfg))
     total = bytes_on_a_device(state_of(cfg, params), state.state_shardings(params, tx, on))
     total += 2 * bytes_on_a_device(params, sharding.param_shardings(params, on))
     judge = {} if cfg.judge.init == "none" else {"judge": params_of(model("gemma-2-9b"), cfg.compute.frozen)}

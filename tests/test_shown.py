@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oaif_jax import config, train
+from oaif_jax import config
 from oaif_jax.annotate import prompts
 from oaif_jax.evals import verdicts
 from oaif_jax.losses import PairLoss
 from oaif_jax.methods import base, pairs
-from oaif_jax.run import setup
+from oaif_jax.run import schedule, setup
 from oaif_jax.stored.open import Source
 from oaif_jax.tiny import data as tiny
 from oaif_jax.tiny import templates
@@ -116,11 +116,11 @@ def test_what_is_to_come_is_estimated_from_what_is_known():
         "steps": 100, "data": {"batch": 8}, "eval": {"every": 20, "prompts": 32, "final_prompts": 64},
         "checkpoint": {"every": 20},
     })  # fmt: skip
-    assert train.evaluations_left(cfg, 0) == 6  # at 20, 40, ... 100, and the final one
-    assert train.evaluations_left(cfg, 80) == 2
-    assert train.evaluations_left(dataclasses.replace(cfg, steps=90), 0) == 6
+    assert schedule.evaluations_left(cfg, 0) == 6  # at 20, 40, ... 100, and the final one
+    assert schedule.evaluations_left(cfg, 80) == 2
+    assert schedule.evaluations_left(dataclasses.replace(cfg, steps=90), 0) == 6
     # Half a second a prompt: 100 steps of 8, five evaluations of 32, the final one's 64 twice.
-    assert train.expected_seconds(cfg, 16.0, 0, 0.0)[0] == pytest.approx((800 + 160 + 128) / 2)
-    seconds, by = train.expected_seconds(cfg, 0.0, 40, 120.0)
+    assert schedule.expected_seconds(cfg, 16.0, 0, 0.0)[0] == pytest.approx((800 + 160 + 128) / 2)
+    seconds, by = schedule.expected_seconds(cfg, 0.0, 40, 120.0)
     assert seconds == pytest.approx(180.0)
     assert "steps before" in by

@@ -24,13 +24,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from oaif_jax import collect, config, evaluate, sample, train
+from oaif_jax import collect, config, evaluate, loop, sample, train
 from oaif_jax import step as steps_of
 from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.files import sha256_of_tree
 from oaif_jax.data import jsonl
 from oaif_jax.evals.of_run import Evaluations
+from oaif_jax.evals.summary import add_to_history
 from oaif_jax.models import sharding
 from oaif_jax.run.setup import open_setup
 from oaif_jax.stored.checkpoint import Reader, load_params
@@ -315,11 +316,11 @@ def test_online_metrics(base):
 
 def test_averages_are_weighted_by_the_pairs_they_are_shares_of():
     history = {}
-    train.add_to_history(
+    add_to_history(
         history,
         {"annotator.order_agreement": 1.0, "annotator.gold_agreement": 0.5, "annotator.decided": 2, "identical": 0.5},
     )
-    train.add_to_history(history, {"annotator.order_agreement": 0.0, "annotator.decided": 0, "identical": 0.0})
+    add_to_history(history, {"annotator.order_agreement": 0.0, "annotator.decided": 0, "identical": 0.0})
     assert history["annotator.order_agreement"] == (0.5, 1.5)
     assert history["annotator.gold_agreement"] == (1.0, 2)
 
@@ -478,7 +479,7 @@ def test_an_annotator_that_gives_no_numbers_stops_the_run(base, tmp_path, monkey
         return dataclasses.replace(setup, mesh_annotator=dataclasses.replace(setup.mesh_annotator, params=broken))
 
     monkeypatch.setattr(train, "open_setup", opened)
-    with pytest.raises(train.NonFiniteError, match=r"step 1: annotator\.confidence=nan, wanted finite"):
+    with pytest.raises(loop.NonFiniteError, match=r"step 1: annotator\.confidence=nan, wanted finite"):
         run(preference_config(base, "online"), tmp_path / "run")
 
 
@@ -555,7 +556,7 @@ def refused(capsys, monkeypatch, values: dict, workdir: pathlib.Path) -> str:
     def computed(*_):
         raise AssertionError("a state was made before the input was refused")
 
-    monkeypatch.setattr(train.state, "create", computed)
+    monkeypatch.setattr(loop.state, "create", computed)
     with pytest.raises(SystemExit) as stopped, cli.user_errors():
         run(values, workdir)
     assert stopped.value.code == 2
