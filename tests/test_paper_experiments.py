@@ -33,8 +33,9 @@ from oaif_jax.methods.selm import SELM
 from oaif_jax.models import sharding
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.rollout import Sampler
-from oaif_jax.run import setup
+from oaif_jax.run import checks
 from oaif_jax.run.schedule import optimizer_config
+from oaif_jax.run.setup import compute_of
 from oaif_jax.step import Step
 from oaif_jax.stored import hf
 from oaif_jax.stored.hf.directory import abstract_params
@@ -269,7 +270,7 @@ def test_mesh_divides_models_and_batches(model, stem):
         parts = {sharding.path_name(path): one.spec for path, one in jax.tree_util.tree_leaves_with_path(shardings)}
         assert all({"fsdp", "tensor"} <= set(spec) for at, spec in parts.items() if not at.endswith(("scale", "bias")))
     sharding.check_batch(cfg.data.batch, cfg.optimizer.accumulate, on)
-    setup.check(cfg, methods.named(cfg.method), on)
+    checks.check(cfg, methods.named(cfg.method), on)
 
 
 def test_a_mesh_that_does_not_divide(model):
@@ -341,7 +342,7 @@ def trained_of(cfg: Config, found: hf.HFModel):
 
 def step_of(cfg: Config, policy: hf.HFModel, annotator: hf.HFModel | None) -> Step:
     """As runs make it."""
-    compute, sampled = setup.compute_of(cfg), cfg.sample
+    compute, sampled = compute_of(cfg), cfg.sample
     sampler = Sampler(sampled.temperature, 0, 1.0, cfg.data.response_tokens, policy.stop_ids, 0)
     loss = losses.PairLoss(cfg.loss.name, (("beta", cfg.loss.beta),))
     method = {
@@ -441,7 +442,7 @@ def test_what_runs_apart(model):
     shape = (cfg.data.batch, 2, cfg.data.response_tokens)
     assert (drawn.tokens.shape, drawn.mask.shape, drawn.finished.shape) == (shape, shape, shape[:2])
     wide = (*shape[:2], 2 * shape[-1])  # room for a tokenizer that needs more
-    compare = functools.partial(orders.orders, template=TEMPLATE, cfg=annotator.cfg, compute=setup.compute_of(cfg))
+    compare = functools.partial(orders.orders, template=TEMPLATE, cfg=annotator.cfg, compute=compute_of(cfg))
     said = jax.eval_shape(compare, frozen["annotator"], batch.question, Shape(wide, np.int32), Shape(wide, bool))
     assert said.shape == (shape[0], 1, 2)
 
