@@ -311,8 +311,11 @@ def test_what_it_learned_it_says_as_the_annotator(home, learned, tmp_path, origi
     assert says.mean() > 0.9
     assert np.asarray(found.mass).min() > 0.5
     if origin == "run":
-        summary, _ = run(home, tmp_path / "online", "online", **changes)
+        summary, shown = run(home, tmp_path / "online", "online", **changes)
         assert summary["steps"] == 1
+        assert "learned to judge by" not in shown
+        other = setup_of(home, "online", **changes | {"annotator__instruction": "harmless"})
+        assert [note for note in other.notes if f"{workdir} learned to judge by" in note and "harmless.txt" in note]
 
 
 def test_additions_are_trained_and_a_run_goes_on_bit_for_bit(home, tmp_path):

@@ -24,7 +24,7 @@ from oaif_jax.methods.base import Method, Models
 from oaif_jax.models import sharding
 from oaif_jax.models.config import ComputeConfig, Kernel, ModelConfig
 from oaif_jax.rollout import Sampler
-from oaif_jax.run import sizes
+from oaif_jax.run import inputs, sizes
 from oaif_jax.run.asked import EVALUATED, OVER_THE_HOST, name_of, open_annotator, open_judge, said_of
 from oaif_jax.run.checks import check, check_context, lora_notes, moves_reference
 from oaif_jax.step import Frozen
@@ -147,7 +147,7 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
     asked, judge, judged_by = None, None, ""
     if kind.asks or (is_compared and cfg.judge.init == "annotator"):
         asked = open_annotator(cfg, kind, data, compute, mesh, evaluated)
-        notes += [] if asked.model is None else asked.model.notes
+        notes += [] if asked.model is None else [*asked.model.notes, *inputs.untaught(cfg)]
         notes += [OVER_THE_HOST] if kind.asks and asked.model is not None and asked.on_mesh is None else []
     if is_compared and cfg.judge.init != "none":
         judge, judged_by = open_judge(cfg, asked, data, compute, mesh, evaluated)
