@@ -279,6 +279,7 @@ def report(named) -> dict:
         return bench.run(made, repeats=2)
 
 
+@pytest.mark.slow
 def test_rounds_are_counted_while_they_take_long(report, named):
     assert named == [("measuring", done) for done in (0, 1, 2)]
 

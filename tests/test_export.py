@@ -97,6 +97,7 @@ def share_lost(before, after, held) -> float:
 # ------------------------------------------------------------------------------------------------ additions
 
 
+@pytest.mark.slow
 def test_an_export_of_additions_holds_them_all(home, added):
     """At float32 the file holds base and additions; a sum in the base's type would have lost most of them."""
     workdir, _ = added
@@ -136,6 +137,7 @@ def first_lines(workdir) -> list[dict]:
     return [line for line in found if line["kind"] == "train"]
 
 
+@pytest.mark.slow
 def test_the_same_additions_are_trained_further(home, added, tmp_path):
     """The next run begins with base and additions as they were, which are its reference too; that holds after a stop."""
     workdir, _ = added
@@ -180,6 +182,7 @@ def test_full_training_begins_with_all_that_was_added(home, added):
     assert annotator.cfg.lora_scale == 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_quantised_base_keeps_its_bits(home, kind, tmp_path):
     """Sampled and trained further without merging; exported as the sums of what the codes stand for."""
@@ -234,6 +237,7 @@ def save_random_adapter(directory, source: hf.HFModel, targets: tuple[str, ...],
     return low
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "targets"),
     [
@@ -305,6 +309,7 @@ def test_the_default_loses_nothing_and_bfloat16_says_what(home, tmp_path):
     assert f"bfloat16 can't hold {share:.1%} of what training changed" in said
 
 
+@pytest.mark.slow
 def test_what_was_exported_is_evaluated(home, added, tmp_path):
     """In float32 it gives what the policy gave; in bfloat16 what that rounds to, in the same tables."""
     _, summary = added

@@ -90,6 +90,7 @@ def test_two_processes_of_four_devices_are_one_of_eight(values, two, tmp_path):
     assert "report  " not in (two / "hosts/1.log").read_text()
 
 
+@pytest.mark.slow
 def test_killed_and_ended_and_moved(experiment, values, two, tmp_path):
     """SIGKILL of one process ends the other in time, and the launcher names it; SIGTERM of one stops both at one step, with a
     checkpoint and a code of its own; the end is that of the run that nobody disturbed, to the last bit. One process goes on from

@@ -87,6 +87,7 @@ def test_a_signal_saves_at_the_next_boundary(base, tmp_path):
     assert_same_end(workdir, sft_run(base))
 
 
+@pytest.mark.slow
 def test_what_was_collected_ahead_is_kept(base, tmp_path):
     """The pairs of an asynchronous run, a step old, are those of the uninterrupted one, and so is its staleness."""
     values, whole = ahead_config(base), ahead_run(base)
@@ -196,6 +197,7 @@ def test_an_annotator_that_takes_long_is_left(base, tmp_path, monkeypatch):
     assert steps(tmp_path / "run", "train") == list(range(1, kept + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["get", "pending"])
 def test_what_is_collected_ahead_is_not_waited_for_for_ever(base, tmp_path, monkeypatch, method):
     """For a step, or a checkpoint. Pairs that don't come can't be collected again: the run goes on from the checkpoint before,

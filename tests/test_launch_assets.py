@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+import pytest
 from ml_collections import ConfigDict
 from test_train import sft_config
 
@@ -19,6 +20,7 @@ from oaif_jax.tiny.data import asset, policy_voice
 SOURCE = Source("annotator", "tiny:annotator", "")
 
 
+@pytest.mark.slow
 def test_models_and_pairs_in_miniature(tmp_path, monkeypatch):
     """A policy, then three writers of two steps each and their pairs."""
     values = sft_config(steps=2, eval__every=2, checkpoint__every=2)

@@ -9,6 +9,7 @@ import time
 
 import jax
 import numpy as np
+import pytest
 from rich.console import Console
 
 from oaif_jax import loop, train
@@ -24,6 +25,7 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_memory_and_programs_stay(tmp_path, monkeypatch):
     """Of 200 steps of fine-tuning; 2,000 of online training were measured by hand (docs/notes/runs.md)."""
     values = cli.load_config(f"{ROOT}/experiments/tiny.py:tldr,sft")

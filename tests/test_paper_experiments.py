@@ -402,6 +402,7 @@ def traced(cfg: Config, policy: hf.HFModel, annotator: hf.HFModel | None):
     return begin, jax.eval_shape(one_step, begin, frozen_of(cfg, policy, annotator), batch, KEY)
 
 
+@pytest.mark.slow
 @each_file
 def test_step_at_full_size(model, stem):
     """A step keeps every shape and type of the state."""

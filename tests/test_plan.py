@@ -413,6 +413,7 @@ def test_operations_of_a_step(planned, found):
             assert 0.5 < row["ratio"] <= 1.0, phase
 
 
+@pytest.mark.slow
 def test_operations_of_selms_step(models):
     """One answer of the reference, six presentation orders of three responses, and all three scored by both models."""
     planned = plan.parse(values(models, **{"method": "selm", "loss.alpha": "0.001"}))
@@ -432,6 +433,7 @@ def test_operations_of_selms_step(models):
         assert phase == "other" or 0.5 < row["ratio"] <= 1.0, phase
 
 
+@pytest.mark.slow
 def test_operations_at_several_widths(models, found):
     """Of a step that the device cuts to its longest response, the widest is counted: what it needs at most."""
     cut = reported(plan.parse(values(models, **{"compute.lengths": "2"})))["operations"]

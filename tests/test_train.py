@@ -382,6 +382,7 @@ def test_an_evaluation_that_cannot_be_kept_there(base, tmp_path):
     assert len(list((tmp_path / "elsewhere").iterdir())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tldr,sft", "annotator", "judge"])
 def test_recipes_run_ten_steps_from_scratch(tmp_path, name):
     """At the size that the recipe names, on fewer posts; without warm-up, since ten steps are a small part of it."""
@@ -483,6 +484,7 @@ def test_an_annotator_that_gives_no_numbers_stops_the_run(base, tmp_path, monkey
         run(preference_config(base, "online"), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_quantised_annotator(base, tmp_path):
     """In four bits, which jax lays out in another way than it asks for."""
     summary, _ = run(preference_config(base, "online", annotator__quant="nf4"), tmp_path / "run")
@@ -514,6 +516,7 @@ def test_debug_nans(tmp_path):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), *found)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_evaluations")
 def test_disable_jit(tmp_path, monkeypatch):
     """The step runs as Python. It is a short one here: without compilation, eight devices take a minute for a real one."""
