@@ -35,7 +35,12 @@ BESIDE = (
     "config.json", INDEX, *tokenizer.FILES, special_tokens.CONFIG, special_tokens.MAP, special_tokens.ADDED,
     special_tokens.GENERATION, chat.TEMPLATE_FILE,
 )  # fmt: skip
-TAUGHT = ("tiny:annotator", "tiny:annotator_s", "tiny:annotator_xs", "tiny:judge")  # they judge by the tiny world's instructions
+TAUGHT = (
+    "tiny:annotator",
+    "tiny:annotator_s",
+    "tiny:annotator_xs",
+    "tiny:judge",
+)  # they judge by the tiny world's instructions
 LARGE = 5 * 10**8  # bytes that take about a second to hash
 # What earlier versions didn't list: in a run of theirs, what there is now counts.
 UNLISTED = tuple(f"data.name {name}" for name in templates.INSTRUCTIONS)
