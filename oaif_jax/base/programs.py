@@ -2,8 +2,8 @@
 
     ~/.cache/oaif_jax/programs/MACHINE      ($XDG_CACHE_HOME in place of ~/.cache, where it is set)
 
-This is JAX's own persistent cache: JAX_COMPILATION_CACHE_DIR puts it elsewhere, JAX_ENABLE_COMPILATION_CACHE=0 switches it off. JAX
-writes an entry in place, and never again, so that a kill may leave half of one: what a process wrote that was killed is looked at
+It is JAX's own persistent cache: JAX_COMPILATION_CACHE_DIR puts it elsewhere, JAX_ENABLE_COMPILATION_CACHE=0 switches it off.
+JAX writes an entry in place, and never again, so that a kill may leave half of one: what a killed process wrote is looked at
 here, before the next one reads it. JAX's own bound on the size stops at such an entry; this one doesn't.
 """
 
