@@ -55,11 +55,11 @@ def _name(text: str) -> str:
 
 def check_arguments(arguments: Sequence[str]) -> None:
     """UserError for a trainer's arguments that can't go on in another pod."""
-    workdirs = [text.split("=", 1)[1] for text in arguments if re.match(r"--?workdir=", text)]
+    workdirs = cli.given(arguments, "workdir")
     if len(workdirs) != 1 or not workdirs[0].startswith(f"{MOUNT}/"):
         given = f"--workdir={workdirs[0]}" if workdirs else "no --workdir"
         raise UserError(f"{given} behind --: wanted one in {MOUNT}/, the volume that outlives the pods")
-    if not any(re.match(r"--?config=", text) for text in arguments):
+    if not cli.given(arguments, "config"):
         raise UserError("behind -- stand the trainer's arguments, wanted --config=FILE among them")
     cli.check_config(arguments)
 

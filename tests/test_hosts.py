@@ -121,7 +121,7 @@ def test_killed_and_ended_and_moved(experiment, values, two, tmp_path):
 
     moved = {**values, "mesh": {**values["mesh"], "fsdp": 4, "tensor": 1}}
     _, said = run(moved, tmp_path / "moved")
-    assert f"config.mesh.fsdp: 2 before, 4 now{resume.MOVED}" in said
+    assert "config.mesh.fsdp: 2 before, 4 now; the same run from here on, but for its last bits" in said
     assert f"going on from step {stopped}" in said
     assert_close(tmp_path / "moved", two)
     _, said = run(values, tmp_path / "moved")
@@ -256,5 +256,5 @@ def test_which_process_ended_a_run():
 
 def test_a_mesh_that_changes_is_no_other_run():
     assert {"mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.cpu_devices"} <= set(config.MAY_CHANGE)
-    assert not resume.is_other([f"config.mesh.fsdp: 2 before, 1 now{resume.MOVED}"])
-    assert resume.is_other(["config.eval.prompts: 8 before, 16 now"])
+    assert not resume.is_other(["mesh.fsdp"])
+    assert resume.is_other(["mesh.fsdp", "eval.prompts"])

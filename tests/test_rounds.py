@@ -241,7 +241,9 @@ def test_rounds_keep_their_steps(tmp_path):
     alone = dataclasses.replace(cfg, rounds=type(cfg.rounds)())
     (tmp_path / "alone").mkdir()
     resume.claim(tmp_path / "alone", alone)
-    assert resume.check(tmp_path / "alone", dataclasses.replace(alone, steps=6)) == ["config.steps: 3 before, 6 now"]
+    assert resume.check(tmp_path / "alone", dataclasses.replace(alone, steps=6)) == {
+        "steps": "config.steps: 3 before, 6 now"
+    }
     with pytest.raises(
         UserError, match=r"config.rounds.portions=True: \d+ training examples don't make 1000000 portions"
     ):
