@@ -50,6 +50,7 @@ def first_loss(where: pathlib.Path) -> float:
     return json.loads((where / "runs" / "it" / "metrics.jsonl").read_text().splitlines()[1])["loss"]
 
 
+@pytest.mark.slow
 def test_a_loss(copy):
     """At the start h is 0, and exp(0) = 1."""
     where = copy("a_loss.diff")

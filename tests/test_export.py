@@ -119,6 +119,7 @@ def test_an_export_of_additions_holds_them_all(home, added):
     assert share_lost(flat(base), flat(expected["layers"]), flat(rounded)) > 0.5
 
 
+@pytest.mark.slow
 def test_what_is_sampled_is_base_and_additions(home, added):
     """As in training: the base in its type, the additions beside it, nothing summed."""
     workdir, summary = added
@@ -156,6 +157,7 @@ def test_the_same_additions_are_trained_further(home, added, tmp_path):
     assert cfg.lora_scale == 2.0
 
 
+@pytest.mark.slow
 def test_other_additions_say_what_merging_loses(home, added):
     workdir, _ = added
     changes = {**LOW, **ADDED, "policy__lora__rank": "2", "policy__init": f"{workdir}@last", "policy__path": ""}
@@ -168,6 +170,7 @@ def test_other_additions_say_what_merging_loses(home, added):
     np.testing.assert_allclose(our_logits(exact.policy.whole(exact.policy.params), exact.policy.cfg), start, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_full_training_begins_with_all_that_was_added(home, added):
     """And as an annotator, reference or judge the run is its base with its additions."""
     workdir, _ = added
@@ -270,6 +273,7 @@ def test_peft_computes_what_the_merged_model_does(name, targets, tmp_path):
     assert np.abs(plain - expected).max() > 1e-2 * scale
 
 
+@pytest.mark.slow
 def test_the_adapter_of_a_run(home, added, tmp_path):
     workdir, _ = added
     old = os.umask(0o027)

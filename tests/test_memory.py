@@ -63,6 +63,7 @@ def test_no_array_of_tokens_and_vocabulary():
     assert largest(program) == CHUNK * VOCABULARY
 
 
+@pytest.mark.slow
 def test_such_an_array_would_be_found():
     """The same step with all tokens in one chunk."""
     assert hlo.largest(online_step(TOKENS), VOCABULARY) == TOKENS * VOCABULARY

@@ -200,6 +200,7 @@ def test_the_bonus_is_on_the_first_completion():
     assert explored.weight == plain.weight == 2
 
 
+@pytest.mark.slow
 def test_a_loss_without_a_reference(tmp_path):
     """Its step is given none; evaluations still compare with the policy's start."""
     changes = {"method": "online", "rounds": {}, "steps": 2, "eval": CONFIG["eval"] | {"every": 2}}

@@ -88,6 +88,7 @@ def longest(prompts, responses):
 '''
 
 
+@pytest.mark.slow
 def test_a_ranker_on_the_host(home, tmp_path, monkeypatch):
     """It is given the reference's answer beside the data's two, and decides."""
     (tmp_path / "ranker_of_lengths.py").write_text(RANKER)
