@@ -1,6 +1,7 @@
 """Several processes make one run: as one process with all devices would, and through kills and signals to the same end."""
 
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -27,7 +28,9 @@ from oaif_jax.models import hosts, sharding
 from oaif_jax.run import resume
 from oaif_jax.run.interrupts import Interrupts
 from oaif_jax.run.log import Follower
+from oaif_jax.run.schedule import optimizer_config
 from oaif_jax.stored.checkpoint import Reader
+from oaif_jax.update import optim, state
 
 LIMIT = 30  # seconds in which everything has ended after one process was killed
 
@@ -88,6 +91,28 @@ def test_two_processes_of_four_devices_are_one_of_eight(values, two, tmp_path):
     shown = two.with_suffix(".log").read_text()
     assert shown.count("report  ") == 1, "one process speaks"
     assert "report  " not in (two / "hosts/1.log").read_text()
+
+
+@pytest.mark.parametrize("axes", [(8, 1, 1), (1, 4, 2), (2, 1, 2), (1, 2, 1), (1, 1, 1)], ids=str)
+def test_a_checkpoint_of_two_processes_lies_on_any_mesh(values, two, axes):
+    """Of 2 x 2 x 2 devices, on 8 others, 4, 2 and 1: the same numbers, each where it belongs."""
+    cfg, reader = config.parse(values), Reader(two / "checkpoints")
+    step = reader.latest()
+    assert step is not None
+    stored, tx = reader.load(step, "params"), optim.optimizer(optimizer_config(cfg))
+
+    def restored(axes) -> dict:
+        mesh = sharding.make_mesh(*axes, devices=jax.devices()[: math.prod(axes)])
+        wanted = state.abstract(stored, tx, mesh, cfg.compute.trained)
+        items = {"params": wanted.params, "optimizer": wanted.optimizer}
+        found = reader.restore(step, items)
+        assert jax.tree.map(lambda x: x.sharding, found) == jax.tree.map(lambda x: x.sharding, items)
+        return found
+
+    found, as_saved = restored(axes), restored((2, 2, 2))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(as_saved))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found["params"]), stored)
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(found["optimizer"]))
 
 
 @pytest.mark.slow
