@@ -182,7 +182,8 @@ def step_of(planned: Planned, mesh: Mesh) -> Step:
     sampler = Sampler(sampled.temperature, sampled.top_k, sampled.top_p, limit, policy.stop_ids, pad_id=0)
     models, asked = Models(policy.cfg, policy.cfg, compute), None
     if planned.annotator is not None:
-        asked = TemplateAnnotator(planned.template, planned.annotator.cfg, compute, sampler.stop_ids)
+        theirs = compute_of(cfg, annotators_mesh(planned, mesh))
+        asked = TemplateAnnotator(planned.template, planned.annotator.cfg, theirs, sampler.stop_ids)
     own = sampled.reference_temperature
     return Step(
         method_of(cfg),
@@ -193,6 +194,12 @@ def step_of(planned: Planned, mesh: Mesh) -> Step:
         cfg.optimizer.accumulate,
         None if own < 0 else dataclasses.replace(sampler, temperature=own),
     )
+
+
+def annotators_mesh(planned: Planned, mesh: Mesh) -> Mesh:
+    """How the annotator lies on the same devices."""
+    own = planned.cfg.mesh
+    return sharding.annotators_mesh(mesh, own.annotator_fsdp, own.annotator_tensor)
 
 
 def state_of(planned: Planned, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -211,7 +218,12 @@ def arguments(
     key = jax.eval_shape(lambda: jax.random.key(0))
     return (
         state_of(planned, tx, mesh),
-        {name: on(tree, sharding.param_shardings(tree, mesh)) for name, tree in trees.items()},
+        {
+            name: on(
+                tree, sharding.param_shardings(tree, annotators_mesh(planned, mesh) if name == "annotator" else mesh)
+            )
+            for name, tree in trees.items()
+        },
         batch_of(planned, mesh),
         on(key, sharding.replicated(mesh)),
     )

@@ -29,6 +29,7 @@ from oaif_jax.run import resume
 from oaif_jax.run.interrupts import Interrupts
 from oaif_jax.run.log import Follower
 from oaif_jax.run.schedule import optimizer_config
+from oaif_jax.run.setup import open_setup
 from oaif_jax.stored.checkpoint import Reader
 from oaif_jax.update import optim, state
 
@@ -113,6 +114,18 @@ def test_a_checkpoint_of_two_processes_lies_on_any_mesh(values, two, axes):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(as_saved))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found["params"]), stored)
     assert any(np.any(leaf) for leaf in jax.tree.leaves(found["optimizer"]))
+
+
+@pytest.mark.slow
+def test_an_annotator_that_lies_otherwise_says_the_same(values, two, tmp_path):
+    """Policy on 2 x 2 x 2 devices, annotator on 2 x 4 x 1 of them: its parameters are cut in another way, within one program."""
+    theirs = {**values, "mesh": {**values["mesh"], "annotator_fsdp": 4, "annotator_tensor": 1}}
+    setup = open_setup(config.parse(theirs), sharding.make_mesh(2, 2, 2))
+    places = {name: setup.frozen[name]["layers"]["qkv"].sharding for name in ("annotator", "reference")}
+    assert [dict(place.mesh.shape)["fsdp"] for place in places.values()] == [4, 2]
+    assert not places["annotator"].is_equivalent_to(places["reference"], 5)
+    run(theirs, tmp_path / "run")
+    assert_close(tmp_path / "run", two)
 
 
 @pytest.mark.slow

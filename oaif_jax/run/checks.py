@@ -3,9 +3,11 @@
 from jax.sharding import Mesh
 
 from oaif_jax import config, methods
+from oaif_jax.annotate import python
 from oaif_jax.base.errors import UserError
 from oaif_jax.config import Config
 from oaif_jax.methods.base import Method
+from oaif_jax.models import sharding
 from oaif_jax.stored.open import Model
 
 LEAST_LORA_RATE = 5e-5
@@ -13,11 +15,19 @@ LEAST_LORA_RATE = 5e-5
 
 def check(cfg: Config, kind: type[Method], mesh: Mesh) -> None:
     """UserError for settings that don't go together with the method or the mesh."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
     _check_taken(cfg, kind)
-    for name, count in (("prompts", cfg.eval.prompts), ("final_prompts", cfg.eval.final_prompts)):
-        if count % parts:
-            raise UserError(f"config.eval.{name}={count} doesn't divide over data x fsdp = {parts} devices")
+    annotators = sharding.annotators_mesh(mesh, cfg.mesh.annotator_fsdp, cfg.mesh.annotator_tensor)
+    for on, whose in ((mesh, ""), (annotators, " of the annotator")):
+        parts = on.shape["data"] * on.shape["fsdp"]
+        for name, count in (("prompts", cfg.eval.prompts), ("final_prompts", cfg.eval.final_prompts)):
+            if count % parts:
+                raise UserError(f"config.eval.{name}={count} doesn't divide over data x fsdp = {parts} devices{whose}")
+    sharding.check_batch(cfg.data.batch, cfg.optimizer.accumulate, annotators)
+    own = {name: getattr(cfg.mesh, name) for name in ("annotator_fsdp", "annotator_tensor")}
+    is_asked = kind.asks or (kind.evaluation == "comparison" and cfg.judge.init == "annotator")
+    if any(own.values()) and (not is_asked or cfg.annotator.init.startswith(python.PREFIX)):
+        said = ", ".join(f"config.mesh.{name}={value}" for name, value in own.items() if value)
+        raise UserError(f"{said}: no annotator lies on the devices, wanted 0")
     if cfg.async_steps and not kind.asks:
         raise UserError(f"config.async_steps={cfg.async_steps}: method {cfg.method} collects no pairs, wanted 0")
     _check_reference(cfg, kind)

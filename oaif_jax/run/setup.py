@@ -145,12 +145,15 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
         )
     notes = [*data.notes, *policy.notes, *lora_notes(cfg)]
     asked, judge, judged_by = None, None, ""
+    annotators = sharding.annotators_mesh(mesh, cfg.mesh.annotator_fsdp, cfg.mesh.annotator_tensor)
+    of_annotator, of_policy = (compute_of(cfg, annotators), annotators), (compute, mesh)
     if kind.asks or (is_compared and cfg.judge.init == "annotator"):
-        asked = open_annotator(cfg, kind, data, compute, mesh, evaluated)
+        asked = open_annotator(cfg, kind, data, *of_annotator, evaluated)
         notes += [] if asked.model is None else [*asked.model.notes, *inputs.untaught(cfg)]
         notes += [OVER_THE_HOST] if kind.asks and asked.model is not None and asked.on_mesh is None else []
     if is_compared and cfg.judge.init != "none":
-        judge, judged_by = open_judge(cfg, asked, data, compute, mesh, evaluated)
+        where = of_annotator if cfg.judge.init == "annotator" else of_policy
+        judge, judged_by = open_judge(cfg, asked, data, *where, evaluated)
     control_ids = voice.tokenizer.special_ids | (frozenset() if asked is None else asked.control_ids)
     return Setup(
         cfg=cfg,
