@@ -317,7 +317,12 @@ def test_what_it_learned_it_says_as_the_annotator(home, learned, tmp_path, origi
         assert summary["steps"] == 1
         assert "learned to judge by" not in shown
         other = setup_of(home, "online", **changes | {"annotator__instruction": "harmless"})
-        assert [note for note in other.notes if f"{workdir} learned to judge by" in note and "harmless.txt" in note]
+        (note,) = (note for note in other.notes if "learned to judge by" in note)
+        assert note.startswith(
+            f"config.annotator.init='{workdir}' learned to judge by {home / 'dog.txt'}, {home / 'other.txt'}"
+        )
+        assert "is asked by" in note
+        assert "harmless.txt (config.annotator.instruction)" in note
 
 
 @pytest.mark.slow
