@@ -6,7 +6,8 @@
 Runs the product of all --config, --run "KEY=A KEY=B" (settings that belong together), --set (values of one key) and
 --seeds, each in a process of its own, in WORKDIR/SETTINGS/seed_N; what it prints is in seed_N.log beside it. A run that
 has finished isn't run again, one that was stopped goes on. One that fails doesn't stop the others; it is listed at the
-end, and the exit code is 1. WORKDIR/sweep.md has the table with means and 95 % intervals, sweep.json all results. Values
+end, and the exit code is 1. WORKDIR/sweep.md has the table with means and 95 % intervals, sweep.json all results,
+comparison.html and comparison.png the runs' courses beside each other. Values
 that are lists themselves are set apart by semicolons: --set "policy.lora.targets=q,v;q,k,v". --sample=N runs N of the settings,
 drawn at random; --jobs=N runs N at once, which together need N times the memory; --print runs none, and prints the commands, for
 other machines.
@@ -38,9 +39,12 @@ from oaif_jax import config, report
 from oaif_jax.base import cli, environment, files, options, phases
 from oaif_jax.base.errors import Interrupted, UserError
 from oaif_jax.base.phases import Watch, phase
-from oaif_jax.base.processes import SIGNALS, following
+from oaif_jax.base.processes import SIGNALS, following, last_line
 from oaif_jax.base.text import printable
-from oaif_jax.report import tables
+from oaif_jax.report import several
+from oaif_jax.report.several import means
+from oaif_jax.report.several.labels import labels
+from oaif_jax.report.table import to_markdown, to_rich
 
 
 def _seeds(text: str) -> str:
@@ -212,8 +216,8 @@ def _setting(text: str) -> Pair:
 def sweep(
     runs: Sequence[Run], workdir: pathlib.Path, console: Console, trainer: Sequence[str] = TRAINER, jobs: int = 1
 ) -> int:
-    """Runs what hasn't finished, `jobs` at a time, writes sweep.json and sweep.md, prints the table; the number of runs that
-    failed."""
+    """Runs what hasn't finished, `jobs` at a time, writes sweep.json, sweep.md and the comparison, prints the table; the number
+    of runs that failed."""
     summaries = [run.summary() for run in runs]  # before the first starts: results of other settings stop the sweep
     failures = [""] * len(runs)
     try:
@@ -221,17 +225,39 @@ def sweep(
     except OSError as error:
         raise UserError(f"--workdir={workdir} can't be made ({error.strerror})") from error
     _train_all(runs, summaries, failures, workdir, console, trainer, jobs)
-    rows: dict[str, list[dict]] = {}
-    for run, summary in zip(runs, summaries, strict=True):
-        rows.setdefault(run.name, []).extend([summary] if summary else [])
-    table = tables.comparison(list(rows.items()))
+    called, rows = labelled(runs), dict[str, list[dict]]()
+    for label, summary in zip(called, summaries, strict=True):
+        rows.setdefault(label, []).extend([summary] if summary else [])
+    table = means.comparison(list(rows.items()))
     failed = [f"{run.workdir}: {failure}" for run, failure in zip(runs, failures, strict=True) if failure]
-    lines = [tables.to_markdown(table), *(f"- failed: {line}" for line in failed)]
+    lines = [to_markdown(table), *(f"- failed: {line}" for line in failed)]
     files.atomic_write_text(workdir / "sweep.md", "\n".join(lines) + "\n")
-    console.print(tables.to_rich(table))
+    console.print(to_rich(table))
     for line in failed:
         _say(console, f"failed: {line}")
+    compared = several.read([run.workdir for run in runs], failures=failures, names=called)
+    for path in several.write(compared, workdir, workdir.absolute().name):
+        _say(console, str(path))
     return len(failed)
+
+
+def labelled(runs: Sequence[Run]) -> list[str]:
+    """What each run is called beside the others: by what differs, but for the seed. "loss.beta=0.1", "online_dpo, steps=3"."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.overrides))
+    settings = []
+    for run, short in zip(runs, _without_shared([name_of(run.file) for run in runs]), strict=True):
+        own = config.flatten(run.config)
+        settings.append({"": short} | {key: run.overrides.get(key, str(own[key])) for key in keys})
+    return labels(settings, [name_of(run.file) for run in runs])
+
+
+def _without_shared(names: Sequence[str]) -> list[str]:
+    """In: "tiny_tldr_online_dpo", "tiny_tldr_offline_dpo" -> Out: "online_dpo", "offline_dpo"."""
+    parts = [name.split("_") for name in names]
+    shared = 0
+    while all(len(each) > shared and each[shared] == parts[0][shared] for each in parts):
+        shared += 1
+    return ["_".join(each[shared:]) or name for each, name in zip(parts, names, strict=True)]
 
 
 def _train_all(
@@ -301,11 +327,7 @@ class Training:
 
     def last_line(self) -> str:
         """What it printed last."""
-        number = self.log.fileno()
-        end = os.fstat(number).st_size
-        begin = max(self.start, end - LAST_BYTES)
-        lines = os.pread(number, end - begin, begin).decode(errors="replace").split("\n")
-        return next((printable(line.strip()) for line in reversed(lines) if line.strip()), "")
+        return printable(last_line(self.run.log, self.start))
 
 
 POLL = 0.1  # seconds
@@ -319,9 +341,6 @@ def _under_way(training: Mapping[int, Training], count: int) -> str:
         clock = phases.clock_time(time.monotonic() - each.began)
         said.append(f"run {at + 1} of {count}, {clock}{': ' if last else ''}{last}")
     return "; ".join(said)
-
-
-LAST_BYTES = 1000  # of a log, in which its last line is
 
 
 @contextlib.contextmanager

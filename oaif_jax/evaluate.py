@@ -35,7 +35,7 @@ from oaif_jax.base.files import atomic_write_json, atomic_write_text, finite
 from oaif_jax.data import open as open_data
 from oaif_jax.evals.of_run import Evaluations, described
 from oaif_jax.models import hosts, sharding
-from oaif_jax.report import Run, Sample, tables
+from oaif_jax.report import Run, Sample, results
 from oaif_jax.run import resume
 from oaif_jax.run.log import json_lines
 from oaif_jax.run.setup import EVALUATED, open_setup
@@ -94,8 +94,8 @@ def run(
     if console is not None:
         samples = {name: tuple(Sample(**record) for record in records)}
         report = Run(workdir, resume.nested(cfg), (), (), samples, found)
-        console.print(tables.final_table(report))
-        console.print(tables.side_by_side(report))
+        console.print(results.final_table(report))
+        console.print(results.side_by_side(report))
         console.print(Text(f"{directory / name}.json, {name}.jsonl"), soft_wrap=True)
     return {"step": step, **found}
 
