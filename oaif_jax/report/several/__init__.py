@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from oaif_jax.base.phases import phase
 from oaif_jax.report import drawing, writing
 from oaif_jax.report.several import html, plots
-from oaif_jax.report.several.runs import Compared, main_metric, read
+from oaif_jax.report.several.runs import LOWER_IS_BETTER, Compared, main_metric, read
 
-__all__ = ["PAGE", "PLOT", "SWEEP", "Compared", "main_metric", "read", "titled", "write"]
+__all__ = ["LOWER_IS_BETTER", "PAGE", "PLOT", "SWEEP", "Compared", "main_metric", "read", "titled", "write"]
 
 SWEEP = "sweep.json"  # in which a sweep lists its runs
 PLOT, PAGE = "comparison.png", "comparison.html"

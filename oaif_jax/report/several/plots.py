@@ -33,7 +33,9 @@ def lines(compared: Sequence[Compared]) -> dict[str, tuple[str, Style]]:
     found = groups(compared)
     best = sorted(found, key=lambda label: _rank(found[label]))[:MOST]
     own = [label for label in found if label in best]
-    styles = {label: (CYCLE[i % len(CYCLE)], STYLES[i // len(CYCLE)]) for i, label in enumerate(own)}
+    styles: dict[str, tuple[str, Style]] = {
+        label: (CYCLE[i % len(CYCLE)], STYLES[i // len(CYCLE)]) for i, label in enumerate(own)
+    }
     return {label: styles.get(label, (MUTED, "dotted")) for label in found}
 
 
