@@ -25,6 +25,7 @@ from absl import flags
 
 from oaif_jax.base import cli, options
 from oaif_jax.base.errors import Interrupted, UserError
+from oaif_jax.base.files import local
 from oaif_jax.base.processes import SIGNALS, following, last_line
 
 PATIENCE = 10.0  # seconds that processes have to end after one of them did, before they are killed
@@ -175,7 +176,7 @@ def workdir_of(arguments: Sequence[str]) -> pathlib.Path:
     given = [text.split("=", 1)[1] for text in arguments if re.match(r"--?workdir=", text)]
     if len(given) != 1:
         raise UserError("behind -- stand the trainer's arguments, wanted --workdir=DIR among them, once")
-    return pathlib.Path(given[0]).expanduser()
+    return local(given[0])
 
 
 def main() -> None:

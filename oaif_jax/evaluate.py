@@ -31,7 +31,7 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
     cli.parse()
     cli.import_jax()
 
-from oaif_jax.base.files import atomic_write_json, atomic_write_text, finite
+from oaif_jax.base.files import atomic_write_json, atomic_write_text, finite, local
 from oaif_jax.data import open as open_data
 from oaif_jax.evals.of_run import Evaluations, described
 from oaif_jax.models import hosts, sharding
@@ -58,7 +58,7 @@ def run(
 
     UserError for more prompts than there are, and where the data aren't those of the run any more.
     """
-    began, workdir = time.monotonic(), pathlib.Path(workdir).expanduser()
+    began, workdir = time.monotonic(), local(workdir)
     hosts.check()
     cfg, trained, source = read_run(workdir, which)
     resume.check_data(workdir, cfg)
@@ -72,7 +72,7 @@ def run(
     if count > MOST:
         raise UserError(f"--prompts={count}: wanted at most {MOST}, since all samples are kept until the end")
     asked = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, final_prompts=count, final_split=split))
-    directory = pathlib.Path(out or workdir / "evaluations").expanduser()
+    directory = local(out or workdir / "evaluations")
     hosts.in_first(lambda: _make(directory))
     name = f"{split}_{count}_step_{step:06d}"
 

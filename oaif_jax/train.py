@@ -38,7 +38,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from oaif_jax import collect, config, export, methods, report, step
-from oaif_jax.base.files import atomic_write_json, finite, sha256_of_tree
+from oaif_jax.base.files import atomic_write_json, finite, local, sha256_of_tree
 from oaif_jax.base.output import Lasting
 from oaif_jax.base.phases import Watch, phase
 from oaif_jax.collect import Batches
@@ -84,14 +84,14 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
     Raises UserError for what can't be run, before anything is computed or written; Interrupted, a KeyboardInterrupt, after
     Ctrl-C, SIGTERM or SIGHUP, with a checkpoint of all steps taken.
     """
-    cfg = config.parse(values)
+    cfg, directory = config.parse(values), local(workdir)
     sharding.use_cpu_devices(cfg.mesh.cpu_devices)  # before anything asks JAX, which starts it
     hosts.check()
     console = console or Console(file=Lasting.stdout())
     if not hosts.is_first():
         console = Console(file=io.StringIO())  # the first process says what there is to say
     with Watch(console):
-        return _run(cfg, pathlib.Path(workdir).expanduser(), console)
+        return _run(cfg, directory, console)
 
 
 def _run(cfg: Config, workdir: pathlib.Path, console: Console) -> dict[str, Any]:
@@ -176,6 +176,8 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
         training = TrainState(number, restored["params"], restored["optimizer"])
         frozen |= {"reference": restored["reference"]} if "reference" in restored else {}
         seconds_before, history = meta["seconds"], meta["history"]
+        checkpoints.times.add(meta.get("checkpoints", {}))
+        checkpoints.times.restores += 1
         say(f"going on from step {begin} in {workdir}")
         for difference in resume.differences(meta["environment"], environment):
             say(f"not bit for bit what an uninterrupted run gives: {difference}")
@@ -320,6 +322,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
                 "environment": environment,
                 "history": history,
                 "seconds": seconds_before + time.monotonic() - began,
+                "checkpoints": dataclasses.asdict(checkpoints.times),  # before this one
             }
             items = {"params": training.params, "optimizer": training.optimizer}
             pending = None
@@ -467,6 +470,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
         "command": shlex.join(sys.orig_argv),
         "params_sha256": sha256_of_tree(sharding.fetch(training.params)),
         "health": [dataclasses.asdict(found) for found in health.found],
+        "checkpoints": {**dataclasses.asdict(checkpoints.times), "kept": hosts.from_first(checkpoints.kept)},
     }
     summary = finite(summary)
 

@@ -121,6 +121,10 @@ def summary_of(last: dict[str, float], first: dict[str, float]) -> dict:
             "order_agreement": 0.91, "gold_agreement": 0.924, "pairs": 1903, "decided": 812,
             "start": agreements(first), "end": agreements(last),
         },
+        "checkpoints": {
+            "saves": 3, "waited_seconds": 0.42, "written_seconds": 1.5, "restores": 1, "restored_seconds": 0.31,
+            "kept": [{"step": 40, "why": "one of the last", "metric": 0.8}, {"step": 60, "why": "best, last", "metric": 0.86}],
+        },
         "evaluated_step": STEPS, "seconds": 161.2, "params_sha256": "0123456789abcdef" * 4,
         "command": "python -m oaif_jax.train --config=experiments/tiny.py:tldr,online,dpo --workdir=runs/online_dpo",
     }  # fmt: skip
@@ -489,6 +493,12 @@ def test_the_final_tables_hold_the_results(online):
     assert "| very short, start | 88.0 % of 50 | 85.0 % of 60 |" in text
     assert "| cut at the limit of 16 tokens | 2.5 % | 2.5 % | 12.0 % |" in text
     assert "| parameters (SHA-256) | 0123456789ab |" in text
+    assert "| Checkpoint | Kept as | metric |" in text
+    assert "| step 60 | best, last | 0.86 |" in text
+    assert (
+        "Saved 3 times, for which the run stood still for 0.4 s (written beside it: 1.5 s). Restored once, in 0.3 s."
+        in text
+    )
     assert "| time | 2 min 41 s |" in text
     assert "0123456789abc" not in text
 

@@ -33,6 +33,8 @@ def parse_flags(arguments: Sequence[str]) -> tuple[list[str], bool, pathlib.Path
         "out", None, options.DIR, "where to write the report of one run, or the comparison of several", values=values
     )
     words = cli.parse_flags(arguments, values, "DIR ...")
+    for word in words:
+        files.no_url(word)
     workdirs = [*map(os.path.expanduser, words), *values.workdir]
     if not all(workdirs):
         raise UserError(f"DIR is '', wanted {WANTED}")

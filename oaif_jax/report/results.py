@@ -27,13 +27,13 @@ PLACED = (
     "reference_gold_mean", "gold_share", "reference_gold_share", "method", "loss", *NUMBERS, "instruction", "seed",
     "steps", "seconds", "params_sha256", "device", "cores", "evaluated_step", "split", "prompts", "command", "exported",
     "finished", "reference_finished", "annotated_by", "judged_by", "settings", "repetition",
-    "reference_repetition", "health",
+    "reference_repetition", "health", "checkpoints",
 )  # fmt: skip
 
 
 def final_tables(run: Run) -> tuple[Table, ...]:
     """The results of a run, whatever kind it is; of one that goes on, those of its last evaluation."""
-    made = (_win_table(run), _measure_table(run), _annotator_table(run), _run_table(run))
+    made = (_win_table(run), _measure_table(run), _annotator_table(run), _run_table(run), _checkpoint_table(run))
     return tuple(table for table in made if table.rows)
 
 
@@ -193,6 +193,27 @@ def _run_table(run: Run) -> Table:
         if key in found:
             rows.append((name, show(found[key])))
     return Table("Run", ("What", "Value"), tuple(rows), setting.normal_loss(run))
+
+
+def _checkpoint_table(run: Run) -> Table:
+    """Which checkpoints were kept, and why; what saving and restoring took."""
+    found = run.summary.get("checkpoints", {})
+    metric = str(run.key("eval.best", "metric"))
+    measured = any(each["metric"] is not None for each in found.get("kept", ()))
+    rows = []
+    for each in found.get("kept", ()):
+        value = each["metric"]
+        if value is not None and metric == "validation_loss":  # of which less is better: kept with its sign turned
+            value = -value
+        rows.append((f"step {each['step']}", each["why"], *((plain(value),) if measured else ())))
+    note = ""
+    if found:
+        times = lambda count: "once" if count == 1 else f"{count:g} times"  # noqa: E731
+        note = f"Saved {times(found['saves'])}, for which the run stood still for {found['waited_seconds']:.1f} s"
+        note += f" (written beside it: {found['written_seconds']:.1f} s)."
+        if found["restores"]:
+            note += f" Restored {times(found['restores'])}, in {found['restored_seconds']:.1f} s."
+    return Table("Checkpoints", ("Checkpoint", "Kept as", *((metric,) if measured else ())), tuple(rows), note)
 
 
 def method(run: Run) -> str:
