@@ -32,6 +32,7 @@ EXTRAS = {
     "test": [
         "beartype",
         "kubeflow-trainer-api",  # JobSet's schema as Python types
+        "optuna",
         "peft",
         "pre-commit",
         "pyright[nodejs]",
@@ -43,6 +44,7 @@ EXTRAS = {
         "transformers",
     ],
     "lora-quant": ["qwix"],
+    "optuna": ["optuna"],
     "peers": ["torch", "trl"],
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],

@@ -25,7 +25,8 @@ from absl import flags
 
 from oaif_jax.base import cli, options
 from oaif_jax.base.errors import Interrupted, UserError
-from oaif_jax.base.processes import SIGNALS, following
+from oaif_jax.base.files import local
+from oaif_jax.base.processes import SIGNALS, following, last_line
 
 PATIENCE = 10.0  # seconds that processes have to end after one of them did, before they are killed
 POLL = 0.1
@@ -68,8 +69,7 @@ class Processes:
 
     def last_line(self, index: int) -> str:
         """What a process said last."""
-        lines = self.logs[index].read_text(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "nothing said")
+        return last_line(self.logs[index]) or "nothing said"
 
 
 def run(arguments: Sequence[str], count: int, devices: int, logs: pathlib.Path) -> int:
@@ -176,7 +176,7 @@ def workdir_of(arguments: Sequence[str]) -> pathlib.Path:
     given = cli.given(arguments, "workdir")
     if len(given) != 1:
         raise UserError("behind -- stand the trainer's arguments, wanted --workdir=DIR among them, once")
-    return pathlib.Path(given[0]).expanduser()
+    return local(given[0])
 
 
 def main() -> None:

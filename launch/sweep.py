@@ -6,41 +6,47 @@
 Runs the product of all --config, --run "KEY=A KEY=B" (settings that belong together), --set (values of one key) and
 --seeds, each in a process of its own, in WORKDIR/SETTINGS/seed_N; what it prints is in seed_N.log beside it. A run that
 has finished isn't run again, one that was stopped goes on. One that fails doesn't stop the others; it is listed at the
-end, and the exit code is 1. WORKDIR/sweep.md has the table with means and 95 % intervals, sweep.json all results. Values
+end, and the exit code is 1. WORKDIR/sweep.md has the table with means and 95 % intervals, sweep.json all results,
+comparison.html and comparison.png the runs' courses beside each other. Values
 that are lists themselves are set apart by semicolons: --set "policy.lora.targets=q,v;q,k,v". --sample=N runs N of the settings,
 drawn at random; --jobs=N runs N at once, which together need N times the memory; --print runs none, and prints the commands, for
 other machines.
+
+    python -m launch.sweep --search=20 --workdir=runs/search --config=experiments/tiny.py:tldr,online,dpo \\
+        --set "optimizer.lr=log:1e-5:1e-3" --set "loss.beta=0.03,0.1,0.3"
+
+tries 20 settings that Optuna proposes (an extra: pip install optuna), each over all --seeds: numbers of a range (log:LOW:HIGH,
+uniform:LOW:HIGH, int:LOW:HIGH) or one of the values. What is sought is the best value of the run's main metric (eval.best) on
+validation examples, a mean over the seeds. The same command goes on, one with a larger --search goes further. A trial in which a
+run failed counts and isn't tried again. With --jobs=N, N trials are proposed at a time.
 
 Ctrl-C, SIGTERM and SIGHUP end the run that is training as they end any, with a checkpoint, and then the sweep. On Linux the run
 ends so, too, if the sweep is killed.
 """
 
-import contextlib
 import dataclasses
 import hashlib
-import os
 import pathlib
 import random
 import re
 import shlex
-import signal
-import subprocess
+import statistics
 import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType
+from collections.abc import Mapping, Sequence
 
 from absl import flags
 from rich.console import Console
 
+from launch.search import Search, Space, Trial, corners, import_optuna, is_range, parse_range
+from launch.training import TRAINER, Outcomes, Run, say, train
 from oaif_jax import config, report
-from oaif_jax.base import cli, environment, files, options, phases
-from oaif_jax.base.errors import Interrupted, UserError
-from oaif_jax.base.phases import Watch, phase
-from oaif_jax.base.processes import SIGNALS, following
-from oaif_jax.base.text import printable
-from oaif_jax.report import tables
+from oaif_jax.base import cli, environment, files, options
+from oaif_jax.base.errors import UserError
+from oaif_jax.base.phases import phase
+from oaif_jax.report import several
+from oaif_jax.report.several import means
+from oaif_jax.report.several.labels import labels
+from oaif_jax.report.table import to_markdown, to_rich
 
 
 def _seeds(text: str) -> str:
@@ -52,47 +58,6 @@ def _seeds(text: str) -> str:
 SEEDS = options.Kind("0,1,2", "whole numbers, such as 0,1,2", _seeds)
 SETTING = options.Kind("KEY=A,B", "KEY=A,B", str)
 Pair = tuple[str, str]  # a key of the config and its value as text
-TRAINER = (sys.executable, "-m", "oaif_jax.train")
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One training run of the sweep."""
-
-    name: str  # file and settings, as in the table
-    file: str
-    overrides: Mapping[str, str]  # without the seed
-    seed: int
-    workdir: pathlib.Path
-    config: config.Config
-
-    @property
-    def log(self) -> pathlib.Path:
-        """What the run prints."""
-        return self.workdir.with_suffix(".log")
-
-    def command(self, trainer: Sequence[str]) -> list[str]:
-        """The run's command line."""
-        flags = [f"--config.{key}={value}" for key, value in self.overrides.items()]
-        return [*trainer, f"--config={self.file}", f"--workdir={self.workdir}", *flags, f"--config.seed={self.seed}"]
-
-    def summary(self) -> dict | None:
-        """The results, or None if the run hasn't finished; UserError if they are of other settings."""
-        summary = report.summary(self.workdir)
-        if summary is None:
-            return None
-        kept, now = config.flatten(_read_config(self.workdir / "config.json")), config.flatten(self.config)
-        changed = [f"config.{key}={kept[key]!r} (now {now[key]!r})" for key in now if kept[key] != now[key]]
-        if changed:
-            raise UserError(
-                f"{self.workdir} has finished with {', '.join(changed)}; wanted these, or another --workdir"
-            )
-        steps = self.config.steps * self.config.rounds.count
-        return summary if summary["steps"] == steps else None  # else it was going on to more steps
-
-
-def _read_config(path: pathlib.Path) -> config.Config:
-    return config.read(path)[0]
 
 
 # ------------------------------------------------------------------------------------------------ flags to runs
@@ -117,9 +82,13 @@ def read_flags(arguments: Sequence[str]) -> flags.FlagValues:
     options.define("seeds", "0", SEEDS, "values of config.seed", values=values)
     wanted = "so many of the settings, drawn at random; 0: all"
     options.define("sample", 0, options.integer(least=0), wanted, values=values)
-    options.define("sample_seed", 0, options.integer(least=0), "of that draw", values=values)
+    options.define("sample_seed", 0, options.integer(least=0), "of that draw, and of --search", values=values)
+    wanted = "so many settings, proposed by Optuna; 0: those that are given"
+    options.define("search", 0, options.integer(least=0), wanted, values=values)
     options.define("jobs", 1, options.integer(least=1), "how many runs at once", values=values)
     options.define_switch("print", "runs nothing, and prints each run's command", values=values)
+    for text in filter(_is_override, arguments):
+        _override(text)  # one without a value is named before the word behind it is
     cli.no_words(cli.parse_flags([text for text in arguments if not _is_override(text)], values))
     return values
 
@@ -131,6 +100,8 @@ def parse_flags(arguments: Sequence[str]) -> tuple[list[Run], pathlib.Path]:
     workdir = pathlib.Path(values.workdir)
     choices = [[_setting(part) for part in text.split()] for text in values.run] or [[]]
     for key, texts in map(_setting, values.set):
+        if is_range(texts):
+            raise UserError(f"--set={key}={texts} is a range, wanted --search=N with it, or values")
         choices = [[*choice, (key, text)] for choice in choices for text in _values(texts)]
     settings = [(str(file), choice) for file in values.config for choice in choices]
     if values.sample:  # random search (Bergstra & Bengio 2012), on the values given; in the order of the product
@@ -144,6 +115,63 @@ def parse_flags(arguments: Sequence[str]) -> tuple[list[Run], pathlib.Path]:
         if same := [each for each in runs[:i] if (each.file, each.config) == (run.file, run.config)]:
             raise UserError(f"{same[0].name!r} and {run.name!r} are the same run, wanted values that differ")
     return runs, workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A search, as the command line asks for it."""
+
+    file: str
+    fixed: Sequence[Pair]
+    space: Space
+    seeds: Sequence[int]
+    count: int  # of trials
+    seed: int  # of the sampler
+
+    def runs(self, trial: Trial, workdir: pathlib.Path) -> list[Run]:
+        """A trial's runs, one for each seed."""
+        choice, where = list(trial.settings.items()), f"trial_{trial.number:03d}"
+        shown = [f"{key}={_rounded(text)}" for key, text in choice]
+        made = [make_run(workdir, self.file, self.fixed, choice, seed) for seed in self.seeds]
+        return [
+            dataclasses.replace(
+                run, name=f"trial {trial.number}: {', '.join(shown)}", workdir=workdir / where / f"seed_{run.seed}"
+            )
+            for run in made
+        ]
+
+
+def _rounded(text: str) -> str:
+    """In: "3.1622776601683795e-05" -> Out: "3.162e-05"."""
+    try:
+        return f"{float(text):.4g}"
+    except ValueError:
+        return text
+
+
+def parse_search(arguments: Sequence[str]) -> Asked:
+    """The search of a command line, the ends of its ranges checked; UserError for what can't be run."""
+    values = read_flags(arguments)
+    fixed = [_override(text) for text in arguments if _is_override(text)]
+    for name in ("run", "sample", "print"):
+        if values[name].value:
+            raise UserError(f"--{name} is set beside --search; wanted one of them")
+    if len(values.config) != 1:
+        raise UserError(f"--search over {len(values.config)} files, wanted one --config")
+    if not values.set:
+        raise UserError("--search without --set, wanted what to search in, such as --set=optimizer.lr=log:1e-5:1e-3")
+    keys = [key for key, _ in map(_setting, values.set)]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise UserError(f"config.{twice[0]} is set twice; wanted once, by --config.{twice[0]} or --set")
+    space = {
+        key: parse_range(key, text) if is_range(text) else tuple(_values(text))
+        for key, text in map(_setting, values.set)
+    }
+    seeds = [int(seed) for seed in values.seeds.split(",")]
+    asked = Asked(str(values.config[0]), fixed, space, seeds, values.search, values.sample_seed)
+    for corner in corners(space):
+        asked.runs(Trial(0, corner), pathlib.Path(values.workdir))
+    return asked
 
 
 def make_run(workdir: pathlib.Path, file: str, fixed: Sequence[Pair], choice: Sequence[Pair], seed: int) -> Run:
@@ -212,169 +240,121 @@ def _setting(text: str) -> Pair:
 def sweep(
     runs: Sequence[Run], workdir: pathlib.Path, console: Console, trainer: Sequence[str] = TRAINER, jobs: int = 1
 ) -> int:
-    """Runs what hasn't finished, `jobs` at a time, writes sweep.json and sweep.md, prints the table; the number of runs that
-    failed."""
-    summaries = [run.summary() for run in runs]  # before the first starts: results of other settings stop the sweep
-    failures = [""] * len(runs)
+    """Runs what hasn't finished, `jobs` at a time, writes sweep.json, sweep.md and the comparison, prints the table; the number
+    of runs that failed."""
+    outcomes = Outcomes(
+        workdir / "sweep.json", runs
+    )  # before the first starts: results of other settings stop the sweep
+    _make(workdir)
+    train(outcomes, range(len(runs)), len(runs), console, trainer, jobs)
+    return conclude(outcomes, labelled(runs), workdir, console)
+
+
+def _make(workdir: pathlib.Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={workdir} can't be made ({error.strerror})") from error
-    _train_all(runs, summaries, failures, workdir, console, trainer, jobs)
+
+
+def conclude(
+    outcomes: Outcomes, called: Sequence[str], workdir: pathlib.Path, console: Console, more: Sequence[str] = ()
+) -> int:
+    """The table and the comparison of runs that have ended, by what they are called, and `more` lines; how many failed."""
     rows: dict[str, list[dict]] = {}
-    for run, summary in zip(runs, summaries, strict=True):
-        rows.setdefault(run.name, []).extend([summary] if summary else [])
-    table = tables.comparison(list(rows.items()))
-    failed = [f"{run.workdir}: {failure}" for run, failure in zip(runs, failures, strict=True) if failure]
-    lines = [tables.to_markdown(table), *(f"- failed: {line}" for line in failed)]
+    for label, summary in zip(called, outcomes.summaries, strict=True):
+        rows.setdefault(label, []).extend([summary] if summary else [])
+    table, failed = means.comparison(list(rows.items())), outcomes.failed()
+    lines = [to_markdown(table), *(f"- {line}" for line in more), *(f"- failed: {line}" for line in failed)]
     files.atomic_write_text(workdir / "sweep.md", "\n".join(lines) + "\n")
-    console.print(tables.to_rich(table))
-    for line in failed:
-        _say(console, f"failed: {line}")
+    console.print(to_rich(table))
+    for line in (*more, *(f"failed: {line}" for line in failed)):
+        say(console, line)
+    compared = several.read([run.workdir for run in outcomes.runs], failures=outcomes.failures, names=called)
+    for path in several.write(compared, workdir, workdir.absolute().name):
+        say(console, str(path))
     return len(failed)
 
 
-def _train_all(
-    runs: Sequence[Run],
-    summaries: list[dict | None],
-    failures: list[str],
-    workdir: pathlib.Path,
-    console: Console,
-    trainer: Sequence[str],
-    jobs: int,
-) -> None:
-    """Trains what has no summary, in order, and fills in summaries and failures; Interrupted once all that train have ended."""
-    waiting, training = list(range(len(runs))), dict[int, Training]()
-    with _signals_to(training) as seen, Watch(console, lambda: _under_way(training, len(runs))):
-        while waiting or training:
-            while waiting and len(training) < jobs and not seen:
-                at = waiting.pop(0)
-                finished = " (has finished)" if summaries[at] else ""
-                _say(console, f"run {at + 1} of {len(runs)}: {runs[at].name}, seed {runs[at].seed}{finished}")
-                if finished:
-                    _write_json(workdir / "sweep.json", runs, summaries, failures)
-                else:
-                    training[at] = Training(runs[at], trainer)
-            if seen and not training:
-                break
-            ended = [at for at, each in training.items() if each.process.poll() is not None]
-            for at in ended:
-                own = training.pop(at)
-                failures[at] = own.failure(is_interrupted=bool(seen))
-                summaries[at] = None if failures[at] else runs[at].summary()
-                which = f"  run {at + 1}: " if jobs > 1 else "  "
-                _say(console, f"{which}failed: {failures[at]}" if failures[at] else f"{which}finished")
-                _write_json(workdir / "sweep.json", runs, summaries, failures)
-            if not ended:
-                time.sleep(POLL)
-    if seen:
-        left = next((run for run, summary in zip(runs, summaries, strict=True) if summary is None), runs[-1])
-        raise Interrupted(f"interrupted in {left.workdir}; the same command goes on with that run", seen[0])
+def search(
+    asked: Asked, workdir: pathlib.Path, console: Console, trainer: Sequence[str] = TRAINER, jobs: int = 1
+) -> int:
+    """Trains what Optuna proposes, `jobs` trials at a time, and concludes as a sweep does; how many runs failed."""
+    import_optuna()
+    (first, *_) = asked.runs(Trial(0, corners(asked.space)[0]), workdir)
+    key = first.config.eval.best
+    _make(workdir)
+    study = Search(workdir, asked.space, asked.seed, maximise=key not in several.LOWER_IS_BETTER)
+    outcomes = Outcomes(workdir / "sweep.json")
+    for trial in study.trials():
+        for run in [] if trial.is_open else asked.runs(trial, workdir):
+            outcomes.add(run, trial.failure)
+    waiting = [trial for trial in study.trials() if trial.is_open]  # of a search that was interrupted
+    total = max(asked.count, len(study.trials())) * len(asked.seeds)
+    while True:
+        batch, waiting = waiting[:jobs], waiting[jobs:]
+        while len(batch) < jobs and len(study.trials()) < asked.count:
+            batch.append(study.ask())
+        if not batch:
+            break
+        places = {trial.number: [outcomes.add(run) for run in asked.runs(trial, workdir)] for trial in batch}
+        train(outcomes, [at for each in places.values() for at in each], total, console, trainer, jobs)
+        for trial in batch:
+            study.tell(trial, *_result(outcomes, places[trial.number], key))
+    found = study.best()
+    said = ["no trial has succeeded"]
+    if found is not None:
+        (run, *_) = asked.runs(found, workdir)
+        command = shlex.join(run.command(("python", *TRAINER[1:])))
+        said = [f"the best of {len(study.trials())} trials, {key} {found.value:.4g} on validation examples: {command}"]
+    return conclude(outcomes, [run.name for run in outcomes.runs], workdir, console, said)
 
 
-class Training:
-    """A run in a process of its own, and what it prints."""
-
-    def __init__(self, run: Run, trainer: Sequence[str]):
-        self.run, self.began = run, time.monotonic()
-        run.log.parent.mkdir(parents=True, exist_ok=True)
-        self.log = run.log.open("a+", encoding="utf-8", errors="replace")
-        self.start = self.log.tell()  # what stands before is older
-        # Unbuffered: else what was printed comes after the error, which is then not the log's last line.
-        variables = os.environ | {"PYTHONUNBUFFERED": "1"}
-        command = following(run.command(trainer))
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=variables)
-
-    def failure(self, *, is_interrupted: bool) -> str:
-        """Why it failed, or nothing, once it has ended; Interrupted after a Ctrl-C that only it has heard of."""
-        code = self.process.wait()
-        with self.log:
-            self.log.seek(self.start)
-            lines = [line.strip() for line in self.log if line.strip()]
-        if code == 128 + signal.SIGINT and not is_interrupted:
-            said = f"interrupted in {self.run.workdir}; the same command goes on with that run"
-            raise Interrupted(said, signal.SIGINT)
-        if code == 0 and (self.run.workdir / "summary.json").exists():
-            return ""
-        ended = f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
-        return f"{ended}, {lines[-1] if lines else 'nothing said'} ({self.run.log})"
-
-    def last_line(self) -> str:
-        """What it printed last."""
-        number = self.log.fileno()
-        end = os.fstat(number).st_size
-        begin = max(self.start, end - LAST_BYTES)
-        lines = os.pread(number, end - begin, begin).decode(errors="replace").split("\n")
-        return next((printable(line.strip()) for line in reversed(lines) if line.strip()), "")
+def _result(outcomes: Outcomes, places: Sequence[int], key: str) -> tuple[float | None, str]:
+    """The mean of a trial's main metric over its seeds; or why it failed."""
+    values = []
+    for at in places:
+        if outcomes.failures[at]:
+            return None, outcomes.failures[at]
+        _, value = several.main_metric(report.load(outcomes.runs[at].workdir))
+        if value is None:
+            return None, f"{outcomes.runs[at].workdir}: no evaluation gave {key}, wanted eval.best that one does"
+        values.append(value)
+    return statistics.fmean(values), ""
 
 
-POLL = 0.1  # seconds
+def labelled(runs: Sequence[Run]) -> list[str]:
+    """What each run is called beside the others: by what differs, but for the seed. "loss.beta=0.1", "online_dpo, steps=3"."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.overrides))
+    settings = []
+    for run, short in zip(runs, _without_shared([name_of(run.file) for run in runs]), strict=True):
+        own = config.flatten(run.config)
+        settings.append({"": short} | {key: run.overrides.get(key, str(own[key])) for key in keys})
+    return labels(settings, [name_of(run.file) for run in runs])
 
 
-def _under_way(training: Mapping[int, Training], count: int) -> str:
-    """Which runs are under way, and the last line that each printed."""
-    said = []
-    for at, each in training.items():
-        last = each.last_line()
-        clock = phases.clock_time(time.monotonic() - each.began)
-        said.append(f"run {at + 1} of {count}, {clock}{': ' if last else ''}{last}")
-    return "; ".join(said)
-
-
-LAST_BYTES = 1000  # of a log, in which its last line is
-
-
-@contextlib.contextmanager
-def _signals_to(training: Mapping[int, Training]) -> Iterator[list[int]]:
-    """Hands signals on that would end the sweep to all that train, and lists them; a second Ctrl-C kills these.
-
-    A terminal sends Ctrl-C to the run as well. What is handed on is SIGTERM, which a run that stops already takes no notice of.
-    """
-    seen: list[int] = []
-
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        del frame
-        seen.append(number)
-        for each in list(training.values()):
-            if seen.count(signal.SIGINT) > 1:
-                each.process.kill()
-            else:
-                each.process.terminate()
-
-    is_main = threading.current_thread() is threading.main_thread()
-    taken = {each: default for each, default in SIGNALS.items() if is_main and signal.getsignal(each) is default}
-    try:
-        for each in taken:
-            signal.signal(each, hand_on)
-        yield seen
-    finally:
-        for each, default in taken.items():
-            signal.signal(each, default)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
-
-
-def _write_json(path: pathlib.Path, runs: Sequence[Run], summaries: Sequence[dict | None], failures: Sequence[str]):
-    results = [
-        {"name": run.name, "config": run.file, "overrides": dict(run.overrides), "seed": run.seed,
-         "workdir": str(run.workdir), "failure": failure, "summary": summary}
-        for run, summary, failure in zip(runs, summaries, failures, strict=True)
-    ]  # fmt: skip
-    files.atomic_write_json(path, [files.finite(result) for result in results])
+def _without_shared(names: Sequence[str]) -> list[str]:
+    """In: "tiny_tldr_online_dpo", "tiny_tldr_offline_dpo" -> Out: "online_dpo", "offline_dpo"."""
+    parts = [name.split("_") for name in names]
+    shared = 0
+    while all(len(each) > shared and each[shared] == parts[0][shared] for each in parts):
+        shared += 1
+    return ["_".join(each[shared:]) or name for each, name in zip(parts, names, strict=True)]
 
 
 def main() -> None:
     """Runs the sweep of the command line; 1 if a run failed."""
     with cli.user_errors():
         with cli.watch(), phase("checking the runs"):
-            runs, workdir = parse_flags(sys.argv[1:])
             values = read_flags(sys.argv[1:])
+            asked = parse_search(sys.argv[1:]) if values.search else None
+            runs, workdir = ([], pathlib.Path(values.workdir)) if asked else parse_flags(sys.argv[1:])
         if values.print:
             for run in runs:
                 print(shlex.join(run.command(("python", *TRAINER[1:]))))
             return
+        if asked:
+            sys.exit(1 if search(asked, workdir, Console(), jobs=values.jobs) else 0)
         sys.exit(1 if sweep(runs, workdir, Console(), jobs=values.jobs) else 0)
 
 

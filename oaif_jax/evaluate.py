@@ -31,11 +31,11 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
     cli.parse()
     cli.import_jax()
 
-from oaif_jax.base.files import atomic_write_json, atomic_write_text, finite
+from oaif_jax.base.files import atomic_write_json, atomic_write_text, finite, local
 from oaif_jax.data import open as open_data
 from oaif_jax.evals.of_run import Evaluations, described
 from oaif_jax.models import hosts, sharding
-from oaif_jax.report import Run, Sample, tables
+from oaif_jax.report import Run, Sample, results
 from oaif_jax.run import resume
 from oaif_jax.run.asked import EVALUATED
 from oaif_jax.run.log import json_lines
@@ -59,7 +59,7 @@ def run(
 
     UserError for more prompts than there are, and where the data aren't those of the run any more.
     """
-    began, workdir = time.monotonic(), pathlib.Path(workdir).expanduser()
+    began, workdir = time.monotonic(), local(workdir)
     hosts.check()
     cfg, trained, source = read_run(workdir, which)
     resume.check_data(workdir, cfg)
@@ -73,7 +73,7 @@ def run(
     if count > MOST:
         raise UserError(f"--prompts={count}: wanted at most {MOST}, since all samples are kept until the end")
     asked = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, final_prompts=count, final_split=split))
-    directory = pathlib.Path(out or workdir / "evaluations").expanduser()
+    directory = local(out or workdir / "evaluations")
     hosts.in_first(lambda: _make(directory))
     name = f"{split}_{count}_step_{step:06d}"
 
@@ -95,8 +95,8 @@ def run(
     if console is not None:
         samples = {name: tuple(Sample(**record) for record in records)}
         report = Run(workdir, resume.nested(cfg), (), (), samples, found)
-        console.print(tables.final_table(report))
-        console.print(tables.side_by_side(report))
+        console.print(results.final_table(report))
+        console.print(results.side_by_side(report))
         console.print(Text(f"{directory / name}.json, {name}.jsonl"), soft_wrap=True)
     return {"step": step, **found}
 

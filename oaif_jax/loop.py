@@ -123,6 +123,8 @@ class Loop:
             meta, restored = self._checkpoints.meta(at), self._checkpoints.restore(at, items)
         self._frozen |= {"reference": restored["reference"]} if "reference" in restored else {}
         self._seconds_before, self.history = meta["seconds"], meta["history"]
+        self._checkpoints.times.add(meta.get("checkpoints", {}))
+        self._checkpoints.times.restores += 1
         self._say(f"going on from step {at} in {self._workdir}")
         for difference in resume.differences(meta["environment"], self.environment):
             self._say(f"not bit for bit what an uninterrupted run gives: {difference}")
@@ -133,6 +135,10 @@ class Loop:
     def seconds(self) -> float:
         """Of the run so far, over all its starts."""
         return self._seconds_before + time.monotonic() - self._began
+
+    def checkpoints(self) -> dict[str, Any]:
+        """What saving and restoring took so far, and which checkpoints were kept."""
+        return {**dataclasses.asdict(self._checkpoints.times), "kept": hosts.from_first(self._checkpoints.kept)}
 
     # -------------------------------------------------------------------------------------------- from start to end
 
@@ -371,6 +377,7 @@ class Loop:
             "environment": self.environment,
             "history": self.history,
             "seconds": self.seconds,
+            "checkpoints": dataclasses.asdict(self._checkpoints.times),  # before this one
         }
         items: dict[str, PyTree] = {"params": self.training.params, "optimizer": self.training.optimizer}
         # Its annotator may never answer.

@@ -30,7 +30,7 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
     cli.import_jax()
 
 from oaif_jax import collect, config, export, report
-from oaif_jax.base.files import atomic_write_json, finite, sha256_of_tree
+from oaif_jax.base.files import atomic_write_json, finite, local, sha256_of_tree
 from oaif_jax.base.output import Lasting
 from oaif_jax.base.phases import Watch
 from oaif_jax.config import Config
@@ -50,14 +50,14 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
     Raises UserError for what can't be run, before anything is computed or written; Interrupted, a KeyboardInterrupt, after
     Ctrl-C, SIGTERM or SIGHUP, with a checkpoint of all steps taken.
     """
-    cfg = config.parse(values)
+    cfg, directory = config.parse(values), local(workdir)
     sharding.use_cpu_devices(cfg.mesh.cpu_devices)  # before anything asks JAX, which starts it
     hosts.check()
     console = console or Console(file=Lasting.stdout())
     if not hosts.is_first():
         console = Console(file=io.StringIO())  # the first process says what there is to say
     with Watch(console):
-        return _run(cfg, pathlib.Path(workdir).expanduser(), console)
+        return _run(cfg, directory, console)
 
 
 def _run(cfg: Config, workdir: pathlib.Path, console: Console) -> dict[str, Any]:
@@ -133,6 +133,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
             "command": shlex.join(sys.orig_argv),
             "params_sha256": sha256_of_tree(sharding.fetch(loop.training.params)),
             "health": [dataclasses.asdict(found) for found in loop.health.found],
+            "checkpoints": loop.checkpoints(),
         }
     )
 

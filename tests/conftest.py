@@ -96,7 +96,7 @@ def room():
 
 
 # A finished run's figures take two seconds, and there are 150 runs: these files' own are drawn, the others' are one pixel.
-DRAWN = ("tests/test_report.py", "tests/test_selm_run.py", "tests/test_health.py")
+DRAWN = ("tests/test_report.py", "tests/test_several.py", "tests/test_selm_run.py", "tests/test_health.py")
 PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154789c636000000002000148afa471000000"
     "0049454e44ae426082"
@@ -114,11 +114,17 @@ def pytest_sessionstart() -> None:
 
 def draw_pixels() -> None:
     from oaif_jax.report import plots
-
-    curve, curve_svg = plots.curve, plots.curve_svg
+    from oaif_jax.report.several import plots as several
 
     def is_drawn() -> bool:
         return os.environ.get("PYTEST_CURRENT_TEST", "").startswith(DRAWN)
+
+    for module, png, svg in ((plots, "curve", "curve_svg"), (several, "curves", "curves_svg")):
+        _draw_pixels_in(module, png, svg, is_drawn)
+
+
+def _draw_pixels_in(module, png: str, svg: str, is_drawn) -> None:
+    curve, curve_svg = getattr(module, png), getattr(module, svg)
 
     def pixel(run, path: pathlib.Path) -> pathlib.Path:
         if is_drawn():
@@ -126,5 +132,5 @@ def draw_pixels() -> None:
         path.write_bytes(PIXEL)
         return path
 
-    plots.curve = pixel
-    plots.curve_svg = lambda run, **how: curve_svg(run, **how) if is_drawn() else "<svg></svg>"
+    setattr(module, png, pixel)
+    setattr(module, svg, lambda run, **how: curve_svg(run, **how) if is_drawn() else "<svg></svg>")

@@ -471,6 +471,16 @@ def test_retention_keeps_the_last_and_the_best(tmp_path):
             checkpoints.wait()
             kept.append(checkpoints.steps())
     assert kept == [[0], [0, 1], [1, 2], [1, 2, 3], [1, 3, 4], [1, 4, 5], [1, 5, 6]]
+    times = checkpoints.times
+    assert times.saves == 7
+    assert times.waited_seconds > 0
+    assert times.written_seconds > 0
+    assert (times.restores, times.restored_seconds) == (0, 0)
+    assert Reader(tmp_path).kept() == [
+        {"step": 1, "why": "best", "metric": 0.9},
+        {"step": 5, "why": "one of the last", "metric": 0.3},
+        {"step": 6, "why": "last", "metric": 0.4},
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "5", "6"]
     assert Reader(tmp_path).best() == 1
 

@@ -10,9 +10,13 @@ import time
 import types
 
 import pytest
+from absl import flags
 
-from oaif_jax import sample
-from oaif_jax.base import cli, phases
+from launch import local
+from oaif_jax import evaluate, sample, train
+from oaif_jax.base import cli, options, phases
+from oaif_jax.base.errors import UserError
+from oaif_jax.report import __main__ as report
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DPO = "--config=experiments/tiny.py:tldr,online,dpo"
@@ -54,7 +58,7 @@ PROGRAMS = {
     "launch.sweep": (
         "launch/sweep.py",
         "config workdir",
-        "set run seeds sample sample_seed jobs print",
+        "set run seeds sample sample_seed search jobs print",
         (DPO, "--workdir=x"),
     ),
     "launch.bench": ("launch/bench.py", "config", "out profile repeats", (DPO,)),
@@ -338,3 +342,23 @@ def test_responses_reach_the_terminal_as_text(monkeypatch, capsys):
     monkeypatch.setattr(sample, "run", lambda *_, **__: ["\x1b[2Jred\a\u202e", "one\ntwo\r"])
     sample.main()
     assert capsys.readouterr().out == "\\x1b[2Jred\\x07\\u202e\none\ntwo\\r\n"
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run", "gs:/bucket/run"])
+def test_a_workdir_in_a_bucket_is_one_line_and_makes_no_directory(path, tmp_path, monkeypatch):
+    """pathlib would make a directory named "gs:" of it."""
+    monkeypatch.chdir(tmp_path)
+    said = r".*:// is no file system, wanted a directory"
+    values = flags.FlagValues()
+    options.define("workdir", None, options.DIR, "a directory", values=values)
+    with pytest.raises(UserError, match=said):
+        cli.parse_flags([f"--workdir={path}"], values)
+    for call in (
+        lambda: train.run({}, path),
+        lambda: evaluate.run(path),
+        lambda: local.workdir_of([f"--workdir={path}"]),
+        lambda: report.parse_flags([path]),
+    ):
+        with pytest.raises(UserError, match=said):
+            call()
+    assert list(tmp_path.iterdir()) == []

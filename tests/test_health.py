@@ -15,7 +15,7 @@ from oaif_jax import config, report, train
 from oaif_jax.base.errors import UserError
 from oaif_jax.config import keys
 from oaif_jax.evals import drawing
-from oaif_jax.report import html, tables
+from oaif_jax.report import html, results
 from oaif_jax.run import health
 from oaif_jax.run.health import FINE, Health, HealthError
 
@@ -267,7 +267,7 @@ def test_a_healthy_run_says_so(base):
         assert lines(each, "health") == summary_of(each)["health"] == []
     assert all(0 <= line["repetition"] <= 1 for line in lines(workdir, "train") + lines(workdir, "eval"))
     assert all(0 <= line["annotator.helpful.score"] <= 1 for line in lines(workdir, "eval"))
-    assert tables.health(report.load(workdir)) == ["healthy: no check was crossed"]
+    assert results.health(report.load(workdir)) == ["healthy: no check was crossed"]
     assert '<p class="health">healthy: no check was crossed</p>' in (workdir / "report.html").read_text()
 
 
@@ -319,7 +319,7 @@ def test_the_page_shows_what_was_found_and_nothing_of_it_is_markup(tmp_path):
     workdir = tmp_path / "run"
     write_online_run(workdir)
     run_before = report.load(workdir)
-    assert tables.health(run_before) == []  # of an earlier version, which didn't look
+    assert results.health(run_before) == []  # of an earlier version, which didn't look
     assert 'class="health' not in html.report(run_before)
     found = {
         "step": 20,
@@ -337,4 +337,4 @@ def test_the_page_shows_what_was_found_and_nothing_of_it_is_markup(tmp_path):
     write_lines(workdir / "metrics.jsonl", [evaluation(0, 0.0), {k: v for k, v in found.items() if k != "message"}])
     with pytest.raises(report.ReportError, match="message is None; wanted a text"):
         report.load(workdir)
-    assert printed(tables.final_table(run_before))
+    assert printed(results.final_table(run_before))

@@ -21,9 +21,11 @@ import pytest
 from rich.console import Console
 
 from oaif_jax import report
-from oaif_jax.base.errors import UserError
 from oaif_jax.report import __main__ as command
-from oaif_jax.report import html, plots, read, tables
+from oaif_jax.report import drawing, html, plots, read, results
+from oaif_jax.report.several import means
+from oaif_jax.report.table import Table, to_markdown, to_rich
+from oaif_jax.report.text import percent, percents
 from oaif_jax.tiny import gold, templates, world
 
 STEPS, EVERY, PROMPTS = 60, 20, 64
@@ -118,6 +120,10 @@ def summary_of(last: dict[str, float], first: dict[str, float]) -> dict:
         "annotator": {
             "order_agreement": 0.91, "gold_agreement": 0.924, "pairs": 1903, "decided": 812,
             "start": agreements(first), "end": agreements(last),
+        },
+        "checkpoints": {
+            "saves": 3, "waited_seconds": 0.42, "written_seconds": 1.5, "restores": 1, "restored_seconds": 0.31,
+            "kept": [{"step": 40, "why": "one of the last", "metric": 0.8}, {"step": 60, "why": "best, last", "metric": 0.86}],
         },
         "evaluated_step": STEPS, "seconds": 161.2, "params_sha256": "0123456789abcdef" * 4,
         "command": "python -m oaif_jax.train --config=experiments/tiny.py:tldr,online,dpo --workdir=runs/online_dpo",
@@ -240,7 +246,7 @@ def test_an_unfinished_run_is_read_only_on_request(online, tmp_path):
         assert run.standing[key] == finished.summary[key]
     assert run.standing["gold"]["interval"] == finished.summary["gold"]["interval"]
     assert run.standing["annotator"]["start"] == finished.summary["annotator"]["start"]
-    assert "not finished, at step 60" in printed(tables.final_table(run))
+    assert "not finished, at step 60" in printed(results.final_table(run))
 
 
 def test_samples_are_in_the_order_of_steps_with_the_final_ones_last(workdir):
@@ -318,7 +324,7 @@ def test_a_run_that_has_just_begun(live):
     (live / "metrics.jsonl").unlink()
     run = report.write(live, finished=False)
     assert (run.train, run.evals, run.last_samples) == ((), (), ())
-    assert "not finished, at step 0" in printed(tables.final_table(run))
+    assert "not finished, at step 0" in printed(results.final_table(run))
 
 
 def test_what_goes_while_it_is_read(live, monkeypatch):
@@ -379,8 +385,8 @@ def refusal(workdir: pathlib.Path) -> str:
     try:
         run = report.load(workdir)
         html.report(run)
-        printed(tables.final_table(run))
-        tables.final_table_markdown(run)
+        printed(results.final_table(run))
+        results.final_table_markdown(run)
     except report.ReportError as error:
         return str(error)
     return ""
@@ -424,8 +430,6 @@ def test_a_report_elsewhere(workdir, tmp_path_factory, capsys):
     assert capsys.readouterr().out.split() == [str(out / "curve.png"), str(out / "report.html")]
     assert {path.name for path in workdir.iterdir()} == before
     assert sorted(path.name for path in out.iterdir()) == ["curve.png", "report.html"]
-    with pytest.raises(UserError, match=r"--out=.*: 2 runs can't be written in one directory"):
-        command.parse_flags([str(workdir), str(workdir), f"--out={out}"])
 
 
 @pytest.mark.parametrize("number", [28, 30, 13])
@@ -444,9 +448,7 @@ def test_a_place_that_cannot_be_written_is_one_line(workdir, monkeypatch, number
 def test_settings_of_matplotlib_that_cannot_be_used(tmp_path):
     """A backend that isn't there, a file that isn't text: read when matplotlib is imported, at a training's end."""
     (tmp_path / "matplotlibrc").write_bytes(b"\xff")
-    code = (
-        "from oaif_jax.base import cli\nfrom oaif_jax.report import plots\nwith cli.user_errors():\n    plots.check()"
-    )
+    code = "from oaif_jax.base import cli\nfrom oaif_jax.report import drawing\nwith cli.user_errors():\n    drawing.check()"
     for name, value in (("MPLBACKEND", "nonsense"), ("MATPLOTLIBRC", str(tmp_path / "matplotlibrc"))):
         done = subprocess.run(
             [sys.executable, "-c", code], env=os.environ | {name: value}, capture_output=True, text=True, check=False
@@ -472,11 +474,11 @@ def test_a_directory_that_is_missing_is_named(tmp_path):
 
 def test_the_final_tables_hold_the_results(online):
     run = report.load(online)
-    text = tables.final_table_markdown(run)
+    text = results.final_table_markdown(run)
     verdict = run.summary["gold"]
     assert "**Against SFT, 64 test posts**" in text
-    shown = [tables.percent(verdict[key]) for key in ("win", "tie", "loss", "score")]
-    interval = tables.percents(*verdict["interval"])
+    shown = [percent(verdict[key]) for key in ("win", "tie", "loss", "score")]
+    interval = percents(*verdict["interval"])
     assert f"| gold | at 0.9 | {' | '.join(shown)} | {interval} |" in text
     assert f"| gold | greedy | {' | '.join(shown)} | {interval} |" in text
     assert "| language model | at 0.9 |" in text
@@ -491,22 +493,28 @@ def test_the_final_tables_hold_the_results(online):
     assert "| very short, start | 88.0 % of 50 | 85.0 % of 60 |" in text
     assert "| cut at the limit of 16 tokens | 2.5 % | 2.5 % | 12.0 % |" in text
     assert "| parameters (SHA-256) | 0123456789ab |" in text
+    assert "| Checkpoint | Kept as | metric |" in text
+    assert "| step 60 | best, last | 0.86 |" in text
+    assert (
+        "Saved 3 times, for which the run stood still for 0.4 s (written beside it: 1.5 s). Restored once, in 0.3 s."
+        in text
+    )
     assert "| time | 2 min 41 s |" in text
     assert "0123456789abc" not in text
 
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_terminal_shows_the_same_rows_as_the_readme(online, width):
-    shown = printed(tables.final_table(report.load(online)), width)
+    shown = printed(results.final_table(report.load(online)), width)
     assert max(map(len, shown.splitlines())) <= width
-    wanted = tables.final_table_markdown(report.load(online)).replace("| What | Value |", "")
+    wanted = results.final_table_markdown(report.load(online)).replace("| What | Value |", "")
     assert cells(shown) == cells(wanted)
 
 
 @pytest.mark.parametrize("width", [20, 40, 60])
 def test_a_narrow_terminal_shows_a_row_at_a_time_and_loses_nothing(online, width):
-    table = tables.final_tables(report.load(online))[0]
-    shown = printed(tables.to_rich(table), width)
+    table = results.final_tables(report.load(online))[0]
+    shown = printed(to_rich(table), width)
     assert max(map(len, shown.splitlines())) <= width
     for row in table.rows:
         for name, cell in zip(table.columns[1:], row[1:], strict=True):
@@ -514,7 +522,7 @@ def test_a_narrow_terminal_shows_a_row_at_a_time_and_loses_nothing(online, width
 
 
 def test_runs_of_other_kinds_show_what_is_there(workdir):
-    text = tables.final_table_markdown(report.load(workdir))
+    text = results.final_table_markdown(report.load(workdir))
     assert "| Measure | SFT | Reference |" in text
     assert "| mean gold score | 1.40 | - |" in text
     assert "| share of the largest gold score | 36.0 % | 50.0 % |" in text
@@ -523,18 +531,18 @@ def test_runs_of_other_kinds_show_what_is_there(workdir):
     assert "dpo" not in text
     assert "Against SFT" not in text
     write_plain_run(workdir, "annotator", annotator_lines(), ANNOTATOR_RESULTS)
-    text = tables.final_table_markdown(report.load(workdir))
+    text = results.final_table_markdown(report.load(workdir))
     assert "**Annotator, on held-out pairs**" in text
     assert "| very short | 90.0 % of 50 | 88.0 % of 60 |" in text
     assert "| accuracy | 0.924 |" in text
-    assert tables.side_by_side_markdown(report.load(workdir)) == ""
-    assert printed(tables.side_by_side(report.load(workdir))).strip() == ""
+    assert results.side_by_side_markdown(report.load(workdir)) == ""
+    assert printed(results.side_by_side(report.load(workdir))).strip() == ""
 
 
 def test_a_share_of_nothing_shows_as_a_dash(workdir):
     nothing = {"annotator": {"short": {"gold_agreement": None, "order_agreement": 0.9}}, "gold_mean": None}
     write_plain_run(workdir, "annotator", annotator_lines(), nothing)
-    text = tables.final_table_markdown(report.load(workdir))
+    text = results.final_table_markdown(report.load(workdir))
     assert "| short | - | 90.0 % |" in text
     assert "| mean gold score | - | - |" in text
     assert "None" not in html.report(report.load(workdir))
@@ -544,7 +552,7 @@ def test_a_verdict_that_lacks_a_number_is_an_error(workdir):
     summary = json.loads((workdir / "summary.json").read_text()) | {"gold": {"win": 0.5}}
     (workdir / "summary.json").write_text(json.dumps(summary))
     with pytest.raises(report.ReportError, match=r"gold is \{'win': 0.5\}; wanted win, tie, loss, score, interval"):
-        tables.final_table(report.load(workdir))
+        results.final_table(report.load(workdir))
 
 
 @pytest.mark.parametrize(
@@ -552,12 +560,12 @@ def test_a_verdict_that_lacks_a_number_is_an_error(workdir):
     [(3, 256, [42, 128, 213]), (3, 3, [0, 1, 2]), (3, 2, [0, 1]), (1, 9, [4]), (3, 0, [])],
 )
 def test_posts_are_chosen_evenly(count, total, places):
-    assert tables.evenly(count, total) == places
+    assert results.evenly(count, total) == places
 
 
 def test_side_by_side_shows_both_summaries_and_their_scores(online):
     run = report.load(online)
-    shown, text = printed(tables.side_by_side(run), 200), tables.side_by_side_markdown(run)
+    shown, text = printed(results.side_by_side(run), 200), results.side_by_side_markdown(run)
     for i in (10, 32, 53):
         sample = run.last_samples[i]
         assert f"Post {i + 1} of 64" in shown
@@ -565,13 +573,13 @@ def test_side_by_side_shows_both_summaries_and_their_scores(online):
             assert " ".join(sample.prompt.split()) in part
         assert f"{sample.reference} (gold {sample.gold_reference:.2f})" in text
         assert f"{sample.policy} (gold {sample.gold_policy:.2f})" in text
-    assert len(tables.side_by_side_table(run).rows) == 3
+    assert len(results.side_by_side_table(run).rows) == 3
 
 
 def test_texts_are_shown_as_they_are(workdir):
     write_lines(workdir / "samples" / "final.jsonl", [{"prompt": HOSTILE, "policy": "", "reference": "[b]x[/b]"}])
     run = report.load(workdir)
-    shown, text = printed(tables.side_by_side(run), 200), tables.side_by_side_markdown(run)
+    shown, text = printed(results.side_by_side(run), 200), results.side_by_side_markdown(run)
     assert "[red]&amp; a|b `c`" in shown  # markup of the terminal's library is text
     assert "[b]x[/b]" in shown
     assert "\x1b" not in shown + text
@@ -582,37 +590,35 @@ def test_texts_are_shown_as_they_are(workdir):
 
 def test_comparison_gives_means_and_student_intervals():
     seeds = [{"gold": {"score": score}, "log_ratio": 1.0} for score in (0.86, 0.88, 0.93)]
-    table = tables.comparison([("online", seeds), ("offline", [{"gold": {"score": 0.6}}]), ("none", [])])
+    table = means.comparison([("online", seeds), ("offline", [{"gold": {"score": 0.6}}]), ("none", [])])
     half = 4.3027 * statistics.stdev([86, 88, 93]) / math.sqrt(3)
     assert table.columns == ("Run", "Seeds", "Gold", "Log-ratio (nats)")
     assert table.rows[0] == ("online", "3", f"89.0 ± {half:.1f} %", "1.00 ± 0.00")
     assert table.rows[1] == ("offline", "1", "60.0 %", "-")
     assert table.rows[2] == ("none", "0", "-", "-")
-    assert "| offline | 1 | 60.0 % | - |" in tables.to_markdown(table)
+    assert "| offline | 1 | 60.0 % | - |" in to_markdown(table)
     for width in (30, 120):
-        shown = printed(tables.to_rich(table), width)
+        shown = printed(to_rich(table), width)
         assert f"89.0 ± {half:.1f} %" in shown
         assert "offline" in shown
 
 
 def test_comparison_of_other_kinds_shows_their_numbers():
-    table = tables.comparison(
-        [("sft", [{"method": "sft", "steps": 3, "validation_loss": 0.5, "note": "x", "seed": 3}])]
-    )
+    table = means.comparison([("sft", [{"method": "sft", "steps": 3, "validation_loss": 0.5, "note": "x", "seed": 3}])])
     assert table.columns == ("Run", "Seeds", "validation loss")
     assert table.rows == (("sft", "1", "0.5"),)
 
 
 def test_comparison_refuses_seeds_that_lack_a_number():
     with pytest.raises(report.ReportError, match="online: 1 of 2 summaries have no log_ratio"):
-        tables.comparison([("online", [{"log_ratio": 1.0}, {}])])
+        means.comparison([("online", [{"log_ratio": 1.0}, {}])])
 
 
 @pytest.mark.parametrize(
     ("freedom", "wanted"), [(1, 12.706), (2, 4.303), (10, 2.228), (11, 2.201), (30, 2.042), (500, 1.965)]
 )
 def test_student_quantiles_are_those_of_the_tables(freedom, wanted):
-    assert tables.t_quantile(freedom) == pytest.approx(wanted, abs=1e-3)  # tables give three decimals
+    assert means.t_quantile(freedom) == pytest.approx(wanted, abs=1e-3)  # tables give three decimals
 
 
 # ------------------------------------------------------------------------------------------------ the curve
@@ -663,25 +669,25 @@ def test_win_rates_are_drawn_in_percent_with_their_bands(online):
 def test_the_svg_takes_its_colours_from_the_page(online):
     svg = plots.curve_svg(report.load(online))
     assert svg.startswith("<svg")
-    assert not any(colour in svg for colour in plots.CSS_NAMES)
-    assert set(re.findall(r"var\((--\w+)\)", svg)) <= set(plots.CSS_NAMES.values())
+    assert not any(colour in svg for colour in drawing.CSS_NAMES)
+    assert set(re.findall(r"var\((--\w+)\)", svg)) <= set(drawing.CSS_NAMES.values())
     assert svg == plots.curve_svg(report.load(online))
 
 
 def test_smoothing_keeps_a_line_and_takes_out_noise():
     line = [float(i) for i in range(100)]
-    smooth, width = plots.smooth(line)
+    smooth, width = drawing.smooth(line)
     assert width == 5
     np.testing.assert_allclose(smooth[2:-2], line[2:-2])
     noise = np.random.default_rng(0).normal(size=100)
-    assert np.std(plots.smooth(list(noise))[0]) < 0.6 * np.std(noise)
-    assert plots.smooth([3.0]) == ([3.0], 1)
+    assert np.std(drawing.smooth(list(noise))[0]) < 0.6 * np.std(noise)
+    assert drawing.smooth([3.0]) == ([3.0], 1)
 
 
 def test_names_are_moved_apart_about_their_middle():
-    assert plots.spread([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])
-    assert plots.spread([0.9, 0.1], 0.1) == [0.9, 0.1]
-    moved = plots.spread([0.5, 0.52, 0.54, 0.1], 0.1)
+    assert drawing.spread([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])
+    assert drawing.spread([0.9, 0.1], 0.1) == [0.9, 0.1]
+    moved = drawing.spread([0.5, 0.52, 0.54, 0.1], 0.1)
     assert moved == pytest.approx([0.42, 0.52, 0.62, 0.1])
 
 
@@ -731,7 +737,7 @@ def test_the_page_admits_its_own_script_only(online):
 def test_the_page_shows_the_results(online):
     run = report.load(online)
     shown = " ".join(" ".join(Page(html.report(run)).text).split())
-    for table in tables.final_tables(run):
+    for table in results.final_tables(run):
         assert table.title in shown
         assert all(cell in shown for row in table.rows for cell in row)
     assert run.summary["command"] in shown
@@ -836,7 +842,7 @@ def run_of(config: dict, **changes) -> report.Run:
 
 
 def test_what_was_trained_who_annotated_and_who_judged_are_there():
-    text = tables.final_table_markdown(run_of(SETTING))
+    text = results.final_table_markdown(run_of(SETTING))
     for row in (
         "| policy | models/mine |",
         "| LoRA | rank 16, alpha 32, on q,v |",
@@ -850,12 +856,12 @@ def test_what_was_trained_who_annotated_and_who_judged_are_there():
         assert row in text, row
     assert "judged by" not in text
     rounds = SETTING | {"rounds": {"count": 3, "lr": "5e-7,3e-7,1e-7"}}
-    assert "| learning rate | 5e-7,3e-7,1e-7 by round, constant" in tables.final_table_markdown(run_of(rounds))
+    assert "| learning rate | 5e-7,3e-7,1e-7 by round, constant" in results.final_table_markdown(run_of(rounds))
 
 
 def test_a_function_that_annotates_was_given_no_instruction():
     python = SETTING | {"annotator": {"init": "python:mine.longer_wins", "instruction": "helpful"}}
-    text = tables.final_table_markdown(run_of(python))
+    text = results.final_table_markdown(run_of(python))
     assert "| annotator | python:mine.longer_wins |" in text
     assert "| judge | python:mine.longer_wins |" in text
     assert "helpful |" not in text
@@ -864,8 +870,8 @@ def test_a_function_that_annotates_was_given_no_instruction():
 def test_words_of_the_tiny_world_stay_there():
     """Of other data nothing is a post, and nobody is SFT."""
     run = run_of(SETTING)
-    shown = [html.report(run), tables.final_table_markdown(run), tables.side_by_side_markdown(run)]
-    shown += [printed(tables.side_by_side(run)), tables.to_markdown(tables.comparison([("a", [run.summary])]))]
+    shown = [html.report(run), results.final_table_markdown(run), results.side_by_side_markdown(run)]
+    shown += [printed(results.side_by_side(run)), to_markdown(means.comparison([("a", [run.summary])]))]
     for text in shown:
         words = re.sub(r"<style>.*?</style>|<script>.*?</script>|<[^>]*>", " ", text, flags=re.DOTALL)
         assert not re.findall(r"\b(posts?|summar\w+|SFT|[Gg]old)\b", words), words
@@ -891,14 +897,14 @@ def test_a_tiny_policy_that_began_elsewhere_is_not_compared_with_sft(online):
 )
 def test_one_line_says_what_a_normal_loss_looks_like(loss, start):
     run = run_of(SETTING | {"loss": loss})
-    (line,) = [line for line in tables.final_table_markdown(run).splitlines() if line.startswith("A normal loss")]
+    (line,) = [line for line in results.final_table_markdown(run).splitlines() if line.startswith("A normal loss")]
     assert f"starts at {start}," in line
     assert html.report(run).count("A normal loss") == 1
     assert "nats a token" in report.setting.normal_loss(run_of(SETTING | {"method": "sft"}))
 
 
 def test_a_finished_run_says_how_to_go_on_longer():
-    said = printed(tables.to_rich(tables.Table("", ("", ""), (("", report.setting.longer(run_of(SETTING))),))), 200)
+    said = printed(to_rich(Table("", ("", ""), (("", report.setting.longer(run_of(SETTING))),))), 200)
     assert "--config.steps=200" in said
     for change in ({"optimizer": {"schedule": "linear"}}, {"async_steps": 1}, {"rounds": {"count": 2}}):
         said = report.setting.longer(run_of(SETTING | change))
@@ -917,9 +923,9 @@ def test_metrics_of_earlier_versions_are_read_by_their_names_of_today(online, tm
         path.write_text(path.read_text().replace('"log_ratio"', '"kl"'))
     run, same = report.load(old), report.load(online)
     assert (run.train, run.evals, run.summary) == (same.train, same.evals, same.summary)
-    assert tables.final_table_markdown(run) == tables.final_table_markdown(same)
+    assert results.final_table_markdown(run) == results.final_table_markdown(same)
     read_anew = [json.loads((old / "summary.json").read_text())]
-    assert tables.comparison([("a", read_anew)]) == tables.comparison([("a", [same.summary])])
+    assert means.comparison([("a", read_anew)]) == means.comparison([("a", [same.summary])])
 
 
 def test_an_annotator_whose_name_has_dots_is_in_an_unfinished_runs_table(online, tmp_path):
@@ -928,7 +934,7 @@ def test_an_annotator_whose_name_has_dots_is_in_an_unfinished_runs_table(online,
     (workdir / "summary.json").unlink()
     path = workdir / "metrics.jsonl"
     path.write_text(path.read_text().replace("annotator.very_short.", "annotator.python:mine.longer_wins."))
-    text = tables.final_table_markdown(report.load(workdir, finished=False))
+    text = results.final_table_markdown(report.load(workdir, finished=False))
     assert "| python:mine, longer wins, start | 88.0 % of 50 | 85.0 % of 60 |" in text
 
 

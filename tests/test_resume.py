@@ -45,7 +45,7 @@ from oaif_jax.stored.checkpoint import Checkpoints, Reader, load_params
 from oaif_jax.stored.open import POLICY, open_model, source_of
 from oaif_jax.tiny.data import policy_voice
 
-CLOCK = ("seconds", "command")  # of a summary: what may differ
+CLOCK = ("seconds", "command", "checkpoints")  # of a summary: what may differ
 
 
 @pytest.fixture(scope="session")
@@ -149,13 +149,19 @@ def test_pairs_collected_ahead_are_in_the_checkpoint(base, tmp_path, monkeypatch
 
 
 def test_seconds_are_of_all_parts(base, tmp_path, monkeypatch):
-    """The time until the checkpoint that a run goes on from counts."""
+    """The time until the checkpoint that a run goes on from counts; also that of saving and restoring."""
     copied = shutil.copytree(sft_run(base), tmp_path / "run")
     (copied / "summary.json").unlink()
     before = Reader(copied / "checkpoints").meta(STEPS)["seconds"]
     began = time.monotonic()
     summary, _ = run(sft_config(), copied)
     assert before < summary["seconds"] <= before + time.monotonic() - began
+    alone, found = summary_of(sft_run(base))["checkpoints"], summary["checkpoints"]
+    assert (alone["restores"], found["restores"]) == (0, 1)
+    assert found["restored_seconds"] > 0
+    assert 0 < found["saves"] < alone["saves"]  # what the last one took wasn't known yet when it was written
+    assert found["kept"] == alone["kept"]
+    assert found["kept"][-1]["step"] == STEPS
 
 
 # ------------------------------------------------------------------------------------------------ killed

@@ -45,6 +45,7 @@ score = run.loss.beta + run.seed / 100
 verdict = {"win": score, "tie": 0.0, "loss": 1 - score, "score": score, "interval": [score, score]}
 summary = {"method": run.method, "gold": verdict, "judge": verdict, "mean_length": 5.0, "kl": 1.5, "steps": run.steps}
 (workdir / "summary.json").write_text(json.dumps(summary))
+(workdir / "metrics.jsonl").write_text(json.dumps({"step": 0, "kind": "eval", "judge.score": score, "mean_length": 5.0}) + "\\n")
 """
 
 
@@ -183,6 +184,12 @@ def test_runs_all_and_compares(tmp_path, trainer):
         assert "50.5 ± 6.4 %" in text  # mean of 0.50 and 0.51; 12.7062 * 0.00707 / sqrt(2) = 6.35 %
         assert "30.5 ± 6.4 %" in text
     assert runs[0].log.read_text() == "training\n"
+    assert "| loss.beta=0.5 | 2 |" in markdown  # what differs, and nothing else
+    page = (tmp_path / "sweep" / "comparison.html").read_text()
+    assert "4 runs: 4 finished" in page
+    assert "loss.beta=0.5, seed 1" in page
+    assert shown.rstrip().endswith(str(tmp_path / "sweep" / "comparison.html"))
+    assert (tmp_path / "sweep" / "comparison.png").exists()
 
 
 SLOW = """
@@ -220,6 +227,18 @@ def test_a_failure_does_not_stop_the_rest_and_is_run_again(tmp_path, trainer):
     assert failed == 0
     assert calls(tmp_path)[2:] == [runs[0].command(())]
     assert "run 2 of 2: tiny_tldr_online_dpo loss.beta=0.5, seed 0 (has finished)" in shown
+
+
+def test_runs_are_called_by_what_differs_between_them(tmp_path):
+    def called(*arguments: str) -> list[str]:
+        return sweep.labelled(parse(tmp_path, *arguments))
+
+    assert called(f"--config={DPO}") == ["tiny_tldr_online_dpo"]
+    assert called(f"--config={DPO}", "--seeds=0,1", "--set=steps=3") == ["tiny_tldr_online_dpo"] * 2
+    assert called(f"--config={DPO}", f"--config={IPO}") == ["dpo", "ipo"]
+    beta = cli.load_config(DPO).loss.beta
+    together = called(f"--config={DPO}", "--run", "loss.beta=0.1 steps=3", "--run", "steps=3")
+    assert together == ["loss.beta=0.1", f"loss.beta={beta}"]
 
 
 def test_an_end_without_a_summary_is_a_failure(tmp_path, monkeypatch):

@@ -257,6 +257,9 @@ def test_best_is_the_best(finished):
 def test_summary(finished):
     summary = summary_of(finished)
     assert summary.keys() >= {"method", "steps", "seconds", "params_sha256", "device", "versions", "evaluated_step"}
+    assert {
+        "best" in each["why"] for each in summary["checkpoints"]["kept"] if each["step"] == summary["evaluated_step"]
+    } == {True}
     assert (summary["split"], summary["prompts"]) == ("test", 8)
     assert summary["seconds"] > 0
     assert "NaN" not in (finished / "summary.json").read_text()

@@ -16,6 +16,7 @@ from typing import Any
 
 from absl import flags
 
+from oaif_jax.base import files
 from oaif_jax.base.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -37,8 +38,13 @@ def _path(text: str) -> str:
     return os.path.expanduser(text)  # shells leave the tilde of --workdir=~/runs as it is
 
 
+def _directory(text: str) -> str:
+    files.no_url(text)
+    return _path(text)
+
+
 TEXT = Kind("TEXT", "a text in UTF-8", str)
-DIR = Kind("DIR", "", _path)
+DIR = Kind("DIR", "", _directory)
 FILE = Kind("FILE", "", _path)
 
 
@@ -94,6 +100,8 @@ class _Parser(flags.ArgumentParser):
         try:
             argument.encode()  # fails on a shell's bytes that are no UTF-8, which no file could be written with
             return self.kind.convert(argument)
+        except UserError as error:  # which says more
+            raise ValueError(str(error)) from None
         except ValueError:
             raise ValueError(f"wanted {self.wanted}") from None
 

@@ -1,6 +1,7 @@
 """Processes that a program starts, and that end with it."""
 
 import os
+import pathlib
 import signal
 import sys
 from collections.abc import Sequence
@@ -27,3 +28,15 @@ def following(command: Sequence[str]) -> list[str]:
     is_linux = sys.platform == "linux"
     start = [sys.executable, "-I", "-S", "-c", FOLLOWER, str(os.getpid())] if is_linux else []
     return [*start, *command]
+
+
+LAST_BYTES = 2000  # of a log, in which its last line is
+
+
+def last_line(log: pathlib.Path, start: int = 0) -> str:
+    """The last line of a log that isn't blank, of what stands behind its first `start` bytes; "" where there is none."""
+    with log.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(start, end - LAST_BYTES))
+        lines = file.read().decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

@@ -4,16 +4,13 @@ run = report.write(workdir)   # curve.png and report.html
 report.show(run)              # the final table and three samples side by side, on the terminal
 """
 
-import contextlib
-import os
 import pathlib
 
 from rich.console import Console
 from rich.text import Text
 
-from oaif_jax.base.files import reason
 from oaif_jax.base.phases import phase
-from oaif_jax.report import html, plots, setting, tables
+from oaif_jax.report import drawing, html, plots, results, setting, writing
 from oaif_jax.report.read import ReportError, Run, Sample, load, summary
 
 __all__ = ["CURVE", "PAGE", "ReportError", "Run", "Sample", "drawn", "load", "show", "summary", "write"]
@@ -39,20 +36,10 @@ def drawn(run: Run) -> Run:
 
 
 def _draw(run: Run, out: pathlib.Path) -> Run:
-    plots.check()
+    drawing.check()
     page = html.report(run)
-    for name, save in (
-        (CURVE, lambda path: plots.curve(run, path)),
-        (PAGE, lambda path: path.write_text(page, "utf-8")),
-    ):
-        unfinished = out / f".{name}.tmp"
-        try:
-            save(unfinished)
-            os.replace(unfinished, out / name)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                unfinished.unlink()
-            raise ReportError(f"{out / name} can't be written: {reason(error)}") from error
+    curve, written = (lambda path: plots.curve(run, path)), (lambda path: path.write_text(page, "utf-8"))
+    writing.write(out, {CURVE: curve, PAGE: written})
     return run
 
 
@@ -60,9 +47,9 @@ def show(run: Run, console: Console | None = None) -> None:
     """Prints the final table, three samples side by side, where the curve and the page are, and how a finished run is trained
     further."""
     console = console or Console()
-    console.print(tables.final_table(run))
-    console.print(tables.side_by_side(run))
-    for line in tables.health(run):
+    console.print(results.final_table(run))
+    console.print(results.side_by_side(run))
+    for line in results.health(run):
         said, style = (f"warning: {line}", "bold red") if run.health else (line, "green")
         console.print(Text(said, style=style), soft_wrap=True)
     for name, path in (("curve ", run.workdir / CURVE), ("report", run.workdir / PAGE)):

@@ -1,8 +1,11 @@
-"""Draws the reports of runs again: curve.png and report.html.
+"""Draws the reports of runs again, curve.png and report.html; of several runs also a comparison.
 
     python -m oaif_jax.report runs/online_dpo
+    python -m oaif_jax.report runs/a runs/b            # also runs/comparison.png, runs/comparison.html
+    python -m oaif_jax.report runs/sweep               # of all runs of a sweep
 
-A DIR is the workdir of a run, finished or not.
+A DIR is the workdir of a run, finished or not, or of a sweep. A comparison is written in the directory that all runs share, or in
+--out; then the runs' own directories stay as they are.
 """
 
 import os
@@ -13,12 +16,12 @@ from collections.abc import Sequence
 from absl import flags
 
 from oaif_jax import report
-from oaif_jax.base import cli, options
+from oaif_jax.base import cli, files, options
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.text import printable
-from oaif_jax.report import tables
+from oaif_jax.report import results, several
 
-WANTED = "the workdir of a run, finished or not"
+WANTED = "the workdir of a run, finished or not, or of a sweep"
 
 
 def parse_flags(arguments: Sequence[str]) -> tuple[list[str], bool, pathlib.Path | None]:
@@ -26,15 +29,17 @@ def parse_flags(arguments: Sequence[str]) -> tuple[list[str], bool, pathlib.Path
     values = flags.FlagValues()
     options.define("workdir", [], options.DIR, f"{WANTED}, as DIR is", repeatable=True, values=values)
     options.define_switch("markdown", "print the final tables in Markdown, for a README", values=values)
-    options.define("out", None, options.DIR, "where to write the report of one run, where it isn't DIR", values=values)
+    options.define(
+        "out", None, options.DIR, "where to write the report of one run, or the comparison of several", values=values
+    )
     words = cli.parse_flags(arguments, values, "DIR ...")
+    for word in words:
+        files.no_url(word)
     workdirs = [*map(os.path.expanduser, words), *values.workdir]
     if not all(workdirs):
         raise UserError(f"DIR is '', wanted {WANTED}")
     if not workdirs:
         raise UserError(f"DIR is missing, wanted {WANTED}, such as runs/online_dpo")
-    if values.out is not None and len(workdirs) > 1:
-        raise UserError(f"--out={values.out}: {len(workdirs)} runs can't be written in one directory, wanted one DIR")
     return workdirs, values.markdown, _made(values.out)
 
 
@@ -51,20 +56,47 @@ def _made(out: str | None) -> pathlib.Path | None:
 
 
 def draw(workdirs: Sequence[str], markdown: bool, out: pathlib.Path | None = None) -> int:
-    """Rebuilds curve.png and report.html of each run; 2 if one of them couldn't be read."""
-    failed = 0
-    for workdir in workdirs:
+    """Rebuilds curve.png and report.html of each run, and the comparison of several; 2 if one of them couldn't be read."""
+    failures = dict(pair for workdir in workdirs for pair in _runs_of(workdir))
+    printed, good = (sys.stderr if markdown else sys.stdout), []
+    is_one = len(failures) == 1
+    for workdir in failures:
         try:
-            run = report.write(workdir, finished=False, out=out)
+            if is_one or out is None:
+                run = report.write(workdir, finished=False, out=out)
+                for name in (report.CURVE, report.PAGE):
+                    print((out or run.workdir) / name, file=printed)
+            else:
+                run = report.load(workdir, finished=False)
         except report.ReportError as error:
-            print(f"error: {printable(str(error))}", file=sys.stderr)
-            failed = 2
-            continue
-        for name in (report.CURVE, report.PAGE):
-            print((out or run.workdir) / name, file=sys.stderr if markdown else sys.stdout)
-        if markdown:
-            print(tables.final_table_markdown(run), tables.side_by_side_markdown(run), sep="\n")
-    return failed
+            if not failures[workdir]:  # else a run of a sweep that left nothing, and is shown as that
+                print(f"error: {printable(str(error))}", file=sys.stderr)
+                continue
+        else:
+            if markdown:
+                print(results.final_table_markdown(run), results.side_by_side_markdown(run), sep="\n")
+        good.append(workdir)
+    if len(good) > 1:
+        place = out or pathlib.Path(
+            os.path.commonpath([pathlib.Path(each).expanduser().absolute().parent for each in good])
+        )
+        compared = several.read(good, failures=[failures[each] for each in good])
+        for path in several.write(compared, place, several.titled(compared)):
+            print(path, file=printed)
+    return 0 if len(good) == len(failures) else 2
+
+
+def _runs_of(workdir: str) -> list[tuple[str, str]]:
+    """The workdirs that are meant, each with the reason why the run failed: those of a sweep, or the one."""
+    kept = pathlib.Path(workdir).expanduser() / several.SWEEP
+    if not (files.is_file(kept) and not files.is_file(kept.with_name("config.json"))):
+        return [(workdir, "")]
+    try:
+        listed = [(each["workdir"], each["failure"]) for each in files.read_json(kept)]
+    except (LookupError, TypeError) as error:
+        raise UserError(f"{kept}: wanted what launch.sweep writes") from error
+    # Of a sweep that goes on some haven't begun.
+    return [(each, failure) for each, failure in listed if failure or files.is_dir(pathlib.Path(each).expanduser())]
 
 
 def main() -> None:

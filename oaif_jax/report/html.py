@@ -1,18 +1,14 @@
-"""A run as one self-contained page: nothing is loaded from anywhere, and it can be mailed as it is.
+"""A run as one self-contained page."""
 
-Whatever a run has written is text here: posts may hold markup, and it is shown and never interpreted. The page says so
-to the browser too: its policy admits no address at all, and of scripts only the one below.
-"""
-
-import base64
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from oaif_jax.report import plots, setting, tables
+from oaif_jax.report import page, plots, results, setting
 from oaif_jax.report.read import FINAL, Run, Sample
+from oaif_jax.report.table import Table
+from oaif_jax.report.text import NONE, decimal, duration, percent, percents, plain
 
 SHOWN_FIRST = 50  # samples that are visible without the script
 MOST_TILES = 8
@@ -24,39 +20,20 @@ def report(run: Run) -> str:
         _header(run),
         _health(run),
         _tiles(run),
-        _section("Results", '<div class="results">', *(_table(table) for table in _results(run)), "</div>"),
-        _section("Course", _curves(run), f"<p class=note>{escape(setting.normal_loss(run))}</p>"),
+        page.section("Results", '<div class="results">', *(page.shown(table) for table in _results(run)), "</div>"),
+        page.section("Course", _curves(run), f"<p class=note>{escape(setting.normal_loss(run))}</p>"),
         _sample_browser(run),
-        _section("Details", _evaluations(run), _config(run), _versions(run)),
+        page.section("Details", _evaluations(run), _config(run), _versions(run)),
     ]
-    script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{script_hash}'"
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(_name(run))}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-{"".join(parts)}
-</main>
-<script>{SCRIPT}</script>
-</body>
-</html>
-"""
+    return page.page(_name(run), "".join(parts), SCRIPT)
 
 
-def _results(run: Run) -> list[tables.Table]:
+def _results(run: Run) -> list[Table]:
     """The final tables; what a normal loss is stands beside its curve."""
     normal = setting.normal_loss(run)
     return [
         dataclasses.replace(table, note="" if table.note == normal else table.note)
-        for table in tables.final_tables(run)
+        for table in results.final_tables(run)
     ]
 
 
@@ -73,14 +50,10 @@ def _name(run: Run) -> str:
     return run.workdir.resolve().name
 
 
-def _section(title: str, *content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{''.join(content)}</section>" if any(content) else ""
-
-
 def _header(run: Run) -> str:
-    found, shown = run.summary, {"steps": "{} steps".format, "seconds": tables.duration, "device": tables.plain}
+    found, shown = run.summary, {"steps": "{} steps".format, "seconds": duration, "device": plain}
     facts = [show(found[key]) for key, show in shown.items() if key in found] if run.finished else ["not finished"]
-    state = " · ".join([tables.method(run), *facts])
+    state = " · ".join([results.method(run), *facts])
     command = found.get("command")
     again = f'<p class="again">The command:</p><pre>{escape(str(command))}</pre>' if command else ""
     further = f'<p class="again">To train further: {escape(setting.longer(run))}.</p>' if run.finished else ""
@@ -89,7 +62,7 @@ def _header(run: Run) -> str:
 
 def _health(run: Run) -> str:
     """What was found wrong, before any result: a calm page over a broken run is worse than none."""
-    said = tables.health(run)
+    said = results.health(run)
     if not run.health:
         return "".join(f'<p class="health">{escape(line)}</p>' for line in said)
     count = f"{len(said)} warning{'s' if len(said) > 1 else ''}"
@@ -104,32 +77,30 @@ def _tiles(run: Run) -> str:
     """The key results, one to a tile."""
     found, annotator = run.standing, run.standing.get("annotator", {})
     tiles = []
-    for judge, name in tables.JUDGES.items():
+    for judge, name in results.JUDGES.items():
         if judge in found:
-            interval = tables.percents(*found[judge]["interval"])
+            interval = percents(*found[judge]["interval"])
             pairs = found[judge].get("pairs", found.get("prompts"))
-            of = f", of {tables.plain(pairs)} pairs" if pairs is not None else ""
-            tiles.append((f"Win rate, {name} judge", tables.percent(found[judge]["score"]), interval + of))
+            of = f", of {plain(pairs)} pairs" if pairs is not None else ""
+            tiles.append((f"Win rate, {name} judge", percent(found[judge]["score"]), interval + of))
     for key, theirs, name, unit in (
         ("gold_mean", "reference_gold_mean", "Gold score", ""),
-        ("mean_length", "reference_length", "Length", f" {tables.LENGTH_UNIT}"),
-        ("log_ratio", "", tables.LOG_RATIO.capitalize(), " nats"),
+        ("mean_length", "reference_length", "Length", f" {results.LENGTH_UNIT}"),
+        ("log_ratio", "", results.LOG_RATIO.capitalize(), " nats"),
     ):
         if found.get(key) is not None:
-            against = (
-                f"{run.sides[0]} {tables.decimal(found[theirs])}" if found.get(theirs) is not None else "of a response"
-            )
+            against = f"{run.sides[0]} {decimal(found[theirs])}" if found.get(theirs) is not None else "of a response"
             if key == "mean_length" and found.get("finished") is not None:
-                against += f"; {tables.percent(1 - found['finished'])} cut at the limit"
-            tiles.append((name, tables.decimal(found[key]) + unit, against))
+                against += f"; {percent(1 - found['finished'])} cut at the limit"
+            tiles.append((name, decimal(found[key]) + unit, against))
     for key, name, count, note in (
         ("gold_agreement", "Annotator agrees with gold", "decided", "pairs, ties left out"),
         ("order_agreement", "Annotator's orders agree", "pairs", "pairs"),
     ):
         if annotator.get(key) is not None:
             of = f"of {annotator[count]:,.0f} {note}" if count in annotator else f"of {note}"
-            tiles.append((name, tables.percent(annotator[key]), of))
-    tiles += [(name, tables.plain(value), "") for name, value in tables.leftovers(found).items()]
+            tiles.append((name, percent(annotator[key]), of))
+    tiles += [(name, plain(value), "") for name, value in results.leftovers(found).items()]
     shown = "".join(
         f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}</dd><small>{escape(note)}</small></div>'
         for name, value, note in tiles[:MOST_TILES]
@@ -140,41 +111,16 @@ def _tiles(run: Run) -> str:
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def _table(table: tables.Table) -> str:
-    sides = ["" if table.left(i) else " class=number" for i in range(len(table.columns))]
-    head = "".join(f"<th scope=col{side}>{escape(name)}</th>" for side, name in zip(sides, table.columns, strict=True))
-    rows = "".join(
-        f"<tr><th scope=row>{escape(row[0])}</th>"
-        + "".join(
-            f'<td{side} data-name="{escape(name)}">{escape(cell)}</td>'
-            for name, side, cell in zip(table.columns[1:], sides[1:], row[1:], strict=True)
-        )
-        + "</tr>"
-        for row in table.rows
-    )
-    head = "" if table.facts else f"<thead><tr>{head}</tr></thead>"
-    note = f"<p class=note>{escape(table.note)}</p>" if table.note else ""
-    caption = f"<caption>{escape(table.title)}</caption>" if table.title else ""
-    kind = "facts" if table.facts else "numbers"
-    return f'<div class="wide"><table class="{kind}">{caption}{head}<tbody>{rows}</tbody></table>{note}</div>'
-
-
-def _details(title: str, content: str) -> str:
-    return f"<details><summary>{escape(title)}</summary>{content}</details>" if content else ""
-
-
 def _evaluations(run: Run) -> str:
     """All evaluations, a row each."""
     keys = [key for key in dict.fromkeys(key for line in run.evals for key in line) if key not in ("step", "kind")]
-    rows = [
-        (str(line["step"]), *(f"{line[key]:.3f}" if key in line else tables.NONE for key in keys)) for line in run.evals
-    ]
-    table = tables.Table("", ("Step", *keys), tuple(rows))
-    return _details("Every evaluation", _table(table)) if rows else ""
+    rows = [(str(line["step"]), *(f"{line[key]:.3f}" if key in line else NONE for key in keys)) for line in run.evals]
+    table = Table("", ("Step", *keys), tuple(rows))
+    return page.details("Every evaluation", page.shown(table)) if rows else ""
 
 
 def _config(run: Run) -> str:
-    return _details("Configuration", f'<div class="tree">{_tree(run.config)}</div>' if run.config else "")
+    return page.details("Configuration", f'<div class="tree">{_tree(run.config)}</div>' if run.config else "")
 
 
 def _tree(tree: Mapping[str, Any]) -> str:
@@ -191,8 +137,8 @@ def _tree(tree: Mapping[str, Any]) -> str:
 
 
 def _versions(run: Run) -> str:
-    rows = tuple((str(name), tables.plain(version)) for name, version in run.summary.get("versions", {}).items())
-    return _details("Versions", _table(tables.Table("", ("Package", "Version"), rows)) if rows else "")
+    rows = tuple((str(name), plain(version)) for name, version in run.summary.get("versions", {}).items())
+    return page.details("Versions", page.shown(Table("", ("Package", "Version"), rows)) if rows else "")
 
 
 # ------------------------------------------------------------------------------------------------ samples
@@ -223,7 +169,7 @@ def _sample_browser(run: Run) -> str:
     name = list(run.samples)[-1]
     evaluation = "the final evaluation" if name == FINAL else f"the evaluation {name}"
     note = f"{len(samples)} {example}s of {evaluation}.{gold}{judge}"
-    return _section(
+    return page.section(
         "Samples",
         f"<p class=note>{escape(note)}</p>",
         CONTROLS.format(what=f"{example}s and {responses}"),
@@ -260,107 +206,7 @@ def _difference(value: float | None) -> str:
     return f'<b class="{kind}">{shown}</b>'
 
 
-# ------------------------------------------------------------------------------------------------ style and script
-
-STYLE = """
-:root { --ground: #fff; --card: #f6f8fa; --ink: #24292f; --muted: #5d6670; --rule: #d8dee4;
-  --blue: #0072b2; --vermillion: #c65600; --green: #00875f; --purple: #a44c81; color-scheme: light dark; }
-@media (prefers-color-scheme: dark) { :root { --ground: #0f1419; --card: #182028; --ink: #e4e8ec; --muted: #98a3ae;
-  --rule: #2d3742; --blue: #56b4e9; --vermillion: #f08a4b; --green: #3ecf9f; --purple: #dc9cc4; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "Liberation Sans", sans-serif; }
-main { max-width: 1040px; margin: 0 auto; padding: 40px 20px 80px; }
-h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px; letter-spacing: -.01em; overflow-wrap: anywhere; }
-h2 { font-size: 19px; margin: 44px 0 8px; }
-header p { margin: 0; color: var(--muted); }
-header .again { margin-top: 16px; font-size: 13px; }
-pre { margin: 4px 0 0; padding: 10px 14px; background: var(--card); border-radius: 8px; white-space: pre-wrap;
-  overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; }
-.health { margin: 18px 0 0; color: var(--green); }
-.health.broken { padding: 12px 18px; color: inherit; background: var(--card); border: 2px solid var(--vermillion);
-  border-radius: 10px; overflow-wrap: anywhere; }
-.health.broken h2 { margin: 0; color: var(--vermillion); }
-.health ul { margin: 6px 0 0; padding-left: 20px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(215px, 1fr)); gap: 12px; margin: 28px 0 0; }
-.tile { background: var(--card); border-radius: 10px; padding: 12px 16px 14px; overflow-wrap: anywhere; }
-.tile dt { color: var(--muted); font-size: 13px; }
-.tile dd { margin: 2px 0 0; font-size: 26px; font-weight: 600; line-height: 1.25; letter-spacing: -.01em; }
-.tile small { color: var(--muted); font-size: 13px; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: 16px 0 4px; }
-th, td { padding: 6px 0 6px 20px; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); }
-th:first-child, td:first-child { padding-left: 0; }
-thead th { color: var(--muted); font-weight: 500; font-size: 13px; white-space: nowrap; }
-tbody th { font-weight: 400; }
-.results { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(400px, 100%), 1fr)); gap: 4px 48px;
-  align-items: start; }
-.results > :first-child:not(:last-child) { grid-column: 1 / -1; }
-.results > :nth-child(3) { grid-row: span 2; }
-.results table { width: 100%; }
-.numbers td, .numbers thead th { white-space: nowrap; }
-.number { text-align: right; }
-.facts td { overflow-wrap: anywhere; }
-.facts tbody th { color: var(--muted); white-space: nowrap; padding-right: 20px; }
-.note { color: var(--muted); font-size: 13px; margin: 6px 0 0; }
-figure { margin: 16px 0 0; }
-figure.narrow { display: none; }
-figure svg { width: 100%; height: auto; display: block; }
-figure text { font-family: inherit !important; }
-.controls { display: flex; flex-wrap: wrap; gap: 10px; align-items: center; margin: 12px 0; }
-.controls[hidden] { display: none; }
-input, select, button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--rule);
-  border-radius: 8px; padding: 6px 12px; }
-input { flex: 1 1 260px; max-width: 420px; }
-button { margin-top: 14px; cursor: pointer; }
-input:focus-visible, select:focus-visible, button:focus-visible, summary:focus-visible { outline: 2px solid var(--blue);
-  outline-offset: 1px; }
-output { color: var(--muted); font-size: 13px; }
-.samples { width: 100%; }
-.samples td { padding-top: 10px; padding-bottom: 10px; }
-.samples td:nth-child(n+4), .samples th:nth-child(n+4) { text-align: right; white-space: nowrap; }
-.samples .post { min-width: 260px; width: 42%; color: var(--muted); font-size: 14px; overflow-wrap: anywhere; }
-.samples .post small { display: inline-block; min-width: 30px; font-variant-numeric: tabular-nums; }
-.samples .response { min-width: 150px; overflow-wrap: anywhere; }
-.samples .response small { display: block; color: var(--muted); font-size: 12.5px; }
-b.gain { color: var(--blue); } b.drop { color: var(--vermillion); } b.even { color: var(--muted); font-weight: 400; }
-details { margin-top: 10px; }
-summary { cursor: pointer; font-weight: 500; }
-.tree { margin: 8px 0 0; padding: 4px 16px 12px; background: var(--card); border-radius: 10px; }
-.tree details details { margin-left: 18px; }
-.tree table { margin-left: 18px; font: 13px/1.45 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; }
-.tree th, .tree td { padding-top: 2px; padding-bottom: 2px; border: 0; overflow-wrap: anywhere; }
-.tree th { color: var(--muted); white-space: nowrap; }
-@media (max-width: 640px) {
-  main { padding: 20px 14px 56px; }
-  h2 { margin-top: 32px; }
-  .tiles { grid-template-columns: 1fr 1fr; gap: 8px; margin-top: 20px; }
-  .tile { padding: 10px 12px; }
-  .tile dd { font-size: 22px; }
-  figure.broad { display: none; }
-  figure.narrow { display: block; }
-  .results { display: block; }
-  .results .numbers, .results .numbers tbody, .samples, .samples tbody { display: block; }
-  .results .numbers thead, .samples thead { display: none; }
-  .results .numbers tr, .samples tr { display: block; padding: 8px 0; border-bottom: 1px solid var(--rule); }
-  .samples tr[hidden] { display: none; }
-  .results .numbers tbody th { display: block; padding: 0; border: 0; font-weight: 500; }
-  .results .numbers td { display: flex; justify-content: space-between; gap: 12px; padding: 1px 0; border: 0;
-    white-space: normal; text-align: right; }
-  .results .numbers td::before { content: attr(data-name); color: var(--muted); text-align: left; }
-  .results .numbers caption { display: block; }
-  .facts th, .facts td { padding-left: 12px; }
-  .facts tbody th { white-space: normal; padding-left: 0; padding-right: 0; }
-  .samples .post, .samples .response, .samples td:nth-child(n+4) { display: block; width: auto; min-width: 0;
-    padding: 2px 0; border: 0; text-align: left; white-space: pre-line; }
-  .samples .response::before, .samples td:nth-child(n+4)::before { content: attr(data-name) ": "; color: var(--muted); }
-  .tree, .tree details details, .tree table { margin-left: 0; }
-  .tree th { white-space: normal; overflow-wrap: anywhere; }
-  .tree th, .tree td { padding-left: 10px; }
-}
-@media print { .controls, #more { display: none !important; } main { max-width: none; } }
-"""
+# ------------------------------------------------------------------------------------------------ script
 
 SCRIPT = """
 (() => {

@@ -214,6 +214,24 @@ def _is_verdict(value: Any) -> bool:
     return isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval))
 
 
+def _is_checkpoints(value: Any) -> bool:
+    """What checkpoints have cost, in numbers, and which ones were kept."""
+    if not isinstance(value, dict) or not isinstance(value.get("kept"), list):
+        return False
+    if not all(_is_number(value.get(name)) for name in CHECKPOINT_TIMES):
+        return False
+    return all(
+        isinstance(each, dict)
+        and _is_count(each.get("step"))
+        and _is_text(each.get("why"))
+        and _is_result(each.get("metric"))
+        for each in value["kept"]
+    )
+
+
+CHECKPOINT_TIMES = ("saves", "waited_seconds", "written_seconds", "restores", "restored_seconds")
+
+
 def _is_result(value: Any) -> bool:
     return value is None or _is_number(value)
 
@@ -240,6 +258,7 @@ SUMMARY: Fields = {
     **dict.fromkeys(("greedy", "versions"), (lambda value: isinstance(value, dict), "an object")),
     "annotator": (_is_agreement, "numbers by instruction"),
     "health": (lambda value: isinstance(value, list), "a list"),
+    "checkpoints": (_is_checkpoints, f"{', '.join(CHECKPOINT_TIMES)}, kept"),
     **RESULTS,
 }
 

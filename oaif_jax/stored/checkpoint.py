@@ -14,6 +14,7 @@ A run that is interrupted leaves an interim checkpoint between the regular ones,
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -22,6 +23,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -163,6 +165,17 @@ class Reader:
         last = _measured_on(measured[max(measured)])
         alike = [step for step, record in measured.items() if _measured_on(record) == last]
         return max(alike, key=lambda step: measured[step]["metric"])
+
+    def kept(self) -> list[dict[str, Any]]:
+        """Which checkpoints there are, and why: {"step": 200, "why": "best, last", "metric": 0.9}, ascending."""
+        steps, best = self.steps(), self.best()
+        found = []
+        for step in steps:
+            record = self._record(step)
+            why = ["best"] if step == best else []
+            why += ["last"] if step == steps[-1] else ["interim"] if record.get("is_interim", False) else []
+            found.append({"step": step, "why": ", ".join(why) or "one of the last", "metric": record["metric"]})
+        return found
 
     def named(self, which: str) -> int:
         """The step that "best", "last" or a decimal number names; CheckpointError where there is none. Of a run that measures
@@ -339,6 +352,31 @@ def _measured_on(record: Mapping) -> Any:
     return record["meta"].get("config", {}).get("eval", {}).get("prompts")
 
 
+@dataclasses.dataclass
+class Times:
+    """What checkpoints have cost a run so far, in seconds."""
+
+    saves: int = 0
+    waited_seconds: float = 0.0  # that the run stood still: copies to the host, and what was left of the save before
+    written_seconds: float = 0.0  # from a save's begin until it counted, mostly beside the steps that followed
+    restores: int = 0
+    restored_seconds: float = 0.0
+
+    def add(self, before: Mapping[str, float]) -> None:
+        """What an earlier process of the run has kept: nothing, where that was of an earlier version."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + before.get(field.name, 0))
+
+    @contextlib.contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Adds the time of a block to one of the sums."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            setattr(self, name, getattr(self, name) + time.monotonic() - began)
+
+
 class Checkpoints(Reader):
     """The checkpoints of the run that owns `directory`: saves, keeps the last `keep` and the best, deletes the others.
 
@@ -347,6 +385,7 @@ class Checkpoints(Reader):
 
     def __init__(self, directory: Path, *, keep: int):
         super().__init__(directory, is_own=True)
+        self.times = Times()
         if keep < 1:
             raise ValueError(f"keep={keep}: at least 1 checkpoint must be kept")
         self._keep = keep
@@ -385,6 +424,7 @@ class Checkpoints(Reader):
         save. replaces: there may be a checkpoint of this step. Waits for the save before this one, and raises its error.
         """
         self.wait()
+        began = time.monotonic()
         path = self.directory / str(step)
         if os.path.lexists(path) and not replaces:
             raise CheckpointError(f"{path}: exists already; a step is saved once")
@@ -404,14 +444,22 @@ class Checkpoints(Reader):
             self._orbax.save(self._place / f"{step}.unfinished", args=args, force=True)
         except OSError as error:
             raise CheckpointError(f"{path}: can't be saved: {_line(error)}") from error
-        self._pending = self._thread.submit(self._finish, path, text)
+        self._pending = self._thread.submit(self._finish, path, text, began)
+        self.times.saves += 1
+        self.times.waited_seconds += time.monotonic() - began
+
+    def restore(self, step: int, items: Mapping[str, Any]) -> dict[str, Any]:
+        """As a Reader does; the time is kept."""
+        with self.times.of("restored_seconds"):
+            return super().restore(step, items)
 
     def wait(self) -> None:
         """Returns when the last save is complete; CheckpointError if it failed, or found an older one damaged."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        error = pending.exception()
+        with self.times.of("waited_seconds"):
+            error = pending.exception()
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoint")  # else others might not see process 0's rename yet
         if isinstance(error, CheckpointError):  # the save is complete, an older checkpoint is damaged
@@ -434,7 +482,7 @@ class Checkpoints(Reader):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _finish(self, path: Path, record: str) -> None:
+    def _finish(self, path: Path, record: str, began: float) -> None:
         """Waits for Orbax, writes the manifest, makes all of it durable, then lets it count by renaming it."""
         self._orbax.wait_until_finished()
         if jax.process_index() != 0:
@@ -449,6 +497,7 @@ class Checkpoints(Reader):
             self._delete(int(path.name))
         unfinished.rename(path)
         fsync(self.directory)
+        self.times.written_seconds += time.monotonic() - began
         steps = self.steps()
         interim = [step for step in steps if self._record(step).get("is_interim", False)]
         regular = [step for step in steps if step not in interim]

@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from oaif_jax import config
 from oaif_jax.base.errors import UserError
-from oaif_jax.base.files import is_dir, is_file, read_json, reason
+from oaif_jax.base.files import is_dir, is_file, local, no_url, read_json, reason
 from oaif_jax.config import Config
 from oaif_jax.data.chat import open_template
 from oaif_jax.data.tokenizer import Tokenizer, open_tokenizer
@@ -357,6 +357,7 @@ def run_of(source: Source) -> tuple[pathlib.Path, str]:
 
     In: "runs/sft@40", "runs/sft" -> Out: ("runs/sft", "40"), ("runs/sft", "best").
     """
+    no_url(source.init)
     workdir, _, which = source.init.rpartition("@")
     is_whole = not workdir or (pathlib.Path(source.init) / "config.json").is_file()
     return (pathlib.Path(source.init), "best") if is_whole else (pathlib.Path(workdir), which or "best")
@@ -375,7 +376,7 @@ def read_run(workdir: str | pathlib.Path, which: str) -> tuple[Config, PyTree, S
     """A run's config, what it has trained (numpy; under LoRA the additions) by checkpoint `which` (best, last or a step), and
     the source that names that checkpoint. UserError where there is none, or it is damaged. Makes the run's CPU devices, and says
     on stderr which keys came or went since the run was made."""
-    workdir = pathlib.Path(workdir).expanduser()
+    workdir = local(workdir)
     path = workdir / "config.json"
     try:
         path.stat()

@@ -1,20 +1,17 @@
 """What a run came to, as tables: the same rows for the terminal (rich), the README (Markdown) and the HTML report."""
 
-import dataclasses
-import math
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import rich.box
 import rich.table
-from rich.console import Console, ConsoleOptions, Group
-from rich.measure import Measurement
+from rich.console import Group
 from rich.padding import Padding
 from rich.text import Text
 
 from oaif_jax.report import setting
-from oaif_jax.report.read import ReportError, Run, Sample, leaves, renamed
+from oaif_jax.report.read import ReportError, Run, Sample, leaves
+from oaif_jax.report.table import Table, to_markdown, to_rich
 from oaif_jax.report.text import NONE, decimal, duration, one_line, percent, percents, plain, readable
 
 JUDGES = {"gold": "gold", "judge": "language model"}
@@ -30,34 +27,13 @@ PLACED = (
     "reference_gold_mean", "gold_share", "reference_gold_share", "method", "loss", *NUMBERS, "instruction", "seed",
     "steps", "seconds", "params_sha256", "device", "cores", "evaluated_step", "split", "prompts", "command", "exported",
     "finished", "reference_finished", "annotated_by", "judged_by", "settings", "repetition",
-    "reference_repetition", "health",
+    "reference_repetition", "health", "checkpoints",
 )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Cells as text; columns of numbers are set to the right. Two columns are facts, shown without a header."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-
-    @property
-    def facts(self) -> bool:
-        return len(self.columns) == 2
-
-    def left(self, column: int) -> bool:
-        """Whether a column is text: it's the first, a fact, or one of its cells starts with a letter."""
-        return column == 0 or self.facts or any(row[column][:1].isalpha() for row in self.rows)
-
-
-# ------------------------------------------------------------------------------------------------ one run
 
 
 def final_tables(run: Run) -> tuple[Table, ...]:
     """The results of a run, whatever kind it is; of one that goes on, those of its last evaluation."""
-    made = (_win_table(run), _measure_table(run), _annotator_table(run), _run_table(run))
+    made = (_win_table(run), _measure_table(run), _annotator_table(run), _run_table(run), _checkpoint_table(run))
     return tuple(table for table in made if table.rows)
 
 
@@ -198,7 +174,7 @@ def _annotator_table(run: Run) -> Table:
 def _run_table(run: Run) -> Table:
     """How it was run, and every number of the summary that has no place of its own."""
     found = run.standing
-    rows = [] if run.finished else [("state", f"not finished, at step {_last_step(run)}")]
+    rows = [] if run.finished else [("state", f"not finished, at step {last_step(run)}")]
     rows += [(name, plain(value)) for name, value in leftovers(found).items()]
     if "validation_loss" in found.get("exported", {}):
         rows.append(("validation loss of the export", plain(found["exported"]["validation_loss"])))
@@ -219,6 +195,27 @@ def _run_table(run: Run) -> Table:
     return Table("Run", ("What", "Value"), tuple(rows), setting.normal_loss(run))
 
 
+def _checkpoint_table(run: Run) -> Table:
+    """Which checkpoints were kept, and why; what saving and restoring took."""
+    found = run.summary.get("checkpoints", {})
+    metric = str(run.key("eval.best", "metric"))
+    measured = any(each["metric"] is not None for each in found.get("kept", ()))
+    rows = []
+    for each in found.get("kept", ()):
+        value = each["metric"]
+        if value is not None and metric == "validation_loss":  # of which less is better: kept with its sign turned
+            value = -value
+        rows.append((f"step {each['step']}", each["why"], *((plain(value),) if measured else ())))
+    note = ""
+    if found:
+        times = lambda count: "once" if count == 1 else f"{count:g} times"  # noqa: E731
+        note = f"Saved {times(found['saves'])}, for which the run stood still for {found['waited_seconds']:.1f} s"
+        note += f" (written beside it: {found['written_seconds']:.1f} s)."
+        if found["restores"]:
+            note += f" Restored {times(found['restores'])}, in {found['restored_seconds']:.1f} s."
+    return Table("Checkpoints", ("Checkpoint", "Kept as", *((metric,) if measured else ())), tuple(rows), note)
+
+
 def method(run: Run) -> str:
     """What was done: "online dpo", "sft"."""
     loss = run.config.get("loss", {}).get("name", "") if run.is_comparison else ""
@@ -227,7 +224,8 @@ def method(run: Run) -> str:
     return f"{run.method} {loss}".strip() if has_loss else run.method
 
 
-def _last_step(run: Run) -> int:
+def last_step(run: Run) -> int:
+    """Steps that were taken, as far as the record says."""
     return int(max((line["step"] for line in (*run.train[-1:], *run.evals[-1:])), default=0))
 
 
@@ -296,162 +294,3 @@ def _sides(run: Run, sample: Sample) -> tuple[tuple[str, str | None, str], ...]:
         (theirs, sample.reference, shown(sample.gold_reference)),
         (ours, sample.policy, shown(sample.gold_policy)),
     )
-
-
-# ------------------------------------------------------------------------------------------------ several runs
-
-COMPARED = {
-    "Gold": ("gold.score", percent),
-    "Gold, greedy": ("greedy.gold.score", percent),
-    "Judge": ("judge.score", percent),
-    f"Length ({LENGTH_UNIT})": ("mean_length", decimal),
-    "Cut": ("cut", percent),
-    "Log-ratio (nats)": ("log_ratio", decimal),
-}
-
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-T_95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-
-
-def t_quantile(freedom: int) -> float:
-    """The two-sided 95 % quantile of Student's t, to 0.001: a table, then Fisher's expansion about 1.96."""
-    if freedom <= len(T_95):
-        return T_95[freedom - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean over seeds, and half the width of its 95 % interval; one run has no interval."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, None
-    return mean, t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def comparison(rows: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Table:
-    """Several runs against each other: (label, the summaries of its seeds) -> a row with means and 95 % intervals.
-
-    Shows the usual measures that any of the summaries has, then all other numbers, such as "validation_loss".
-    """
-    values = [(label, [_compared(summary) for summary in summaries]) for label, summaries in rows]
-    extra = {key for _, seeds in values for seed in seeds for key in seed if _is_result(key, seed[key])}
-    extra -= {key for key, _ in COMPARED.values()}
-    measures = {**COMPARED, **{readable(key): (key, plain) for key in sorted(extra)}}
-    present = {
-        name: measure
-        for name, measure in measures.items()
-        if any(measure[0] in seed for _, seeds in values for seed in seeds)
-    }
-    cells = tuple(
-        (label, str(len(seeds)), *(_mean_cell(label, seeds, key, show) for key, show in present.values()))
-        for label, seeds in values
-    )
-    note = "Mean over seeds and 95 % interval (Student's t)."
-    judged = [name for name in ("Gold", "Judge") if name in present]
-    if judged:
-        opponent = "SFT" if "Gold" in judged else "the reference"
-        note += f" {' and '.join(judged).capitalize()}: win + tie/2 against {opponent}."
-    return Table("Comparison", ("Run", "Seeds", *present), cells, note)
-
-
-def _compared(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """A summary's leaves, with the share of responses that were cut at the limit."""
-    found = dict(leaves(renamed(summary)))
-    return found | ({"cut": 1 - found["finished"]} if found.get("finished") is not None else {})
-
-
-def _is_result(key: str, value: Any) -> bool:
-    """Whether a summary's leaf is a number without a place of its own."""
-    return key.split(".")[0] not in PLACED and isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _mean_cell(label: str, seeds: Sequence[Mapping[str, Any]], key: str, show: Callable[[float], str]) -> str:
-    values = [seed[key] for seed in seeds if key in seed]
-    if not values:
-        return NONE
-    if len(values) != len(seeds):
-        raise ReportError(f"{label}: {len(seeds) - len(values)} of {len(seeds)} summaries have no {key}")
-    mean, half = mean_interval(values)
-    if half is None:
-        return show(mean)
-    number, *unit = show(mean).split(" ")
-    return " ".join([number, "±", show(half).split(" ")[0], *unit])
-
-
-# ------------------------------------------------------------------------------------------------ renderings
-
-
-def to_rich(table: Table) -> Padding:
-    """A table for the terminal; texts are shown as they are, never read as markup."""
-    return Padding(Fitting(table), (0, 0, 1, 0))
-
-
-@dataclasses.dataclass(frozen=True)
-class Fitting:
-    """A table as the terminal shows it: in columns, or a row at a time where it isn't wide enough for these."""
-
-    table: Table
-
-    def __rich_console__(
-        self, console: Console, options: ConsoleOptions
-    ) -> Iterator[rich.table.Table | Text | Padding]:
-        table, columns = self.table, self._columns()
-        wanted = Measurement.get(console, options.update(max_width=10_000), columns).maximum
-        if table.facts or wanted <= options.max_width:
-            yield columns
-            return
-        yield Text(table.title, style="bold")
-        for row in table.rows:
-            named = zip(table.columns[1:], row[1:], strict=True)
-            yield Text(row[0])
-            yield Padding(Text("\n").join(Text(f"{name}: {cell}") for name, cell in named), (0, 0, 0, 2))
-        if table.note:
-            yield Text(table.note, style="dim")
-
-    def _columns(self) -> rich.table.Table:
-        table = self.table
-        shown = rich.table.Table(
-            title=Text(table.title, style="bold"),
-            title_justify="left",
-            caption=Text(table.note, style="dim") if table.note else None,
-            caption_justify="left",
-            box=rich.box.SIMPLE_HEAD,
-            padding=(0, 1),
-            pad_edge=False,
-            collapse_padding=True,
-            show_edge=False,
-            show_header=not table.facts,
-        )
-        for i, name in enumerate(table.columns):
-            justify = "left" if table.left(i) else "right"
-            shown.add_column(Text(name), justify=justify, overflow="fold", no_wrap=not table.facts)
-        for row in table.rows:
-            shown.add_row(*(Text(cell) for cell in row))
-        return shown
-
-
-def to_markdown(table: Table) -> str:
-    """A table for a README."""
-    rule = "|".join("---" if table.left(i) else "---:" for i in range(len(table.columns)))
-    lines = [f"**{_markdown_text(table.title)}**", "", _markdown_row(table.columns), f"|{rule}|"]
-    lines += [_markdown_row(row) for row in table.rows]
-    lines += ["", _markdown_text(table.note)] if table.note else []
-    return "\n".join(lines) + "\n"
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(_markdown_text(cell) for cell in cells) + " |"
-
-
-def _markdown_text(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
-    for mark in "|*`[]":
-        text = text.replace(mark, "\\" + mark)
-    return text
