@@ -347,7 +347,7 @@ def _shapes(cfg: Config, kind: type[Method], source: Source, voice: Voice) -> di
     is_asked = kind.asks or (is_compared and cfg.judge.init == "annotator")
     if is_asked and not cfg.annotator.init.startswith(python.PREFIX):
         found["annotator"] = shape_of(source_of("annotator", cfg.annotator), vocab_size)
-    if is_compared and cfg.judge.init not in ("annotator", "none"):
+    if is_compared and is_model(cfg.judge.init):
         found["judge"] = shape_of(source_of("judge", cfg.judge), vocab_size)
     return found
 
@@ -478,11 +478,17 @@ def _asks(
     return kind(questions, model.cfg, model.params, compute, data.voice.stop_ids)  # type: ignore[arg-type]
 
 
-def check_rows(cfg: Config, mesh: Mesh) -> None:
-    """UserError where several processes have the same rows: each would ask an annotator on the host about them."""
+def is_model(judge: str) -> bool:
+    """Whether config.judge.init names a model of its own."""
+    return judge not in ("annotator", "none") and not judge.startswith(python.PREFIX)
+
+
+def check_rows(cfg: Config, mesh: Mesh, key: str = "annotator") -> None:
+    """UserError where several processes have the same rows: each would ask a function on the host about them."""
     if hosts.are_several() and jax.local_device_count() % mesh.shape["tensor"]:
+        init = getattr(cfg, key).init
         raise UserError(
-            f"config.mesh.tensor={cfg.mesh.tensor} with an annotator on the host, config.annotator.init={cfg.annotator.init!r}: "
+            f"config.mesh.tensor={cfg.mesh.tensor}, and config.{key}.init={init!r} is asked on the host: "
             f"rows lie on devices of several processes, wanted a divisor of the {jax.local_device_count()} devices of each"
         )
 
@@ -525,6 +531,9 @@ def _judge(
     evaluated: tuple[str, ...],
 ) -> tuple[Annotator, str]:
     """Who compares policy and reference in evaluations, and its name for reports."""
+    if cfg.judge.init.startswith(python.PREFIX):
+        check_rows(cfg, mesh, "judge")
+        return python.open_annotator(cfg.judge.init, "judge"), cfg.judge.init
     if cfg.judge.init == "annotator" and (model is None or model.is_reward):  # neither reads an instruction
         assert annotator is not None
         return annotator, _said(source_of("annotator", cfg.annotator))
