@@ -31,6 +31,7 @@ EXTRAS = {
     # torch and transformers: what models from released directories are compared with.
     "test": [
         "beartype",
+        "gguf",
         "kubeflow-trainer-api",  # JobSet's schema as Python types
         "peft",
         "pre-commit",
@@ -42,6 +43,7 @@ EXTRAS = {
         "torch",
         "transformers",
     ],
+    "real": ["gguf", "torch", "transformers"],  # what reads the GGUF file of `make real`
     "lora-quant": ["qwix"],
     "peers": ["torch", "trl"],
     "tpu": ["jax[tpu]"],
@@ -56,6 +58,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["oaif_jax", "oaif_jax.*", "experiments", "experiments.*", "launch", "launch.*"]),
     package_data={
+        "experiments.everyday": ["*.txt", "*.jsonl"],
         "oaif_jax": ["py.typed"],
         "oaif_jax.annotate": ["instructions/*.txt"],
         "oaif_jax.tiny": ["chat_template.jinja", "assets/**/*", "instructions/*.txt"],

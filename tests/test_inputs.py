@@ -484,17 +484,18 @@ def test_another_runs_checkpoint_that_is_gone(tmp_path):
     assert refusal(tmp_path / "run", cfg).startswith(f"config.policy.init='{other}@2': no run there")
 
 
-def test_the_source_of_a_users_annotator(tmp_path, monkeypatch):
+@pytest.mark.parametrize("key", ["annotator", "judge"])
+def test_the_source_of_a_users_annotator(tmp_path, monkeypatch, key):
     """Found as an import would, in the current directory first; nothing is imported, no package around it either."""
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "judges_of_mine" / "__init__.py", "raise AssertionError('imported')\n")
     path = write(tmp_path / "judges_of_mine" / "length.py", "raise AssertionError('imported')\n")
-    cfg = made(annotator__init="python:judges_of_mine.length.longer", judge__init="annotator")
-    assert set(inputs.of(cfg)) == TINY | {"annotator.init"}
+    cfg = made(**{"judge__init": "annotator", f"{key}__init": "python:judges_of_mine.length.longer"})
+    assert f"{key}.init" in set(inputs.of(cfg)) - TINY
     claimed(tmp_path / "run", cfg)
     flip(path)
     said = refusal(tmp_path / "run", cfg)
-    assert said.startswith("config.annotator.init='python:judges_of_mine.length.longer': length.py has changed (")
+    assert said.startswith(f"config.{key}.init='python:judges_of_mine.length.longer': length.py has changed (")
     path.unlink()
     assert "length.py is gone" in refusal(tmp_path / "run", cfg)
     assert not any(name.startswith("judges_of_mine") for name in sys.modules)
