@@ -40,7 +40,7 @@ def get_config(argument: str = "annotator") -> ConfigDict:
     config.data.train_posts = 0
     config.data.batch = 8
     config.data.prompt_tokens = 56
-    config.data.response_tokens = 48
+    config.data.response_tokens = 40
     config.sample.temperature = 0.7
     config.optimizer.warmup = 5
     config.mesh.cpu_devices = 1
@@ -49,9 +49,10 @@ def get_config(argument: str = "annotator") -> ConfigDict:
     if config.method == "annotator":
         config.steps = 40
         config.data.name, config.data.path = "pairs", f"{HOME}/data/judged"
-        config.optimizer.lr = 1e-3
+        config.optimizer.lr, config.optimizer.schedule = 1e-3, "constant"
         config.eval.best = "validation_loss"
-        config.eval.every = config.checkpoint.every = 20
+        config.eval.every = 40
+        config.checkpoint.every = 10
         return config.lock()
     (name,) = names
     config.steps = 30
