@@ -49,6 +49,7 @@ from oaif_jax.stored.open import POLICY, Model, Source, open_model, voice_of
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EVERYDAY = ROOT / "experiments" / "everyday"
 METHODS = ("online", "offline")
+TAUGHT = ("brief", "personal")  # instructions by which policies are trained; the annotator learns all of rules.RULES
 SPARE = (
     2  # tokens that a drawn answer is shorter than the limit: its end, and what it has more of when it is read again
 )
@@ -90,9 +91,8 @@ def everything(work: Work, console: Console) -> None:
     with Watch(console):
         write_data(work, settings)
     train.run(work.config("annotator"), work.run("annotator"), console=console)
-    for name in rules.RULES:
-        for method in METHODS:
-            train.run(work.config(f"{method},{name}"), work.run(f"{method},{name}"), console=console)
+    for member in policies():
+        train.run(work.config(member), work.run(member), console=console)
     with Watch(console):
         likelihoods = text_likelihoods(work)
     shown = [annotator_table(work), policy_table(work, likelihoods), samples_table(work)]
@@ -121,9 +121,8 @@ def write_data(work: Work, settings: config.Config) -> None:
     for split, count in bounds.items():
         part, start = drawn[start : start + count], start + count
         write(work.data / "prompts" / f"{split}.jsonl", [{"prompt": each["prompt"]} for each in part])
-        labelled = {name: list(pairs(part, name, every=split != "train")) for name in rules.RULES}
-        for name, lines in labelled.items():
-            write(work.data / name / f"{split}.jsonl", lines)
+        for name in rules.RULES:
+            write(work.data / name / f"{split}.jsonl", list(pairs(part, name, every=split != "train")))
         judged = [
             {"instruction": f"experiments/everyday/{name}.txt", **line}
             for name in rules.RULES
@@ -225,7 +224,7 @@ def text_likelihood(model: Model, settings: config.Config) -> float:
 
 def policies() -> list[str]:
     """The runs of policies, as members of the experiment."""
-    return [f"{method},{name}" for name in rules.RULES for method in METHODS]
+    return [f"{method},{name}" for name in TAUGHT for method in METHODS]
 
 
 def annotator_table(work: Work) -> tables.Table:
@@ -263,13 +262,12 @@ def policy_table(work: Work, likelihoods: Mapping[str, float]) -> tables.Table:
         run = load(work.run(member))
         found = run.summary
         start = start or (found["reference_length"], found["reference_finished"])
-        judge, greedy = found["judge"], found["greedy"]["judge"]
+        judge = found["judge"]
         rows.append(
             (
                 f"{name}, {method}",
-                percent(judge["score"]),
+                *(percent(judge[key]) for key in ("win", "tie", "loss", "score")),
                 percents(*judge["interval"]),
-                percent(greedy["score"]),
                 decimal(found["mean_length"]),
                 percent(found["finished"]),
                 decimal(found["log_ratio"]),
@@ -277,20 +275,19 @@ def policy_table(work: Work, likelihoods: Mapping[str, float]) -> tables.Table:
             )
         )
     assert start is not None
-    rows.insert(
-        0, ("start policy", NONE, NONE, NONE, decimal(start[0]), percent(start[1]), NONE, decimal(likelihoods["start"]))
-    )
+    began = (*(NONE,) * 5, decimal(start[0]), percent(start[1]), NONE, decimal(likelihoods["start"]))
+    rows.insert(0, ("start policy", *began))
     columns = (
-        *("Policy", "Win + tie/2 by the rule", "95 % interval", "Greedy", "Tokens", "Ends"),
+        *("Policy", "Win", "Tie", "Loss", "Win + tie/2", "95 % interval", "Tokens", "Ends"),
         *("KL to the start", "Ordinary text, nats a token"),
     )
-    title = f"Against the start policy, {run.summary['prompts']} test prompts"
+    title = f"Against the start policy by the rule, {run.summary['prompts']} test prompts"
     return tables.Table(title, columns, tuple(rows))
 
 
 def samples_table(work: Work, count: int = 3) -> tables.Table:
     """Test prompts, evenly spaced, with the answers of the start policy and of each online policy."""
-    runs: dict[str, Run] = {name: load(work.run(f"online,{name}")) for name in rules.RULES}
+    runs: dict[str, Run] = {name: load(work.run(f"online,{name}")) for name in TAUGHT}
     first = next(iter(runs.values())).last_samples
     rows = []
     for at in tables.evenly(count, len(first)):

@@ -48,6 +48,7 @@ TINY = {
 def test_the_path_in_miniature(tmp_path, monkeypatch):
     """A random model of two layers by one rule: drawn, labelled, trained and compared; once more, and nothing is made again."""
     monkeypatch.setattr(rules, "RULES", {"plain": rules.plain})
+    monkeypatch.setattr(real, "TAUGHT", ("plain",))
     monkeypatch.setattr(real, "SPARE", 60)  # random bytes are more tokens when they are read again
     monkeypatch.chdir(ROOT)
     model = hf_dirs.write(tmp_path / "model", "llama")
