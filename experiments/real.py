@@ -44,14 +44,14 @@ def get_config(argument: str = "annotator") -> ConfigDict:
     config.optimizer.warmup = 5
     config.mesh.cpu_devices = 1
     if config.method == "annotator":
-        config.data.batch = 8
+        config.data.batch = 4
         config.eval.prompts, config.eval.final_prompts = 32, 64
-        config.steps = 40
+        config.steps = 90
         config.data.name, config.data.path = "pairs", f"{HOME}/data/judged"
-        config.optimizer.lr, config.optimizer.schedule = 1e-3, "constant"
+        config.optimizer.lr = 2e-3
         config.eval.best = "validation_loss"
-        config.eval.every = 40
-        config.checkpoint.every = 10
+        config.eval.every = 90
+        config.checkpoint.every = 30
         return config.lock()
     (name,) = names
     config.steps = 30

@@ -61,7 +61,8 @@ def _write(file: pathlib.Path, made: pathlib.Path) -> None:
             said = str(error).strip().splitlines()[:1] or [""]
             raise UserError(f"transformers can't read {file} ({type(error).__name__}: {said[0]})") from error
         config = read.config
-        del config.quantization_config  # what is written is no GGUF any more, and transformers refuses to write one
+        # What is written is no GGUF any more, and transformers refuses to write one.
+        del config.quantization_config  # type: ignore[attr-defined]
         plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         plain.load_state_dict(read.state_dict())
         plain.save_pretrained(made)
