@@ -120,9 +120,7 @@ class Annotator:
 class Judge:
     """The model that compares the policy with the reference in evaluations; it takes no part in training."""
 
-    init: str = (
-        "tiny:judge"  # as policy.init, python:MODULE.FUNCTION, annotator (the same), or none; tiny's: trained apart
-    )
+    init: str = "tiny:judge"  # as policy.init, python:MODULE.FUNCTION, annotator (that model), or none
     path: str = ""  # as policy.path
     chat: str = "auto"  # as policy.chat
     chat_args: Annotated[str, assignments] = ""  # as policy.chat_args
