@@ -14,7 +14,7 @@ export WORKDIR
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart real test check lint format-check types format assets clean fresh-workdir
+.PHONY: help quickstart real test test-all check lint format-check types format assets clean fresh-workdir
 
 help:  ## this list
 	@echo "make TARGET [PYTHON=python3.12] [ARGS=...], where TARGET is"
@@ -27,8 +27,11 @@ real: $(VENV)/installed-real  ## SmolLM2 learns to judge and is aligned by it, i
 	$(BIN)/python -m launch.real --workdir="$(WORKDIR)" $(ARGS)
 
 # A process for each core, up to 4 GB each; the tests of a file stay together, since they share what is slow to make.
-test: $(VENV)/installed-test  ## all tests, in WORKERS=2 processes, or ARGS="tests/test_losses.py -k dpo"
+test: $(VENV)/installed-test  ## the tests but for slow ones, in WORKERS=2 processes, or ARGS="tests/test_losses.py -k dpo"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+test-all: ARGS += --all
+test-all: test  ## all tests, as CI runs them
 
 check: lint format-check types  ## lint, format check and types
 
@@ -55,7 +58,7 @@ clean:  ## removes .venv, caches and build files; keeps runs
 
 # XLA on CPU was 1.3 times faster with huge pages, which glibc's malloc asks for only when told (a gradient step on two
 # cores: 1.27 s instead of 1.7 s). Other C libraries ignore this.
-quickstart real test assets: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+quickstart real test test-all assets: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 # --- the environment: made once, and installed into again when setup.py or constraints.txt has changed
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from experiments import family
 
 LOSSES = ("dpo", "ipo", "slic")
+SMALLER = {"xs": 2, "s": 3}  # layers of smaller annotators
 MEMBERS = {
     **{
         f"tldr,online,{loss}": f"online {loss}: a language model prefers one of two samples, at every step"
@@ -29,6 +30,7 @@ MEMBERS = {
     "tldr,rlhf": "REINFORCE on the reward model of the offline pairs (annotator.init: a run of tldr,reward)",
     "tldr,rlaif": "REINFORCE on the annotator's reward model (annotator.init: a run of tldr,reward,ai)",
     "annotator": "the annotator: one model that judges pairs under several instructions",
+    **{f"annotator,{size}": f"the same with {layers} layers in place of 5" for size, layers in SMALLER.items()},
     "judge": "the judge: as the annotator, trained apart with another seed, for evaluations only",
 }
 ONLINE_BETA = {"dpo": 0.03, "ipo": 0.05, "slic": 0.02}
@@ -69,6 +71,8 @@ def get_config(argument: str = "tldr,online,dpo") -> ConfigDict:
             config.annotator.init = {"rlhf": "runs/reward", "rlaif": "runs/reward_ai"}[name]
         case ["annotator"]:
             _judging(config, layers=5)
+        case ["annotator", size]:
+            _judging(config, layers=SMALLER[size])
         case ["judge"]:
             _judging(config, layers=6)
             config.seed = 1

@@ -22,7 +22,7 @@ from oaif_jax.base.phases import phase
 
 if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
     options.define("workdir", "runs/assets", options.DIR, "where the stages are trained")
-    stages = options.choice(("tokenizer", "sft", "annotator", "judge", "pairs"))
+    stages = options.choice(("tokenizer", "sft", "annotator", "judge", "annotator_xs", "annotator_s", "pairs"))
     options.define("only", None, stages, "one stage; else all of them")
     cli.parse()
     cli.import_jax()
@@ -102,6 +102,9 @@ FURTHER = {
     "judge": (Further(3, 500, (Learner(112, 0, lr=4e-3), Learner(113, 1, lr=2e-3, beta=0.01))),),
 }
 ANSWERED = {"annotator": range(512), "judge": range(512, 1024)}  # training posts that its learners answer
+# Smaller annotators, and the seeds of their trainings on the candidates that the annotator ended with.
+SMALLER = {"annotator_xs": 5, "annotator_s": 6}
+SMALLER_STEPS = sum(further.steps for further in FURTHER["annotator"])
 FRESH_SEED = 987  # of pairs that no model was trained on
 CHUNK = 128  # posts that are answered at a time
 KEPT = 40  # steps between the checkpoints at which they do
@@ -143,12 +146,32 @@ def build_annotator(name: str, workdir: pathlib.Path) -> None:
     save_annotator(name, run, candidates, described)
 
 
+def build_smaller(name: str, workdir: pathlib.Path) -> None:
+    """NAME.safetensors, and its agreement with gold by kind: fewer layers, trained from scratch as the annotator, then as long as
+    that one on the candidates that it ended with."""
+    file = f"experiments/tiny.py:annotator,{name.removeprefix('annotator_')}"
+    train.run(cli.load_config(file), workdir / f"{name}_0")
+    config = cli.load_config(file)
+    overrides = {"policy.init": trained(name, 0, workdir), "data.candidates": "tiny:annotator_candidates"}
+    overrides |= {"seed": SMALLER[name], "steps": SMALLER_STEPS, "optimizer.warmup": 40}
+    cli.override(config, {key: str(value) for key, value in overrides.items()})
+    train.run(config, workdir / f"{name}_1")
+    stored = save_last(name, workdir / f"{name}_1")
+    (ASSETS / f"{name}_recipe.json").write_text(json.dumps({"agreement": by_kind(stored, {})}, indent=2) + "\n")
+
+
+def save_last(name: str, run: pathlib.Path) -> Model:
+    """NAME.safetensors: what a run ended with; as it is read again."""
+    _, step, last = stored_model(run, "last")
+    single.save(
+        ASSETS / f"{name}.safetensors", last.params, last.cfg, f"python -m launch.assets --only={name} (step {step})"
+    )
+    return dataclasses.replace(last, params=single.load(ASSETS / f"{name}.safetensors")[0])
+
+
 def save_annotator(name: str, run: pathlib.Path, candidates: pathlib.Path, learners: list[dict]) -> None:
     """An annotator as an asset, with its candidates, who wrote them, and its agreement with gold by kind."""
-    _, step, last = stored_model(run, "last")
-    recipe = f"python -m launch.assets --only={name} (step {step})"
-    single.save(ASSETS / f"{name}.safetensors", last.params, last.cfg, recipe)
-    stored = dataclasses.replace(last, params=single.load(ASSETS / f"{name}.safetensors")[0])
+    stored = save_last(name, run)
     (ASSETS / f"{name}_candidates.jsonl.gz").write_bytes(candidates.read_bytes())
     described = {
         "posts": [ANSWERED[name].start, ANSWERED[name].stop],
@@ -312,6 +335,7 @@ STAGES: dict[str, Callable[[pathlib.Path], None]] = {
     "tokenizer": build_tokenizer,
     "sft": functools.partial(build_model, "sft"),
     **{name: functools.partial(build_annotator, name) for name in FURTHER},
+    **{name: functools.partial(build_smaller, name) for name in SMALLER},
     "pairs": build_pairs,
 }
 

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from launch import bench_count
 from launch.asked import TemplateAnnotator
-from oaif_jax import config, train
+from oaif_jax import config
 from oaif_jax.annotate.orders import Template
 from oaif_jax.config import Config, ConfigError, Shape, at_least
 from oaif_jax.methods.base import Models
@@ -22,6 +22,7 @@ from oaif_jax.methods.pairs import loss_of
 from oaif_jax.models import sharding, transformer
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.rollout import Sampler, named_key
+from oaif_jax.run.schedule import optimizer_config
 from oaif_jax.run.setup import compute_of
 from oaif_jax.step import Step
 from oaif_jax.types import Batch, Prompts
@@ -137,7 +138,7 @@ def arena(bench: Bench) -> Arena:
     cfg = bench.cfg
     mesh = bench.mesh
     sharding.check_batch(cfg.data.batch, 1, mesh)
-    tx = optim.optimizer(train.optimizer_config(cfg))
+    tx = optim.optimizer(optimizer_config(cfg))
     key = jax.random.key(cfg.seed)
 
     def random(name: str, shape: ModelConfig) -> PyTree:

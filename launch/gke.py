@@ -16,7 +16,6 @@ xpk has queues and looks at the cluster first: --xpk prints the same run as a co
 
 import math
 import pathlib
-import re
 import shlex
 import subprocess
 import sys
@@ -25,24 +24,11 @@ from typing import Any
 
 from absl import flags
 
+from launch.tpus import KINDS, MOUNT, NAMED, RESTARTED, accelerator_type, check_arguments, check_topology
 from oaif_jax.base import cli, files, options
-from oaif_jax.base.errors import UserError, near
+from oaif_jax.base.errors import UserError
 
-# Kind -> GKE's label, and xpk's prefix with how it counts ("chips", or "cores": two to a chip).
-KINDS = {
-    "v4": ("tpu-v4-podslice", "v4", "cores"),
-    "v5e": ("tpu-v5-lite-podslice", "v5litepod", "chips"),
-    "v5p": ("tpu-v5p-slice", "v5p", "cores"),
-    "v6e": ("tpu-v6e-slice", "v6e", "chips"),
-    "7x": ("tpu7x", "tpu7x", "cores"),
-}
-SHAPES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # of v5e and v6e
-PARTS = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4")  # of the others' 4x4x4
 CHIPS = 4  # of a host in a slice of several
-# 128 + a signal: it was ended (143, with a checkpoint), killed or has crashed, on its own host or because another one was gone.
-RESTARTED = tuple(range(128, 256))
-MOUNT = "/runs"
-LONGEST = 28  # characters of a name: pods' names are made of it
 
 
 def job_set(
@@ -128,48 +114,12 @@ def commands(
 def xpk_command(*, name: str, cluster: str, project: str, zone: str, topology: str, slices: int, image: str, restarts: int,
                 grace: int, command: Sequence[str]) -> list[str]:  # fmt: skip
     """The same run by xpk."""
-    kind, shape = topology.split(":")
-    _, prefix, counted = KINDS[kind]
-    count = math.prod(map(int, shape.split("x"))) * (2 if counted == "cores" else 1)
     return [
         "xpk", "workload", "create", f"--workload={name}", f"--cluster={cluster}", f"--project={project}", f"--zone={zone}",
-        f"--tpu-type={prefix}-{count}", f"--num-slices={slices}", f"--docker-image={image}", f"--max-restarts={restarts}",
+        f"--tpu-type={accelerator_type(topology)}", f"--num-slices={slices}", f"--docker-image={image}",
+        f"--max-restarts={restarts}",
         f"--termination-grace-period-seconds={grace}", f"--command={shlex.join(command)}",
     ]  # fmt: skip
-
-
-def check_topology(text: str) -> None:
-    """UserError for TPUs that aren't known."""
-    kind, _, shape = text.partition(":")
-    if kind not in KINDS:
-        raise UserError(f"--topology={text}: there's no TPU {kind!r}{near(kind, KINDS)}")
-    flat = 2 if kind in ("v5e", "v6e") else 3
-    if not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{flat - 1}}}", shape):
-        raise UserError(f"--topology={text}: wanted {flat} sizes, such as {'v5e:4x4' if flat == 2 else 'v5p:4x4x4'}")
-    sizes = [int(size) for size in shape.split("x")]
-    if flat == 2 and shape not in SHAPES:
-        raise UserError(f"--topology={text}: there's no such slice, wanted one of {', '.join(SHAPES)}")
-    # Cubes of 4 x 4 x 4 are joined; what is smaller is a part of one.
-    if flat == 3 and shape not in PARTS and (any(size % 4 for size in sizes) or sizes != sorted(sizes)):
-        wanted = f"{', '.join(PARTS)}, or multiples of 4, ascending"
-        raise UserError(f"--topology={text}: there's no such slice, wanted {wanted}")
-
-
-def _name(text: str) -> str:
-    if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", text) or len(text) > LONGEST:
-        raise ValueError
-    return text
-
-
-def check_arguments(arguments: Sequence[str]) -> None:
-    """UserError for a trainer's arguments that can't go on in another pod."""
-    workdirs = [text.split("=", 1)[1] for text in arguments if re.match(r"--?workdir=", text)]
-    if len(workdirs) != 1 or not workdirs[0].startswith(f"{MOUNT}/"):
-        given = f"--workdir={workdirs[0]}" if workdirs else "no --workdir"
-        raise UserError(f"{given} behind --: wanted one in {MOUNT}/, the volume that outlives the pods")
-    if not any(re.match(r"--?config=", text) for text in arguments):
-        raise UserError("behind -- stand the trainer's arguments, wanted --config=FILE among them")
-    cli.check_config(arguments)
 
 
 def main() -> None:
@@ -181,8 +131,7 @@ def main() -> None:
         def asked(name: str, wanted: str, kind: options.Kind = options.TEXT, default: Any = None) -> flags.FlagHolder:
             return options.define(name, default, kind, wanted, required=default is None, values=values)
 
-        named = options.Kind("NAME", f"small letters, digits and hyphens, at most {LONGEST}", _name)
-        name = asked("name", "the run's name in the cluster", named)
+        name = asked("name", "the run's name in the cluster", NAMED)
         cluster, project, zone = (asked(each, f"the {each}") for each in ("cluster", "project", "zone"))
         topology = asked("topology", "the TPUs, such as v5e:4x4", options.Kind("KIND:SHAPE", "", str))
         image, volume = asked("image", "the image's name"), asked("volume", f"the claim that is mounted at {MOUNT}")
@@ -211,10 +160,10 @@ def main() -> None:
             for line in lines:
                 print(shlex.join(line), flush=True)
                 if what == "the run" and not is_dry.value:
-                    _call(line)
+                    call(line)
 
 
-def _call(command: list[str]) -> None:
+def call(command: list[str]) -> None:
     try:
         subprocess.run(command, check=True)
     except (OSError, subprocess.CalledProcessError) as error:

@@ -173,7 +173,7 @@ def shown(path: pathlib.Path) -> Iterator[None]:
 
 def workdir_of(arguments: Sequence[str]) -> pathlib.Path:
     """The --workdir among a trainer's arguments."""
-    given = [text.split("=", 1)[1] for text in arguments if re.match(r"--?workdir=", text)]
+    given = cli.given(arguments, "workdir")
     if len(given) != 1:
         raise UserError("behind -- stand the trainer's arguments, wanted --workdir=DIR among them, once")
     return pathlib.Path(given[0]).expanduser()

@@ -55,7 +55,7 @@ from jaxtyping import PyTree
 
 from launch import bench_count, hlo, hlo_report
 from launch.asked import TemplateAnnotator
-from oaif_jax import config, methods, train
+from oaif_jax import config, methods
 from oaif_jax.annotate.orders import Template
 from oaif_jax.annotate.prompts import read_instruction
 from oaif_jax.base.files import atomic_write_json
@@ -65,6 +65,7 @@ from oaif_jax.methods.base import Method, Models
 from oaif_jax.models import sharding
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.rollout import Sampler
+from oaif_jax.run.schedule import optimizer_config
 from oaif_jax.run.setup import compute_of
 from oaif_jax.step import Frozen, Step, train_step
 from oaif_jax.stored import hf
@@ -181,7 +182,8 @@ def step_of(planned: Planned, mesh: Mesh) -> Step:
     sampler = Sampler(sampled.temperature, sampled.top_k, sampled.top_p, limit, policy.stop_ids, pad_id=0)
     models, asked = Models(policy.cfg, policy.cfg, compute), None
     if planned.annotator is not None:
-        asked = TemplateAnnotator(planned.template, planned.annotator.cfg, compute, sampler.stop_ids)
+        theirs = compute_of(cfg, annotators_mesh(planned, mesh))
+        asked = TemplateAnnotator(planned.template, planned.annotator.cfg, theirs, sampler.stop_ids)
     own = sampled.reference_temperature
     return Step(
         method_of(cfg),
@@ -192,6 +194,12 @@ def step_of(planned: Planned, mesh: Mesh) -> Step:
         cfg.optimizer.accumulate,
         None if own < 0 else dataclasses.replace(sampler, temperature=own),
     )
+
+
+def annotators_mesh(planned: Planned, mesh: Mesh) -> Mesh:
+    """How the annotator lies on the same devices."""
+    own = planned.cfg.mesh
+    return sharding.annotators_mesh(mesh, own.annotator_fsdp, own.annotator_tensor)
 
 
 def state_of(planned: Planned, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -210,7 +218,12 @@ def arguments(
     key = jax.eval_shape(lambda: jax.random.key(0))
     return (
         state_of(planned, tx, mesh),
-        {name: on(tree, sharding.param_shardings(tree, mesh)) for name, tree in trees.items()},
+        {
+            name: on(
+                tree, sharding.param_shardings(tree, annotators_mesh(planned, mesh) if name == "annotator" else mesh)
+            )
+            for name, tree in trees.items()
+        },
         batch_of(planned, mesh),
         on(key, sharding.replicated(mesh)),
     )
@@ -220,7 +233,7 @@ def lower(planned: Planned, mesh: Mesh) -> jax.stages.Lowered:
     """The training step, traced for a mesh, whose devices need not be here."""
     cfg = planned.cfg
     sharding.check_batch(cfg.data.batch, cfg.optimizer.accumulate, mesh)
-    tx = optim.optimizer(train.optimizer_config(cfg))
+    tx = optim.optimizer(optimizer_config(cfg))
     given = arguments(planned, tx, mesh)
     take = jax.jit(
         functools.partial(train_step, step=step_of(planned, mesh), tx=tx),

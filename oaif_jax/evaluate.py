@@ -37,8 +37,9 @@ from oaif_jax.evals.of_run import Evaluations, described
 from oaif_jax.models import hosts, sharding
 from oaif_jax.report import Run, Sample, tables
 from oaif_jax.run import resume
+from oaif_jax.run.asked import EVALUATED
 from oaif_jax.run.log import json_lines
-from oaif_jax.run.setup import EVALUATED, open_setup
+from oaif_jax.run.setup import open_setup
 from oaif_jax.stored.open import checkpoint_step, read_run
 
 MOST = 1_000_000  # prompts

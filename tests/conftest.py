@@ -4,8 +4,10 @@ The settings are environment variables, set before the first import of jax, so t
 too; one that is to see a single device takes DEVICES_FLAG out of its XLA_FLAGS.
 """
 
+import gc
 import os
 import pathlib
+import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEVICES = 8
@@ -52,9 +54,45 @@ FILTERS = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all", action="store_true", help="the slow tests, too; they also run where a file or a test is named"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     for line in FILTERS:
         config.addinivalue_line("filterwarnings", line)
+    config.addinivalue_line("markers", "slow: left out of `make test`; `make test-all` and a file's name bring it back")
+    is_worker = hasattr(config, "workerinput")  # which has the first process' options, and always arguments
+    if not is_worker and config.args_source is pytest.Config.ArgsSource.ARGS:
+        config.option.all = True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.all:
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if not config.option.all:
+        terminalreporter.write_line("slow tests were left out: `make test-all` has them")
+
+
+MOST = 3 * 2**30  # bytes that a process keeps of programs it has compiled
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room():
+    """Programs of the files before are given up where they take much memory: few are used again."""
+    yield
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) if sys.platform == "linux" else 0
+    if pages * os.sysconf("SC_PAGE_SIZE") > MOST:
+        jax.clear_caches()
+        gc.collect()
 
 
 # A finished run's figures take two seconds, and there are 150 runs: these files' own are drawn, the others' are one pixel.

@@ -99,6 +99,7 @@ def run(home, workdir, member="annotator", **changes):
 # ------------------------------------------------------------------------------------------------ rows and answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chat", ["auto", "none"])
 @pytest.mark.parametrize("name", ["llama", "gemma"])
 def test_answers_are_read_where_the_annotator_reads_them(home, name, chat):
@@ -290,6 +291,7 @@ def test_a_run_learns_a_rule_and_says_how_far_it_can_be_trusted(learned):
         sample.run(workdir, "Which dog?")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("origin", ["run", "export"])
 def test_what_it_learned_it_says_as_the_annotator(home, learned, tmp_path, origin):
     """The finished run, and its export: a step of an online run, and its preferences on pairs that it wasn't trained on."""
@@ -311,10 +313,19 @@ def test_what_it_learned_it_says_as_the_annotator(home, learned, tmp_path, origi
     assert says.mean() > 0.9
     assert np.asarray(found.mass).min() > 0.5
     if origin == "run":
-        summary, _ = run(home, tmp_path / "online", "online", **changes)
+        summary, shown = run(home, tmp_path / "online", "online", **changes)
         assert summary["steps"] == 1
+        assert "learned to judge by" not in shown
+        other = setup_of(home, "online", **changes | {"annotator__instruction": "harmless"})
+        (note,) = (note for note in other.notes if "learned to judge by" in note)
+        assert note.startswith(
+            f"config.annotator.init='{workdir}' learned to judge by {home / 'dog.txt'}, {home / 'other.txt'}"
+        )
+        assert "is asked by" in note
+        assert "harmless.txt (config.annotator.instruction)" in note
 
 
+@pytest.mark.slow
 def test_additions_are_trained_and_a_run_goes_on_bit_for_bit(home, tmp_path):
     """Under LoRA, one step and then another against two."""
     changes = {"policy__lora__rank": 2, "optimizer__lr": "1e-2"}

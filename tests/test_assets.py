@@ -46,6 +46,7 @@ def test_the_tokenizer_is_what_its_recipe_makes(tmp_path):
 
 
 # The judge is asked for less: where its orders disagree, its verdict is a tie.
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "least"), [("annotator", 0.85), ("judge", 0.8)])
 def test_annotators_agree_with_gold_and_with_themselves(name, least):
     asked = model(name)
@@ -67,6 +68,7 @@ def test_annotators_agree_with_gold_and_with_themselves(name, least):
         assert agreed["order_agreement"] >= least, instruction
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "other"), [("annotator", "judge"), ("judge", "annotator")])
 def test_annotators_know_degenerate_text(name, other):
     """On fresh pairs of some kinds, and on what the other one's learners wrote; all kinds are in the recipes."""

@@ -279,10 +279,12 @@ def report(named) -> dict:
         return bench.run(made, repeats=2)
 
 
+@pytest.mark.slow
 def test_rounds_are_counted_while_they_take_long(report, named):
     assert named == [("measuring", done) for done in (0, 1, 2)]
 
 
+@pytest.mark.slow
 def test_report_has_everything(report):
     assert json.loads(json.dumps(report)) == report
     assert list(report["phases"]) == [name for name in bench.PHASES if name != "step"]
@@ -306,6 +308,7 @@ def test_report_has_everything(report):
     )
 
 
+@pytest.mark.slow
 def test_parts_make_the_whole(report):
     phases, whole = report["phases"], report["step"]
     parts = [phases[name] for name in bench.PHASES["step"]]
@@ -319,6 +322,7 @@ def test_parts_make_the_whole(report):
     assert whole["tokens"] == 8 * (16 + 2 * 3)
 
 
+@pytest.mark.slow
 def test_floor_is_below_what_was_measured(report):
     """Of what is measured by itself; a difference of two may be anything when both take a millisecond."""
     for of in (report["step"], *(report["phases"][name] for name in ("sample", "annotate", "reference", "optimizer"))):
@@ -326,6 +330,7 @@ def test_floor_is_below_what_was_measured(report):
         assert of["ratio"] > 1 > of["utilisation"]
 
 
+@pytest.mark.slow
 def test_table(report):
     shown = io.StringIO()
     bench.show(report, Console(file=shown, width=100))

@@ -18,6 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 DPO = "--config=experiments/tiny.py:tldr,online,dpo"
 JOINED = "distributed coordinator processes process"
 CLUSTER = "name cluster project zone topology image volume"
+VMS = "name project zone topology image share"
 
 # Program -> the file that holds its docstring, its required flags, its other flags, and arguments that it would take.
 PROGRAMS = {
@@ -64,6 +65,12 @@ PROGRAMS = {
         CLUSTER,
         "slices restarts grace out dry-run xpk",
         tuple(f"--{each}=x" for each in CLUSTER.split()),
+    ),
+    "launch.queued": (
+        "launch/queued.py",
+        VMS,
+        "restarts grace out dry-run spot",
+        tuple(f"--{each}=x" for each in VMS.split()),
     ),
     "launch.plan": ("launch/plan.py", "config", "topology out hlo", (DPO,)),
 }

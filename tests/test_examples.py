@@ -50,6 +50,7 @@ def first_loss(where: pathlib.Path) -> float:
     return json.loads((where / "runs" / "it" / "metrics.jsonl").read_text().splitlines()[1])["loss"]
 
 
+@pytest.mark.slow
 def test_a_loss(copy):
     """At the start h is 0, and exp(0) = 1."""
     where = copy("a_loss.diff")
@@ -58,6 +59,7 @@ def test_a_loss(copy):
     assert first_loss(where) == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_loss_with_a_number(copy):
     """-log sigmoid(-1) at the start; and a loss that has no such number refuses it."""
     where = copy("a_loss_with_a_number.diff")
@@ -77,6 +79,7 @@ def test_a_loss_with_a_number(copy):
     assert done.stderr == "error: config.loss.offset=1.0: the loss dpo doesn't take it\n"
 
 
+@pytest.mark.slow
 def test_a_method(copy):
     """Four samples of the policy, in three rounds of two steps each."""
     where = copy("a_method.diff")
@@ -103,6 +106,7 @@ class Longest(http.server.BaseHTTPRequestHandler):
         """Says nothing."""
 
 
+@pytest.mark.slow
 def test_an_annotator_behind_http(copy):
     where = copy()
     shutil.copy(EXAMPLES / "http_annotator.py", where)

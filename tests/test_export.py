@@ -97,6 +97,7 @@ def share_lost(before, after, held) -> float:
 # ------------------------------------------------------------------------------------------------ additions
 
 
+@pytest.mark.slow
 def test_an_export_of_additions_holds_them_all(home, added):
     """At float32 the file holds base and additions; a sum in the base's type would have lost most of them."""
     workdir, _ = added
@@ -118,6 +119,7 @@ def test_an_export_of_additions_holds_them_all(home, added):
     assert share_lost(flat(base), flat(expected["layers"]), flat(rounded)) > 0.5
 
 
+@pytest.mark.slow
 def test_what_is_sampled_is_base_and_additions(home, added):
     """As in training: the base in its type, the additions beside it, nothing summed."""
     workdir, summary = added
@@ -136,6 +138,7 @@ def first_lines(workdir) -> list[dict]:
     return [line for line in found if line["kind"] == "train"]
 
 
+@pytest.mark.slow
 def test_the_same_additions_are_trained_further(home, added, tmp_path):
     """The next run begins with base and additions as they were, which are its reference too; that holds after a stop."""
     workdir, _ = added
@@ -154,6 +157,7 @@ def test_the_same_additions_are_trained_further(home, added, tmp_path):
     assert cfg.lora_scale == 2.0
 
 
+@pytest.mark.slow
 def test_other_additions_say_what_merging_loses(home, added):
     workdir, _ = added
     changes = {**LOW, **ADDED, "policy__lora__rank": "2", "policy__init": f"{workdir}@last", "policy__path": ""}
@@ -166,6 +170,7 @@ def test_other_additions_say_what_merging_loses(home, added):
     np.testing.assert_allclose(our_logits(exact.policy.whole(exact.policy.params), exact.policy.cfg), start, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_full_training_begins_with_all_that_was_added(home, added):
     """And as an annotator, reference or judge the run is its base with its additions."""
     workdir, _ = added
@@ -180,6 +185,7 @@ def test_full_training_begins_with_all_that_was_added(home, added):
     assert annotator.cfg.lora_scale == 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_quantised_base_keeps_its_bits(home, kind, tmp_path):
     """Sampled and trained further without merging; exported as the sums of what the codes stand for."""
@@ -234,6 +240,7 @@ def save_random_adapter(directory, source: hf.HFModel, targets: tuple[str, ...],
     return low
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "targets"),
     [
@@ -266,6 +273,7 @@ def test_peft_computes_what_the_merged_model_does(name, targets, tmp_path):
     assert np.abs(plain - expected).max() > 1e-2 * scale
 
 
+@pytest.mark.slow
 def test_the_adapter_of_a_run(home, added, tmp_path):
     workdir, _ = added
     old = os.umask(0o027)
@@ -305,6 +313,7 @@ def test_the_default_loses_nothing_and_bfloat16_says_what(home, tmp_path):
     assert f"bfloat16 can't hold {share:.1%} of what training changed" in said
 
 
+@pytest.mark.slow
 def test_what_was_exported_is_evaluated(home, added, tmp_path):
     """In float32 it gives what the policy gave; in bfloat16 what that rounds to, in the same tables."""
     _, summary = added

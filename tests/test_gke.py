@@ -10,7 +10,7 @@ import sys
 import pytest
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
-from launch import gke
+from launch import gke, tpus
 from oaif_jax.base.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -107,7 +107,7 @@ def test_restarts_as_xpk_has_them():
 )
 def test_unknown_tpus(topology, said):
     with pytest.raises(UserError, match=re.escape(said)):
-        gke.check_topology(topology)
+        tpus.check_topology(topology)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_unknown_tpus(topology, said):
 )
 def test_arguments_that_outlive_no_pod(arguments, said):
     with pytest.raises(UserError, match=re.escape(said)):
-        gke.check_arguments(arguments)
+        tpus.check_arguments(arguments)
 
 
 def test_a_dry_run(tmp_path):

@@ -288,6 +288,7 @@ def test_a_broken_run_says_so_everywhere(follower, tmp_path):
     assert "healthy: no check was crossed (not made: position)" in said
 
 
+@pytest.mark.slow
 def test_a_run_stops_where_it_is_told_to(follower, tmp_path):
     """With a checkpoint of the steps that were taken; it stays stopped, and without the name it goes on as if it hadn't been."""
     workdir, whole = tmp_path / "run", tmp_path / "whole"

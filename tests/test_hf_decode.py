@@ -27,6 +27,7 @@ def generate(model, prompts: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return found[:, prompts.shape[1] :].numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mistral", "phi3", "gemma2", "gemma3", "qwen2", "qwen3", "gpt_neox"])
 def test_greedy_tokens(name, tmp_path):
     """Prompts are longer than the windows, so that local layers forget parts of the prefix while decoding."""

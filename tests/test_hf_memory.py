@@ -13,6 +13,7 @@ import threading
 import time
 
 import numpy as np
+import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MB = 10**6
@@ -102,6 +103,7 @@ def in_a_process(directory: pathlib.Path, dtype: str, devices: int) -> dict[str,
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_peak_memory(tmp_path):
     """Beyond the parameters: one device's part of one stacked leaf, one layer's tensor, and change.
 

@@ -220,6 +220,7 @@ def test_evaluating_it_on_other_data(trained, home, tmp_path):
         (home / "prompts.jsonl").write_text(kept)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_run(trained, home, tmp_path):
     """WORKDIR@STEP brings its tokenizer, its chat template and the way to export it."""
     workdir, _ = trained
@@ -231,6 +232,7 @@ def test_a_run_goes_on_from_a_run(trained, home, tmp_path):
 # ------------------------------------------------------------------------------------------------ fused and apart
 
 
+@pytest.mark.slow
 def test_apart_is_fused(home):
     """A step can be cut either way: the same responses, preferences, loss and gradients."""
     setup, key = setup_of(home), jax.random.key(3)
@@ -341,6 +343,7 @@ def test_a_reference_needs_no_chat(home, tmp_path):
 # ------------------------------------------------------------------------------------------------ LoRA, other methods
 
 
+@pytest.mark.slow
 def test_lora_is_checkpointed_alone_and_exported_merged(home, tmp_path):
     workdir = tmp_path / "lora"
     summary = run(home, workdir, policy__lora__rank="2", data__response_tokens="6")
@@ -357,6 +360,7 @@ def test_lora_is_checkpointed_alone_and_exported_merged(home, tmp_path):
     np.testing.assert_allclose(our_logits(again.whole(again.params), cfg)[:, : cfg.vocab_size], ours, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "name", "file", "best"),
     [("offline", "pairs", "pairs", "judge.score"), ("sft", "references", "references", "validation_loss")],
@@ -381,6 +385,7 @@ def test_what_is_said_of_the_data(home):
     assert setup_of(home).notes[1:] == (f"train: 24 examples, and not 16 held out; {held_out}",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("member", ["offline", "sft", "selm"])
 def test_the_other_ready_made_experiments(home, tmp_path, member):
     """Nothing but paths is needed."""
@@ -394,6 +399,7 @@ def test_the_other_ready_made_experiments(home, tmp_path, member):
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_rounds_of_a_directory_with_lora(home, tmp_path):
     """The reference moves: at the second round's start the policy is its own."""
     run(home, tmp_path / "run", policy__lora__rank="2", rounds__count="2", eval__every="2", checkpoint__every="2")

@@ -22,7 +22,7 @@ from test_train import (
     steps,
 )  # fmt: skip
 
-from oaif_jax import collect, train
+from oaif_jax import collect, loop
 from oaif_jax.base.errors import Interrupted, UserError
 from oaif_jax.base.processes import SIGNALS
 from oaif_jax.evals.of_run import Evaluations
@@ -87,6 +87,7 @@ def test_a_signal_saves_at_the_next_boundary(base, tmp_path):
     assert_same_end(workdir, sft_run(base))
 
 
+@pytest.mark.slow
 def test_what_was_collected_ahead_is_kept(base, tmp_path):
     """The pairs of an asynchronous run, a step old, are those of the uninterrupted one, and so is its staleness."""
     values, whole = ahead_config(base), ahead_run(base)
@@ -196,12 +197,13 @@ def test_an_annotator_that_takes_long_is_left(base, tmp_path, monkeypatch):
     assert steps(tmp_path / "run", "train") == list(range(1, kept + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["get", "pending"])
 def test_what_is_collected_ahead_is_not_waited_for_for_ever(base, tmp_path, monkeypatch, method):
     """For a step, or a checkpoint. Pairs that don't come can't be collected again: the run goes on from the checkpoint before,
     and ends alike."""
     values, whole = ahead_config(base), ahead_run(base)
-    monkeypatch.setattr(train, "PATIENCE", 0.5)
+    monkeypatch.setattr(loop, "PATIENCE", 0.5)
     with pytest.MonkeyPatch.context() as patched:
         over = slow(patched, collect.Batches, method, 3 if method == "get" else 1, signal.SIGTERM)
         said = left_within(30, values, tmp_path / "run", over)

@@ -68,6 +68,7 @@ def hidden_and_gradient(compute: ComputeConfig, cfg: ModelConfig) -> tuple[np.nd
     return np.asarray(hidden), [np.asarray(leaf) for leaf in jax.tree.leaves(gradient)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "cfg"), [(Kernel("cudnn"), CFG), (SPLASH, CFG), (SPLASH, CAPPED)])
 def test_kernels_compute_what_parts_do(kernel, cfg, xla_for_cudnn, monkeypatch):
     """Padded prompts and responses of several lengths, in rows that fill no block of columns."""

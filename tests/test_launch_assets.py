@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-import pathlib
 
+import pytest
 from ml_collections import ConfigDict
 from test_train import sft_config
 
@@ -14,11 +14,12 @@ from oaif_jax.data.jsonl import read_pairs
 from oaif_jax.stored import single
 from oaif_jax.stored.open import Model, Source
 from oaif_jax.tiny import written
-from oaif_jax.tiny.data import asset, policy_voice
+from oaif_jax.tiny.data import asset, file_of, policy_voice
 
 SOURCE = Source("annotator", "tiny:annotator", "")
 
 
+@pytest.mark.slow
 def test_models_and_pairs_in_miniature(tmp_path, monkeypatch):
     """A policy, then three writers of two steps each and their pairs."""
     values = sft_config(steps=2, eval__every=2, checkpoint__every=2)
@@ -61,7 +62,7 @@ def test_annotators_learn_from_what_was_written_against_them(tmp_path, monkeypat
         workdir.mkdir(parents=True)
         runs.append((workdir.name, config))
         if config.method == "annotator" and config.data.candidates:
-            read.append([row.responses for row in written.read(pathlib.Path(config.data.candidates), 483)][7])
+            read.append([row.responses for row in written.read(file_of(config.data.candidates), 483)][7])
 
     def answered(run, indices, seed):
         return build.Answers([(index, [seed]) for index in indices], {"40": 0.5})
@@ -90,3 +91,13 @@ def test_annotators_learn_from_what_was_written_against_them(tmp_path, monkeypat
         assert single.load(tmp_path / f"{name}.safetensors")[1] == cfg
         assert written.read(tmp_path / f"{name}_candidates.jsonl.gz", 483)
         assert json.loads((tmp_path / f"{name}_candidates_recipe.json").read_text())["learners"]
+
+    del runs[:]
+    for name in build.SMALLER:
+        build.STAGES[name](tmp_path / "runs")
+        assert single.load(tmp_path / f"{name}.safetensors")[1] == cfg
+        assert (tmp_path / f"{name}_recipe.json").is_file()
+    assert [name for name, _ in runs] == ["annotator_xs_0", "annotator_xs_1", "annotator_s_0", "annotator_s_1"]
+    assert [config.policy.shape.layers for _, config in runs] == [2, 2, 3, 3]
+    assert dict(runs)["annotator_s_1"].policy.init == f"{tmp_path / 'runs' / 'annotator_s_0'}@best"
+    assert not seeds & {config.seed for name, config in runs if name.endswith("_1")}

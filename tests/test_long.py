@@ -9,9 +9,10 @@ import time
 
 import jax
 import numpy as np
+import pytest
 from rich.console import Console
 
-from oaif_jax import train
+from oaif_jax import loop, train
 from oaif_jax.base import cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -24,12 +25,13 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_memory_and_programs_stay(tmp_path, monkeypatch):
     """Of 200 steps of fine-tuning; 2,000 of online training were measured by hand (docs/notes/runs.md)."""
     values = cli.load_config(f"{ROOT}/experiments/tiny.py:tldr,sft")
     cli.override(values, SMALL)
     seen: dict[int, tuple[int, int]] = {}
-    original = train.MetricsLog.write
+    original = loop.MetricsLog.write
 
     def write(self, step, kind, metrics):
         if kind == "train" and step % 50 == 7:
@@ -38,7 +40,7 @@ def test_memory_and_programs_stay(tmp_path, monkeypatch):
             seen[step] = (len(jax.live_arrays()), peak)
         return original(self, step, kind, metrics)
 
-    monkeypatch.setattr(train.MetricsLog, "write", write)
+    monkeypatch.setattr(loop.MetricsLog, "write", write)
     began = time.monotonic()
     train.run(values, tmp_path / "run", console=Console(file=io.StringIO()))
     took = time.monotonic() - began

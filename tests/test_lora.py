@@ -183,6 +183,7 @@ def test_each_leaf_has_exactly_one_rule(cfg):
         assert any(spec), f"{name} is on every device"
 
 
+@pytest.mark.slow
 def test_eight_devices_give_what_one_gives():
     params = make_params(CFG) | {"lora": additions()}
     found = {}

@@ -53,6 +53,7 @@ def largest(program: list[hlo.Instruction]) -> int:
     return max(int(np.prod(shape)) for line in program for shape in line.shapes)
 
 
+@pytest.mark.slow
 def test_no_array_of_tokens_and_vocabulary():
     """Nothing is larger than the embedding [V, D], a chunk of the head [CHUNK, V], and sampling's logits [2 B, V]: with a
     vocabulary dimension or flattened."""
@@ -62,6 +63,7 @@ def test_no_array_of_tokens_and_vocabulary():
     assert largest(program) == CHUNK * VOCABULARY
 
 
+@pytest.mark.slow
 def test_such_an_array_would_be_found():
     """The same step with all tokens in one chunk."""
     assert hlo.largest(online_step(TOKENS), VOCABULARY) == TOKENS * VOCABULARY

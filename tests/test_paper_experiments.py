@@ -15,7 +15,7 @@ from test_hf_config import count, place
 
 from experiments import oaif, pythia, selm
 from launch.asked import TemplateAnnotator
-from oaif_jax import config, losses, methods, step, train
+from oaif_jax import config, losses, methods, step
 from oaif_jax import rollout as rollouts
 from oaif_jax.annotate import orders
 from oaif_jax.annotate.orders import Template
@@ -33,7 +33,9 @@ from oaif_jax.methods.selm import SELM
 from oaif_jax.models import sharding
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.rollout import Sampler
-from oaif_jax.run import setup
+from oaif_jax.run import checks
+from oaif_jax.run.schedule import optimizer_config
+from oaif_jax.run.setup import compute_of
 from oaif_jax.step import Step
 from oaif_jax.stored import hf
 from oaif_jax.stored.hf.directory import abstract_params
@@ -268,7 +270,7 @@ def test_mesh_divides_models_and_batches(model, stem):
         parts = {sharding.path_name(path): one.spec for path, one in jax.tree_util.tree_leaves_with_path(shardings)}
         assert all({"fsdp", "tensor"} <= set(spec) for at, spec in parts.items() if not at.endswith(("scale", "bias")))
     sharding.check_batch(cfg.data.batch, cfg.optimizer.accumulate, on)
-    setup.check(cfg, methods.named(cfg.method), on)
+    checks.check(cfg, methods.named(cfg.method), on)
 
 
 def test_a_mesh_that_does_not_divide(model):
@@ -340,7 +342,7 @@ def trained_of(cfg: Config, found: hf.HFModel):
 
 def step_of(cfg: Config, policy: hf.HFModel, annotator: hf.HFModel | None) -> Step:
     """As runs make it."""
-    compute, sampled = setup.compute_of(cfg), cfg.sample
+    compute, sampled = compute_of(cfg), cfg.sample
     sampler = Sampler(sampled.temperature, 0, 1.0, cfg.data.response_tokens, policy.stop_ids, 0)
     loss = losses.PairLoss(cfg.loss.name, (("beta", cfg.loss.beta),))
     method = {
@@ -361,7 +363,7 @@ def step_of(cfg: Config, policy: hf.HFModel, annotator: hf.HFModel | None) -> St
 
 
 def state_of(cfg: Config, params) -> TrainState:
-    tx = optim.optimizer(train.optimizer_config(cfg))
+    tx = optim.optimizer(optimizer_config(cfg))
     return jax.eval_shape(lambda params: TrainState(jnp.array(0, jnp.int32), params, tx.init(params)), params)
 
 
@@ -394,12 +396,13 @@ def traced(cfg: Config, policy: hf.HFModel, annotator: hf.HFModel | None):
     one_step = functools.partial(
         step.train_step,
         step=step_of(cfg, policy, annotator),
-        tx=optim.optimizer(train.optimizer_config(cfg)),
+        tx=optim.optimizer(optimizer_config(cfg)),
     )
     batch = batch_of(cfg, fused=is_fused(policy, annotator))
     return begin, jax.eval_shape(one_step, begin, frozen_of(cfg, policy, annotator), batch, KEY)
 
 
+@pytest.mark.slow
 @each_file
 def test_step_at_full_size(model, stem):
     """A step keeps every shape and type of the state."""
@@ -440,7 +443,7 @@ def test_what_runs_apart(model):
     shape = (cfg.data.batch, 2, cfg.data.response_tokens)
     assert (drawn.tokens.shape, drawn.mask.shape, drawn.finished.shape) == (shape, shape, shape[:2])
     wide = (*shape[:2], 2 * shape[-1])  # room for a tokenizer that needs more
-    compare = functools.partial(orders.orders, template=TEMPLATE, cfg=annotator.cfg, compute=setup.compute_of(cfg))
+    compare = functools.partial(orders.orders, template=TEMPLATE, cfg=annotator.cfg, compute=compute_of(cfg))
     said = jax.eval_shape(compare, frozen["annotator"], batch.question, Shape(wide, np.int32), Shape(wide, bool))
     assert said.shape == (shape[0], 1, 2)
 
@@ -472,7 +475,7 @@ def test_memory(model, stem):
     cfg, policy = parsed(stem), model(policy_of(stem))
     on = mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
     params = params_of(policy, cfg.compute.trained)
-    tx = optim.optimizer(train.optimizer_config(cfg))
+    tx = optim.optimizer(optimizer_config(cfg))
     total = bytes_on_a_device(state_of(cfg, params), state.state_shardings(params, tx, on))
     total += 2 * bytes_on_a_device(params, sharding.param_shardings(params, on))
     judge = {} if cfg.judge.init == "none" else {"judge": params_of(model("gemma-2-9b"), cfg.compute.frozen)}

@@ -18,10 +18,11 @@ from jax.sharding import PartitionSpec
 from rich.console import Console
 
 from launch import bench_count, hlo, hlo_report, plan
-from oaif_jax import collect, config, train
+from oaif_jax import collect, config
 from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
 from oaif_jax.models import sharding
+from oaif_jax.run.schedule import optimizer_config
 from oaif_jax.run.setup import open_setup
 from oaif_jax.update import optim, state
 
@@ -412,6 +413,7 @@ def test_operations_of_a_step(planned, found):
             assert 0.5 < row["ratio"] <= 1.0, phase
 
 
+@pytest.mark.slow
 def test_operations_of_selms_step(models):
     """One answer of the reference, six presentation orders of three responses, and all three scored by both models."""
     planned = plan.parse(values(models, **{"method": "selm", "loss.alpha": "0.001"}))
@@ -431,6 +433,7 @@ def test_operations_of_selms_step(models):
         assert phase == "other" or 0.5 < row["ratio"] <= 1.0, phase
 
 
+@pytest.mark.slow
 def test_operations_at_several_widths(models, found):
     """Of a step that the device cuts to its longest response, the widest is counted: what it needs at most."""
     cut = reported(plan.parse(values(models, **{"compute.lengths": "2"})))["operations"]
@@ -517,7 +520,7 @@ def test_a_step_and_its_batch_are_a_runs(tmp_path, method, file):
 def test_arguments_lie_as_in_training(planned):
     """State, frozen models and batch: as state.create, sharding.place and sharding.place_batch make them."""
     mesh, cfg = sharding.make_mesh(1, 4, 2), planned.cfg
-    tx = optim.optimizer(train.optimizer_config(cfg))
+    tx = optim.optimizer(optimizer_config(cfg))
     training, frozen, batch, _ = plan.arguments(planned, tx, mesh)
     abstract = plan.parameters(planned.policy.cfg, "float32")
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)

@@ -147,6 +147,7 @@ def test_outputs(kind):
     assert relative(low, found) < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["scanned", "unrolled"])
 def test_decoding(way):
     compute = dataclasses.replace(COMPUTE, decode=way)
@@ -157,6 +158,7 @@ def test_decoding(way):
     np.testing.assert_array_equal(tokens, draw(restored(model("nf4")), prompts, key).tokens)
 
 
+@pytest.mark.slow
 def test_other_blocks():
     """An MLP without a gate, biases, attention beside the MLP, a head to each key."""
     cfg = dataclasses.replace(CFG, gated=False, biases="all", parallel=True, heads=2)
@@ -185,12 +187,14 @@ def temporaries(kind: str, remat: str = "none") -> int:
     return gradient.lower(low, base).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "remat"), [("int8", "none"), ("int8", "dots"), ("int8", "layer"), ("nf4", "none")])
 def test_one_layer_at_a_time(kind, remat):
     """On CPU XLA spreads four-bit codes to bytes, all of them before the loop: a quarter of the whole."""
     assert temporaries(kind, remat) < {"int8": 0.2, "nf4": 0.45}[kind] * WHOLE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["scanned", "unrolled"])
 def test_one_layer_at_a_time_in_the_token_loop(way):
     """Layers that stand apart would be dequantised before the loop, all of them."""
@@ -202,6 +206,7 @@ def test_one_layer_at_a_time_in_the_token_loop(way):
     assert program.memory_analysis().temp_size_in_bytes < 0.2 * WHOLE
 
 
+@pytest.mark.slow
 def test_a_whole_model_would_be_seen(monkeypatch):
     """Where the backward pass keeps what the forward pass dequantised."""
 
@@ -215,6 +220,7 @@ def test_a_whole_model_would_be_seen(monkeypatch):
 # --- LoRA on a quantised base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", quant.KINDS)
 def test_lora_trains_on_a_quantised_base(kind):
     low = new_lora(jax.random.key(1), CFG, 4, lora.targets_of(CFG))
@@ -236,6 +242,7 @@ def test_lora_trains_on_a_quantised_base(kind):
 # --- on a mesh
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", quant.KINDS)
 def test_eight_devices_give_what_one_gives(kind):
     """Made on the mesh from sharded weights; each leaf has exactly one rule."""
@@ -259,6 +266,7 @@ def test_eight_devices_give_what_one_gives(kind):
 PAIRS = 128
 
 
+@pytest.mark.slow
 def test_preferences_of_the_annotator():
     """Of 1,024 pairs int8 decided 99.8 % as before and nf4 98.8 % (docs/notes/models.md); here of fewer."""
     params, cfg = single.load(asset("annotator"))

@@ -60,6 +60,7 @@ def params_of() -> dict:
     return fakes.make_params()
 
 
+@pytest.mark.slow
 def test_marks_are_the_probabilities_of_their_texts():
     """In one row with branches as one by one; the mark of two tokens isn't counted as its first one."""
     found = marks_of(params_of(), *given(), template=TEMPLATE)
@@ -148,6 +149,7 @@ def run(home, workdir, member: str, **changes) -> dict:
     return train.run(made, workdir, console=Console(file=io.StringIO()))
 
 
+@pytest.mark.slow
 def test_direct_rlaif(home, tmp_path):
     """REINFORCE on a model's marks, within the step; on the host the marks are the same, and so are the responses."""
     fused = run(home, tmp_path / "fused", "reinforce", reinforce__value_warmup="0")
@@ -156,6 +158,7 @@ def test_direct_rlaif(home, tmp_path):
     assert (fused["steps"], ahead["steps"]) == (2, 2)
 
 
+@pytest.mark.slow
 def test_pairs_by_marks_and_a_judge_that_compares(home, tmp_path):
     found = run(home, tmp_path / "run", "online", judge__init="annotator", eval__final="last")
     assert 0 <= found["judge"]["score"] <= 1

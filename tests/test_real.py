@@ -164,6 +164,7 @@ ASKED = ("Why is the sky blue?", "Name three birds.", "How do I boil an egg?", "
 LOGITS = 2e-4  # of the largest logit: float32 sums in another order, through thirty layers
 
 
+@pytest.mark.slow
 def test_the_converted_model_is_the_real_one(converted, theirs):
     """Prompts in the tokens of the GGUF file's own template, logits behind each of their tokens, and 16 greedy tokens each."""
     import torch

@@ -290,6 +290,7 @@ def taken(mesh_name: str, parts: int, completions: int, baseline: str):
     return jax.device_get(contribute(place(params, mesh), frozen, sharding.place_batch(prompts(), mesh)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("completions", "baseline"), [(1, "value"), (3, "others")])
 @pytest.mark.parametrize(("mesh_name", "parts"), [("2x2x2", 1), ("one device", 4)])
 def test_the_same_step_on_every_mesh_and_in_parts(mesh_name, parts, completions, baseline):
@@ -340,6 +341,7 @@ def stored(workdir, step: int) -> dict:
     return load_params(workdir / "checkpoints", str(step))[0]
 
 
+@pytest.mark.slow
 def test_a_run_waits_learns_and_goes_on_bit_for_bit(rewards, tmp_path):
     """Gone on with while the policy still waits: its value model and both optimizers are in the checkpoint. What the run leaves
     writes responses without the value model."""
@@ -360,6 +362,7 @@ def test_a_run_waits_learns_and_goes_on_bit_for_bit(rewards, tmp_path):
     assert run(tmp_path / "run", **plain)["params_sha256"] == whole["params_sha256"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -382,6 +385,7 @@ def test_with(rewards, tmp_path, changes):
     assert any(line.get("changed", 0) > 0 for line in taken)  # not while the policy waits
 
 
+@pytest.mark.slow
 def test_a_directory_of_transformers(rewards, tmp_path):
     """Two steps, then an export, which holds no value model."""
     hf_dirs.write(tmp_path / "policy", "llama")

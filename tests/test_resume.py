@@ -102,6 +102,7 @@ PLACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_a_stopped_run_goes_on_to_the_same_end(base, tmp_path, monkeypatch, place):
     cls, method, when, at = PLACES[place]
@@ -117,6 +118,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(base, tmp_path, monkeypatch, plac
     assert_same_end(tmp_path / "run", sft_run(base))
 
 
+@pytest.mark.slow
 def test_a_stopped_online_run_goes_on_to_the_same_end(base, tmp_path, monkeypatch):
     """Twice; the averages over the run's steps, and what was measured at its start, come from before."""
     values = preference_config(base, "online")
@@ -129,6 +131,7 @@ def test_a_stopped_online_run_goes_on_to_the_same_end(base, tmp_path, monkeypatc
     assert_same_end(tmp_path / "run", online_run(base))
 
 
+@pytest.mark.slow
 def test_pairs_collected_ahead_are_in_the_checkpoint(base, tmp_path, monkeypatch):
     """A run with async_steps=1 goes on with the very pairs that it had collected, which are a step old."""
     values, whole = ahead_config(base), ahead_run(base)

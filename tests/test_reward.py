@@ -425,6 +425,7 @@ def test_another_tokenizer(home, gemma):
     assert found[3, 1] == pytest.approx((score - model.normal[0]) / model.normal[1], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_an_online_run(home, llama, tmp_path):
     workdir, _, _ = llama
     summary, shown = run(
@@ -440,6 +441,7 @@ def test_an_online_run(home, llama, tmp_path):
     assert "annotator.reward_model.pairs" in next(line for line in lines if line["kind"] == "eval")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["none", "int8"])
 def test_the_same_scores_on_eight_devices_and_in_fewer_bits(home, llama, quant):
     """On 2 x 2 x 2 as on one; in eight bits each weight is off by at most 1/254 of its row's largest."""
@@ -460,6 +462,7 @@ def test_the_same_scores_on_eight_devices_and_in_fewer_bits(home, llama, quant):
     assert np.ptp(exact) > 0.01
 
 
+@pytest.mark.slow
 def test_a_reward_run_goes_on_bit_for_bit(home, tmp_path):
     """From its first step, with two, as one that took three; mean and scale are those of the end."""
     plain = {"optimizer__schedule": "constant", "eval__every": "1", "export__at_end": "False"}
@@ -473,6 +476,7 @@ def test_a_reward_run_goes_on_bit_for_bit(home, tmp_path):
     assert kept[0] == kept[1]
 
 
+@pytest.mark.slow
 def test_labels_of_an_annotator(home, tmp_path):
     """RLAIF's reward model: a language model is asked about the data's pairs within the step, and its soft labels are learned."""
     summary, _ = run(home, "reward", tmp_path / "run", method="reward_ai", annotator__init="hf", steps="2",

@@ -101,6 +101,7 @@ def assert_same(workdir: pathlib.Path, whole: pathlib.Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_in_any_round_goes_on_exactly(whole, tmp_path):
     """Before the last step of the first round, between the rounds, and within the second."""
     workdir, summary = whole
@@ -108,6 +109,7 @@ def test_a_run_that_was_stopped_in_any_round_goes_on_exactly(whole, tmp_path):
     assert_same(tmp_path / "stopped", workdir)
 
 
+@pytest.mark.slow
 def test_a_signal_between_rounds_and_within(whole, tmp_path):
     """A round's reference is in the checkpoint that a signal leaves, wherever that is."""
     workdir, summary = whole
@@ -129,6 +131,7 @@ def test_a_signal_between_rounds_and_within(whole, tmp_path):
     assert_same(tmp_path / "run", workdir)
 
 
+@pytest.mark.slow
 def test_with_lora_the_reference_is_a_copy_of_the_additions(tmp_path):
     changes = {"policy": CONFIG["policy"] | {"lora": {"rank": 2}}}
     run(tmp_path / "lora", changes)
@@ -197,6 +200,7 @@ def test_the_bonus_is_on_the_first_completion():
     assert explored.weight == plain.weight == 2
 
 
+@pytest.mark.slow
 def test_a_loss_without_a_reference(tmp_path):
     """Its step is given none; evaluations still compare with the policy's start."""
     changes = {"method": "online", "rounds": {}, "steps": 2, "eval": CONFIG["eval"] | {"every": 2}}
@@ -238,13 +242,16 @@ def test_rounds_keep_their_steps(tmp_path):
     alone = dataclasses.replace(cfg, rounds=type(cfg.rounds)())
     (tmp_path / "alone").mkdir()
     resume.claim(tmp_path / "alone", alone)
-    assert resume.check(tmp_path / "alone", dataclasses.replace(alone, steps=6)) == ["config.steps: 3 before, 6 now"]
+    assert resume.check(tmp_path / "alone", dataclasses.replace(alone, steps=6)) == {
+        "steps": "config.steps: 3 before, 6 now"
+    }
     with pytest.raises(
         UserError, match=r"config.rounds.portions=True: \d+ training examples don't make 1000000 portions"
     ):
         run(tmp_path / "many", {"rounds": {"count": 1_000_000, "portions": True}})
 
 
+@pytest.mark.slow
 def test_the_first_rounds_may_train_on_the_datas_own_pairs(whole, tmp_path):
     """The paper's first stage for Zephyr: plain DPO, as method offline takes its first round; SELM begins at that one's end."""
     stages = {"rounds": CONFIG["rounds"] | {"on_pairs": 1}}
@@ -261,6 +268,7 @@ def test_the_first_rounds_may_train_on_the_datas_own_pairs(whole, tmp_path):
         run(tmp_path / "none", {"method": "online", "rounds": CONFIG["rounds"] | {"on_pairs": 1}})
 
 
+@pytest.mark.slow
 def test_stages_that_were_stopped_go_on_exactly(tmp_path):
     """In the first stage, between the stages, and in the second."""
     stages = {"rounds": CONFIG["rounds"] | {"on_pairs": 1}}
@@ -272,6 +280,7 @@ def test_stages_that_were_stopped_go_on_exactly(tmp_path):
 REFRESHED = {"method": "offline", "rounds": {}, "steps": 6, "reference": {"every": 2, "share": 1.0}}
 
 
+@pytest.mark.slow
 def test_a_reference_that_follows_the_policy(tmp_path):
     """TR-DPO: after every 2 steps it is the policy; and a run that was stopped in between goes on exactly."""
     whole = run(tmp_path / "whole", REFRESHED)

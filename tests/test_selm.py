@@ -160,6 +160,7 @@ def test_alpha_belongs_to_those_that_take_it():
         assert METHODS[name].of(dataclasses.replace(cfg, method=name), data).alpha == 0.1  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_shapes_of_both_steps_on_a_mesh_and_in_parts():
     """XPO in two parts is XPO in one."""
     params, frozen = models()

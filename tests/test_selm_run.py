@@ -53,6 +53,7 @@ def lines(workdir) -> list[dict]:
     return [line for line in found if line["kind"] == "train"]
 
 
+@pytest.mark.slow
 def test_zephyrs_stage_and_rounds(home, tmp_path):
     """Plain DPO on the data's pairs, then three rounds with an answer of the reference, each at its own rate."""
     summary = run(home, tmp_path / "run", "zephyr")
@@ -68,6 +69,7 @@ def test_zephyrs_stage_and_rounds(home, tmp_path):
     assert "reference" in Reader(tmp_path / "run" / "checkpoints").items(8)
 
 
+@pytest.mark.slow
 def test_on_eight_devices_as_on_one(home, tmp_path):
     """The answers' tokens are equal, so that the annotator's say of them is; losses to rounding."""
     two = {"rounds__count": "2", "rounds__lr": "1e-3,1e-3"}
@@ -86,6 +88,7 @@ def longest(prompts, responses):
 '''
 
 
+@pytest.mark.slow
 def test_a_ranker_on_the_host(home, tmp_path, monkeypatch):
     """It is given the reference's answer beside the data's two, and decides."""
     (tmp_path / "ranker_of_lengths.py").write_text(RANKER)

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oaif_jax import config, train
+from oaif_jax import config
 from oaif_jax.annotate import prompts
 from oaif_jax.evals import verdicts
 from oaif_jax.losses import PairLoss
 from oaif_jax.methods import base, pairs
-from oaif_jax.run import setup
+from oaif_jax.run import asked, checks, schedule
 from oaif_jax.stored.open import Source
 from oaif_jax.tiny import data as tiny
 from oaif_jax.tiny import templates
@@ -74,22 +74,22 @@ def test_an_instruction_by_path_is_measured_as_by_name(tmp_path, name):
     world = Source("annotator", "tiny:annotator", "")
     copied = tmp_path / "mine.txt"
     copied.write_text(templates.instruction(name) + "\n")
-    assert setup.name_of(tiny.instruction(name), world) == name
-    assert setup.name_of(tiny.instruction(str(copied)), world) == name
+    assert asked.name_of(tiny.instruction(name), world) == name
+    assert asked.name_of(tiny.instruction(str(copied)), world) == name
     copied.write_text("name one topic")
-    assert setup.name_of(tiny.instruction(str(copied)), world) == "mine"
+    assert asked.name_of(tiny.instruction(str(copied)), world) == "mine"
     # Another text in a file of that name isn't that instruction.
     named = tmp_path / f"{name}.txt"
     named.write_text("name one topic")
-    assert setup.name_of(tiny.instruction(str(named)), world) == str(named)
+    assert asked.name_of(tiny.instruction(str(named)), world) == str(named)
 
 
 def test_an_instruction_of_other_models_by_path(tmp_path):
     directory = Source("annotator", "hf", str(tmp_path))
     copied = tmp_path / "copied.txt"
     copied.write_text(prompts.path_of("short").read_text())
-    assert setup.name_of(prompts.read_instruction(str(copied)), directory) == "short"
-    assert setup.name_of(prompts.read_instruction("helpful_judge"), directory) == "helpful_judge"
+    assert asked.name_of(prompts.read_instruction(str(copied)), directory) == "short"
+    assert asked.name_of(prompts.read_instruction("helpful_judge"), directory) == "helpful_judge"
 
 
 # ------------------------------------------------------------------------------------------------ notes and estimates
@@ -101,13 +101,13 @@ def lora(rank: int, lr: float, by_round: str = "") -> config.Config:
 
 
 def test_a_learning_rate_that_additions_do_not_feel_is_said():
-    (note,) = setup.lora_notes(lora(16, 5e-6))
+    (note,) = checks.lora_notes(lora(16, 5e-6))
     assert "config.optimizer.lr=5e-06" in note
     assert "rank=16" in note
     assert "1e-4" in note
-    assert setup.lora_notes(lora(16, 2e-4)) == ()
-    assert setup.lora_notes(lora(0, 5e-7)) == ()
-    (note,) = setup.lora_notes(lora(8, 2e-4, "5e-6,1e-6,1e-7"))
+    assert checks.lora_notes(lora(16, 2e-4)) == ()
+    assert checks.lora_notes(lora(0, 5e-7)) == ()
+    (note,) = checks.lora_notes(lora(8, 2e-4, "5e-6,1e-6,1e-7"))
     assert "config.rounds.lr=5e-06" in note
 
 
@@ -116,11 +116,11 @@ def test_what_is_to_come_is_estimated_from_what_is_known():
         "steps": 100, "data": {"batch": 8}, "eval": {"every": 20, "prompts": 32, "final_prompts": 64},
         "checkpoint": {"every": 20},
     })  # fmt: skip
-    assert train.evaluations_left(cfg, 0) == 6  # at 20, 40, ... 100, and the final one
-    assert train.evaluations_left(cfg, 80) == 2
-    assert train.evaluations_left(dataclasses.replace(cfg, steps=90), 0) == 6
+    assert schedule.evaluations_left(cfg, 0) == 6  # at 20, 40, ... 100, and the final one
+    assert schedule.evaluations_left(cfg, 80) == 2
+    assert schedule.evaluations_left(dataclasses.replace(cfg, steps=90), 0) == 6
     # Half a second a prompt: 100 steps of 8, five evaluations of 32, the final one's 64 twice.
-    assert train.expected_seconds(cfg, 16.0, 0, 0.0)[0] == pytest.approx((800 + 160 + 128) / 2)
-    seconds, by = train.expected_seconds(cfg, 0.0, 40, 120.0)
+    assert schedule.expected_seconds(cfg, 16.0, 0, 0.0)[0] == pytest.approx((800 + 160 + 128) / 2)
+    seconds, by = schedule.expected_seconds(cfg, 0.0, 40, 120.0)
     assert seconds == pytest.approx(180.0)
     assert "steps before" in by

@@ -214,6 +214,7 @@ def in_rounds(**changes) -> optax.GradientTransformation:
     return optim.optimizer(dataclasses.replace(ADAMW, has_rounds=True, **changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_the_first_round_is_a_run_without_rounds(schedule):
     params, gradients = params_of(), jax.tree.map(jnp.cos, params_of())
@@ -222,6 +223,7 @@ def test_the_first_round_is_a_run_without_rounds(schedule):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *updates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1.0, 0.2])
 def test_a_round_begins_anew(factor):
     """The reference is a copy of the policy, the optimizer has forgotten, and moves `factor` as far."""

@@ -124,6 +124,7 @@ def test_the_pairs_are_worth_testing_with():
 # ------------------------------------------------------------------------------------------------ meshes and parts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compute", "with_lora"),
     [(COMPUTE, False), (dataclasses.replace(COMPUTE, remat="layer"), False), (COMPUTE, True)],
@@ -155,10 +156,12 @@ def test_parts_add_up_to_the_whole_in_row_order(parts):
     assert_same_step(online(parts=parts), online())
 
 
+@pytest.mark.slow
 def test_parts_on_eight_devices():
     assert_same_step(online("2x2x2", 4), online())
 
 
+@pytest.mark.slow
 def test_columns_past_the_longest_response_change_nothing():
     """Responses of one token at the widths 2, 3 and 6 as at 6 alone; those that come back are as wide as ever."""
     params, frozen = models()
@@ -276,6 +279,7 @@ def test_gradient_is_the_losses_slope():
     assert rise == pytest.approx(2 * size * squared, rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_policy_that_is_its_reference_has_no_log_ratio(dtype, lengths):

@@ -237,6 +237,7 @@ def trainer(method, parts: int = 1):
     return jax.jit(functools.partial(step.train_step, step=taken, tx=TX), donate_argnames="state")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "annotator"])
 def test_twenty_steps_lower_the_loss(name):
     batch = as_batch(name, {"sft": references, "annotator": judged}[name]())

@@ -305,6 +305,7 @@ with cli.user_errors():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_sweep_that_ends_does_not_leave_its_run_training(tmp_path, number):
     """The run saves before it goes; of a killed sweep Linux tells it."""

@@ -24,13 +24,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from oaif_jax import collect, config, evaluate, sample, train
+from oaif_jax import collect, config, evaluate, loop, sample, train
 from oaif_jax import step as steps_of
 from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.files import sha256_of_tree
 from oaif_jax.data import jsonl
 from oaif_jax.evals.of_run import Evaluations
+from oaif_jax.evals.summary import add_to_history
 from oaif_jax.models import sharding
 from oaif_jax.run.setup import open_setup
 from oaif_jax.stored.checkpoint import Reader, load_params
@@ -315,11 +316,11 @@ def test_online_metrics(base):
 
 def test_averages_are_weighted_by_the_pairs_they_are_shares_of():
     history = {}
-    train.add_to_history(
+    add_to_history(
         history,
         {"annotator.order_agreement": 1.0, "annotator.gold_agreement": 0.5, "annotator.decided": 2, "identical": 0.5},
     )
-    train.add_to_history(history, {"annotator.order_agreement": 0.0, "annotator.decided": 0, "identical": 0.0})
+    add_to_history(history, {"annotator.order_agreement": 0.0, "annotator.decided": 0, "identical": 0.0})
     assert history["annotator.order_agreement"] == (0.5, 1.5)
     assert history["annotator.gold_agreement"] == (1.0, 2)
 
@@ -381,6 +382,7 @@ def test_an_evaluation_that_cannot_be_kept_there(base, tmp_path):
     assert len(list((tmp_path / "elsewhere").iterdir())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tldr,sft", "annotator", "judge"])
 def test_recipes_run_ten_steps_from_scratch(tmp_path, name):
     """At the size that the recipe names, on fewer posts; without warm-up, since ten steps are a small part of it."""
@@ -478,10 +480,11 @@ def test_an_annotator_that_gives_no_numbers_stops_the_run(base, tmp_path, monkey
         return dataclasses.replace(setup, mesh_annotator=dataclasses.replace(setup.mesh_annotator, params=broken))
 
     monkeypatch.setattr(train, "open_setup", opened)
-    with pytest.raises(train.NonFiniteError, match=r"step 1: annotator\.confidence=nan, wanted finite"):
+    with pytest.raises(loop.NonFiniteError, match=r"step 1: annotator\.confidence=nan, wanted finite"):
         run(preference_config(base, "online"), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_quantised_annotator(base, tmp_path):
     """In four bits, which jax lays out in another way than it asks for."""
     summary, _ = run(preference_config(base, "online", annotator__quant="nf4"), tmp_path / "run")
@@ -513,6 +516,7 @@ def test_debug_nans(tmp_path):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), *found)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_evaluations")
 def test_disable_jit(tmp_path, monkeypatch):
     """The step runs as Python. It is a short one here: without compilation, eight devices take a minute for a real one."""
@@ -555,7 +559,7 @@ def refused(capsys, monkeypatch, values: dict, workdir: pathlib.Path) -> str:
     def computed(*_):
         raise AssertionError("a state was made before the input was refused")
 
-    monkeypatch.setattr(train.state, "create", computed)
+    monkeypatch.setattr(loop.state, "create", computed)
     with pytest.raises(SystemExit) as stopped, cli.user_errors():
         run(values, workdir)
     assert stopped.value.code == 2

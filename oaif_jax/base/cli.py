@@ -110,6 +110,14 @@ def watch() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if sys.stderr is None else phases.Watch(Console(stderr=True))
 
 
+def given(arguments: Sequence[str], name: str) -> list[str]:
+    """The values of a flag among arguments that are another program's.
+
+    In: ["--config=c.py", "-workdir=a=b"], "workdir" -> Out: ["a=b"].
+    """
+    return [text.partition("=")[2] for text in arguments if text.startswith((f"--{name}=", f"-{name}="))]
+
+
 def no_words(words: Sequence[str]) -> None:
     """UserError for words of a command line where only flags are wanted."""
     if words:

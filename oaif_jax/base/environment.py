@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+from oaif_jax.base import programs
 from oaif_jax.base.errors import UserError
 
 # Flags that are no reason to try them.
@@ -23,6 +24,7 @@ xla_client.CompileOptions()
 def import_jax() -> None:
     """Imports JAX, for a program that is about to do so. UserError for XLA_FLAGS and JAX_NAME that can't be used."""
     check_flags(os.environ.get("XLA_FLAGS", ""))
+    programs.keep()
     try:
         importlib.import_module("jax")
     except ValueError as error:  # by which it answers values of its variables

@@ -185,6 +185,8 @@ class Mesh:
     data: int = -1  # copies of the parameters, over which the batch is split; -1: what is left
     fsdp: Annotated[int, at_least(1)] = 1  # parts of each parameter, over which the batch is split as well
     tensor: Annotated[int, at_least(1)] = 1  # parts of heads, mlp and vocabulary
+    annotator_fsdp: Annotated[int, at_least(0)] = 0  # as fsdp, of the annotator on the same devices; 0: the same
+    annotator_tensor: Annotated[int, at_least(0)] = 0  # as tensor, of the annotator; 0: the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,6 +302,8 @@ MAY_CHANGE = (
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
+    "mesh.annotator_fsdp",
+    "mesh.annotator_tensor",
 )
 
 # Keys that there once were, with their defaults: a stored config may still have them.

@@ -107,6 +107,16 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
     return Mesh(np.array(devices).reshape(data, fsdp, tensor), AXES, axis_types=axis_types)
 
 
+def annotators_mesh(mesh: Mesh, fsdp: int, tensor: int) -> Mesh:
+    """The same devices in the same order, as the annotator lies on them; 0: as on `mesh`. One program may use both."""
+    fsdp, tensor = fsdp or mesh.shape["fsdp"], tensor or mesh.shape["tensor"]
+    if mesh.size % (fsdp * tensor):
+        raise ShardingError(
+            f"config.mesh.annotator_fsdp={fsdp} x config.mesh.annotator_tensor={tensor} doesn't divide the {mesh.size} devices"
+        )
+    return make_mesh(mesh.size // (fsdp * tensor), fsdp, tensor, devices=list(mesh.devices.flat))
+
+
 def path_name(path) -> str:
     """layers/qkv"""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)

@@ -35,6 +35,12 @@ BESIDE = (
     "config.json", INDEX, *tokenizer.FILES, special_tokens.CONFIG, special_tokens.MAP, special_tokens.ADDED,
     special_tokens.GENERATION, chat.TEMPLATE_FILE,
 )  # fmt: skip
+TAUGHT = (
+    "tiny:annotator",
+    "tiny:annotator_s",
+    "tiny:annotator_xs",
+    "tiny:judge",
+)  # they judge by the tiny world's instructions
 LARGE = 5 * 10**8  # bytes that take about a second to hash
 # What earlier versions didn't list: in a run of theirs, what there is now counts.
 UNLISTED = tuple(f"data.name {name}" for name in templates.INSTRUCTIONS)
@@ -243,6 +249,38 @@ def _instruction(key: str, asked: Source, name: str) -> tuple[str, Found]:
     """An instruction by name or path: models of the tiny world know that world's."""
     path = templates.path_of(name) if home(asked) is None else prompts.path_of(name)
     return f"{key}.instruction", Found("instruction", path, _there(path.parent, [path]))
+
+
+def untaught(cfg: Config) -> tuple[str, ...]:
+    """A warning where a model that learned to judge is asked by an instruction that it didn't learn: its trust was measured by
+    others."""
+    notes = []
+    for key, asked in (
+        ("annotator", "annotator"),
+        ("judge", "annotator" if cfg.judge.init == "annotator" else "judge"),
+    ):
+        for each in of(cfg, only=f"{key}.instruction").values():
+            source = source_of(asked, getattr(cfg, asked))
+            learned = _learned(source)
+            if learned and each.sha256 not in learned.values():
+                is_one = len(learned) == 1
+                notes.append(
+                    f"{source} learned to judge by {', '.join(learned)}, and is asked by {each.path} "
+                    f"(config.{key}.instruction): how far it can be trusted was measured by {'that' if is_one else 'those'} alone"
+                )
+    return tuple(notes)
+
+
+def _learned(source: Source) -> dict[str, str]:
+    """The instructions that a model learned to judge by, and their hashes; none where that isn't known."""
+    if source.init in TAUGHT:
+        return {name: digest(templates.path_of(name)) for name in templates.INSTRUCTIONS}
+    if source.init == "hf" or source.init.startswith("tiny:"):
+        return {}
+    path = run_of(source)[0] / FILE
+    if methods.named(run_config(source).method).reads != "judged" or not path.is_file():
+        return {}
+    return {each.path: each.sha256 for each in read(path).values() if each.kind == "instruction"}
 
 
 def _python(key: str, init: str) -> Iterator[tuple[str, Found]]:

@@ -9,7 +9,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -119,8 +119,8 @@ def _others(workdir: pathlib.Path) -> UserError:
     return UserError(f"--workdir={workdir}: another process is training there; wait for it or end it")
 
 
-def check(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None = None) -> list[str]:
-    """What may change and has, one line each. Nothing is written. `say` is told when hashing takes long.
+def check(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None = None) -> dict[str, str]:
+    """The keys that may change and have, with a line about each. Nothing is written. `say` is told when hashing takes long.
 
     Raises UserError where another config's run is there, naming the keys that differ; where what the config names isn't what
     the run began with (see inputs); and where nothing can be written.
@@ -132,12 +132,11 @@ def check(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None = None) -> 
         raise UserError(f"--workdir={str(workdir)!r}: {said}") from error
 
 
-# A mesh is where a run lies: arrays are put there from any other, and sums are taken in another order then.
-MOVED = "; the same run from here on, but for its last bits"
+MESH = "mesh."
 LONGEST = 3800  # bytes of a path: what lies deep in a checkpoint needs some 200 of Linux's 4096
 
 
-def _check(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None) -> list[str]:
+def _check(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None) -> dict[str, str]:
     if len(str(workdir.absolute()).encode()) > LONGEST:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     workdir.exists()  # raises where a part of the path is too long, or may not be entered
@@ -150,16 +149,16 @@ def _check(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None) -> list[s
         names = [each.name for each in workdir.iterdir()] if workdir.exists() else []
         if any(name not in FIRST and not is_stranger(name) for name in names):
             raise UserError(f"--workdir={workdir} holds files but no config.json: wanted an empty directory or a run's")
-        return []
+        return {}
     changes = _changes(workdir / "config.json", cfg)
     begun = f"wanted what the run in {workdir} began with; put it back, or take another --workdir"
     _same_inputs(workdir, cfg, begun, say=say)
     return changes
 
 
-def is_other(changes: list[str]) -> bool:
-    """Whether what `check` found asks for another result: devices alone don't."""
-    return any(not line.endswith(MOVED) for line in changes)
+def is_other(changed: Iterable[str]) -> bool:
+    """Whether keys that have changed ask for another result. A mesh is where a run lies: arrays are put there from any other."""
+    return any(not name.startswith(MESH) for name in changed)
 
 
 def check_data(workdir: pathlib.Path, cfg: Config) -> None:
@@ -193,7 +192,7 @@ def claim(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None = None) -> 
     if now != known:  # the inputs first: a config.json without them is an earlier version's
         atomic_write_json(hashed, inputs.nested(now))
     atomic_write_json(path, nested(cfg))
-    return [*changes, *notes]
+    return [*changes.values(), *notes]
 
 
 def _same_inputs(
@@ -228,7 +227,7 @@ def stored_config(workdir: pathlib.Path) -> tuple[Config, tuple[str, ...]]:
         raise UserError(f"{error}; it isn't a config of this version, take another --workdir") from error
 
 
-def _changes(path: pathlib.Path, cfg: Config) -> list[str]:
+def _changes(path: pathlib.Path, cfg: Config) -> dict[str, str]:
     before = config.flatten(stored_config(path.parent)[0])
     now = config.flatten(cfg)
     changed = [name for name in now if before[name] != now[name]]
@@ -242,5 +241,8 @@ def _changes(path: pathlib.Path, cfg: Config) -> list[str]:
             f"--workdir={path.parent} is another config's run: {listed}; take another --workdir or the same config"
         )
     effects = {"eval.prompts": "; evaluations before don't compete for the best one"}
-    effects |= dict.fromkeys((name for name in changed if name.startswith("mesh.")), MOVED)
-    return [f"config.{name}: {before[name]!r} before, {now[name]!r} now{effects.get(name, '')}" for name in changed]
+    moved = "; the same run from here on, but for its last bits"  # sums are taken in another order
+    effects |= {name: moved for name in changed if not is_other([name])}
+    return {
+        name: f"config.{name}: {before[name]!r} before, {now[name]!r} now{effects.get(name, '')}" for name in changed
+    }
