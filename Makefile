@@ -1,7 +1,7 @@
 # Needs make and Python 3.11 or newer; everything else goes into .venv. pip is used as this machine has it configured.
 
 PYTHON ?= python3
-WORKDIR ?= runs/quickstart
+WORKDIR ?= runs/$(if $(filter real,$(MAKECMDGOALS)),real,quickstart)
 FRESH ?=
 ARGS ?=
 PIPFLAGS ?= -qq
@@ -14,7 +14,7 @@ export WORKDIR
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test test-all check lint format-check types format assets clean fresh-workdir
+.PHONY: help quickstart real test test-all check lint format-check types format assets clean fresh-workdir
 
 help:  ## this list
 	@echo "make TARGET [PYTHON=python3.12] [ARGS=...], where TARGET is"
@@ -22,6 +22,9 @@ help:  ## this list
 
 quickstart: $(VENV)/installed fresh-workdir  ## the main job in WORKDIR (runs/quickstart); again: its results; FRESH=1: from the start
 	$(BIN)/python -m oaif_jax.train --config=$(CONFIG) --workdir="$(WORKDIR)" $(ARGS)
+
+real: $(VENV)/installed-real  ## SmolLM2 learns to judge and is aligned by it, in WORKDIR (runs/real), in half an hour; again: goes on
+	$(BIN)/python -m launch.real --workdir="$(WORKDIR)" $(ARGS)
 
 # A process for each core, up to 4 GB each; the tests of a file stay together, since they share what is slow to make.
 test: $(VENV)/installed-test  ## the tests but for slow ones, in WORKERS=2 processes, or ARGS="tests/test_losses.py -k dpo"
@@ -55,7 +58,7 @@ clean:  ## removes .venv, caches and build files; keeps runs
 
 # XLA on CPU was 1.3 times faster with huge pages, which glibc's malloc asks for only when told (a gradient step on two
 # cores: 1.27 s instead of 1.7 s). Other C libraries ignore this.
-quickstart test test-all assets: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+quickstart real test test-all assets: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 # --- the environment: made once, and installed into again when setup.py or constraints.txt has changed
 
@@ -70,8 +73,9 @@ pip_install = $(BIN)/python -m pip install $(PIPFLAGS) --disable-pip-version-che
 
 $(VENV)/installed: EXTRA :=
 $(VENV)/installed-test: EXTRA := [test]
+$(VENV)/installed-real: EXTRA := [real]
 # setuptools comes first and pinned, since pip's own isolated build would take the newest.
-$(VENV)/installed $(VENV)/installed-test: setup.py constraints.txt
+$(VENV)/installed $(VENV)/installed-test $(VENV)/installed-real: setup.py constraints.txt
 	$(if $(venv_works),,$(require_python))
 	$(if $(venv_works),,@echo "Making $(VENV) with Python $(python_version) ..." && $(PYTHON) -m venv --clear $(VENV))
 	@echo "Installing oaif_jax$(EXTRA) and its pinned dependencies into $(VENV), a minute or two the first time ..."

@@ -31,6 +31,7 @@ EXTRAS = {
     # torch and transformers: what models from released directories are compared with.
     "test": [
         "beartype",
+        "gguf",
         "kubeflow-trainer-api",  # JobSet's schema as Python types
         "optuna",
         "peft",
@@ -43,6 +44,7 @@ EXTRAS = {
         "torch",
         "transformers",
     ],
+    "real": ["gguf", "torch", "transformers"],  # what reads the GGUF file of `make real`
     "lora-quant": ["qwix"],
     "optuna": ["optuna"],
     "peers": ["torch", "trl"],
@@ -58,6 +60,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["oaif_jax", "oaif_jax.*", "experiments", "experiments.*", "launch", "launch.*"]),
     package_data={
+        "experiments.everyday": ["*.txt", "*.jsonl"],
         "oaif_jax": ["py.typed"],
         "oaif_jax.annotate": ["instructions/*.txt"],
         "oaif_jax.tiny": ["chat_template.jinja", "assets/**/*", "instructions/*.txt"],

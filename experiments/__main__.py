@@ -11,7 +11,7 @@ import sys
 from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
 
-FAMILIES = ("tiny", "own", "oaif", "pythia", "selm", "bench")
+FAMILIES = ("tiny", "own", "real", "oaif", "pythia", "selm", "bench")
 
 
 def listing(name: str) -> list[str]:

@@ -211,6 +211,8 @@ def test_a_module_that_ends_the_program(tmp_path, monkeypatch, source, said):
     (tmp_path / f"{name}.py").write_text(source)
     with pytest.raises(UserError, match=rf"^config\.annotator\.init='python:{name}\.score'.*{said}"):
         python.open_annotator(f"python:{name}.score")
+    with pytest.raises(UserError, match=rf"^config\.judge\.init='python:{name}\.score'.*{said}"):
+        python.open_annotator(f"python:{name}.score", "judge")
 
 
 def test_a_function_that_ends_the_program():
@@ -218,3 +220,5 @@ def test_a_function_that_ends_the_program():
     asks = Asks((), none, none > 0, [])
     with pytest.raises(UserError, match=r"annotator python:a\.b failed at test_annotator\.py:\d+: SystemExit: 3"):
         python.PythonAnnotator("python:a.b", lambda *_: sys.exit(3)).score(asks)
+    with pytest.raises(UserError, match=r"judge python:a\.b returned a NoneType, wanted 0 lists of scores"):
+        python.PythonAnnotator("python:a.b", lambda *_: None, "judge").score(asks)

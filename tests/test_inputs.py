@@ -219,7 +219,7 @@ def test_one_byte_is_refused_by_its_key(there, tmp_path, name):
     assert path.name in said
     assert said.count("config.") - path.name.count("config.") == 1, "nothing else has changed"
     path.write_bytes(whole)
-    assert resume.check(tmp_path / "run", cfg) == [], "what is put back is what it was"
+    assert resume.check(tmp_path / "run", cfg) == {}, "what is put back is what it was"
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -254,7 +254,7 @@ def test_what_no_run_reads_may_change(there, tmp_path):
     claimed(tmp_path / "run", cfg)
     write(there / "data" / "other.jsonl", "another")
     write(there / "policy" / "README.md", "new")
-    assert resume.check(tmp_path / "run", cfg) == []
+    assert resume.check(tmp_path / "run", cfg) == {}
 
 
 def test_several_changes_are_all_named(there, tmp_path):
@@ -277,7 +277,7 @@ def test_examples_that_another_version_parted_otherwise(there, tmp_path, monkeyp
         claimed(workdir, cfg)
         kept = inputs.read(workdir / "inputs.json")["data.path train"]
         assert kept.sha256 == next(iter(kept.files.values())).sha256, "as versions wrote it that had no rule"
-        assert resume.check(workdir, cfg) == []
+        assert resume.check(workdir, cfg) == {}
     kept = (workdir / "config.json").read_text()
     write_checkpoint(workdir, {2: 0.5})
     (workdir / "config.json").write_text(kept)
@@ -291,7 +291,7 @@ def test_examples_that_another_version_parted_otherwise(there, tmp_path, monkeyp
     claimed(tmp_path / "tiny", made())
     write_checkpoint(tmp_path / "tiny", {2: 0.5})
     (tmp_path / "tiny" / "inputs.json").unlink()
-    assert resume.check(tmp_path / "tiny", made()) == []
+    assert resume.check(tmp_path / "tiny", made()) == {}
     resume.check_data(tmp_path / "tiny", made())
 
 
@@ -385,7 +385,7 @@ def test_the_same_elsewhere_is_the_same(package, tmp_path):
     package("one")
     claimed(tmp_path / "run", made())
     package("two")
-    assert resume.check(tmp_path / "run", made()) == []
+    assert resume.check(tmp_path / "run", made()) == {}
 
 
 def test_what_an_earlier_version_did_not_list_is_no_change(tmp_path):
@@ -395,7 +395,7 @@ def test_what_an_earlier_version_did_not_list_is_no_change(tmp_path):
     path = tmp_path / "run" / "inputs.json"
     listed = json.loads(path.read_text())
     path.write_text(json.dumps({key: each for key, each in listed.items() if not key.startswith("data.name ")}))
-    assert resume.check(tmp_path / "run", cfg) == []
+    assert resume.check(tmp_path / "run", cfg) == {}
     claimed(tmp_path / "run", cfg)
     assert json.loads(path.read_text()) == listed
     listed["data.name short"]["sha256"] = "0" * 64
@@ -430,7 +430,7 @@ def test_another_run_that_went_on(tmp_path, which, was, now):
     fixed = made(policy__init=f"{other}@2")
     claimed(tmp_path / "fixed", fixed)
     write_checkpoint(other, {8: 0.9})
-    assert resume.check(tmp_path / "fixed", fixed) == []
+    assert resume.check(tmp_path / "fixed", fixed) == {}
 
 
 @pytest.mark.parametrize(
@@ -454,7 +454,7 @@ def test_the_model_below_another_run(there, tmp_path, rank, name, refused):
     if refused:
         assert f"(base): {name} has changed ({directory})" in refusal(tmp_path / "run", cfg)
     else:
-        assert resume.check(tmp_path / "run", cfg) == []
+        assert resume.check(tmp_path / "run", cfg) == {}
 
 
 def test_the_run_below_another_run(there, tmp_path):
@@ -465,7 +465,7 @@ def test_the_run_below_another_run(there, tmp_path):
     cfg = made(annotator__init=f"{added}@2")
     claimed(tmp_path / "run", cfg)
     flip(directory / "model.safetensors")
-    assert resume.check(tmp_path / "run", cfg) == []
+    assert resume.check(tmp_path / "run", cfg) == {}
     flip(directory / "tokenizer.json")
     assert f"(base base): tokenizer.json has changed ({directory})" in refusal(tmp_path / "run", cfg)
     flip(directory / "tokenizer.json")
@@ -484,17 +484,18 @@ def test_another_runs_checkpoint_that_is_gone(tmp_path):
     assert refusal(tmp_path / "run", cfg).startswith(f"config.policy.init='{other}@2': no run there")
 
 
-def test_the_source_of_a_users_annotator(tmp_path, monkeypatch):
+@pytest.mark.parametrize("key", ["annotator", "judge"])
+def test_the_source_of_a_users_annotator(tmp_path, monkeypatch, key):
     """Found as an import would, in the current directory first; nothing is imported, no package around it either."""
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "judges_of_mine" / "__init__.py", "raise AssertionError('imported')\n")
     path = write(tmp_path / "judges_of_mine" / "length.py", "raise AssertionError('imported')\n")
-    cfg = made(annotator__init="python:judges_of_mine.length.longer", judge__init="annotator")
-    assert set(inputs.of(cfg)) == TINY | {"annotator.init"}
+    cfg = made(**{"judge__init": "annotator", f"{key}__init": "python:judges_of_mine.length.longer"})
+    assert f"{key}.init" in set(inputs.of(cfg)) - TINY
     claimed(tmp_path / "run", cfg)
     flip(path)
     said = refusal(tmp_path / "run", cfg)
-    assert said.startswith("config.annotator.init='python:judges_of_mine.length.longer': length.py has changed (")
+    assert said.startswith(f"config.{key}.init='python:judges_of_mine.length.longer': length.py has changed (")
     path.unlink()
     assert "length.py is gone" in refusal(tmp_path / "run", cfg)
     assert not any(name.startswith("judges_of_mine") for name in sys.modules)
@@ -530,7 +531,7 @@ def test_a_file_that_was_touched_is_read_once_more(there, tmp_path, hashed):
     claimed(tmp_path / "run", cfg)
     hashed.clear()
     os.utime(there / "policy" / "model.safetensors", ns=(1, 1))
-    assert resume.check(tmp_path / "run", cfg) == []
+    assert resume.check(tmp_path / "run", cfg) == {}
     assert hashed == ["model.safetensors"]
     claimed(tmp_path / "run", cfg)
     hashed.clear()
@@ -567,7 +568,7 @@ def test_a_run_without_inputs_gets_them_and_says_so(there, tmp_path):
     claimed(workdir, cfg)
     kept = (workdir / "inputs.json").read_text()
     (workdir / "inputs.json").unlink()
-    assert resume.check(workdir, cfg) == []
+    assert resume.check(workdir, cfg) == {}
     assert not (workdir / "inputs.json").exists(), "a check writes nothing"
     (note,) = claimed(workdir, cfg)
     assert "inputs.json" in note

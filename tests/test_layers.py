@@ -144,7 +144,8 @@ def wrong_readers(found: Imports) -> list[str]:
 SHARED = ("experiments.family", "experiments.oaif")
 
 
-PROGRAMS = ("experiments.peers", "experiments.__main__", "experiments.family")  # and what families share
+# And what families share, or name.
+PROGRAMS = ("experiments.peers", "experiments.__main__", "experiments.family", "experiments.everyday")
 
 
 def wrong_experiments(found: Imports) -> list[str]:

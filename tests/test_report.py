@@ -867,6 +867,16 @@ def test_a_function_that_annotates_was_given_no_instruction():
     assert "helpful |" not in text
 
 
+def test_a_function_that_judges_isnt_called_a_model():
+    judged = SETTING | {"judge": {"init": "python:mine.shorter_wins", "instruction": "helpful"}}
+    text = results.final_table_markdown(run_of(judged))
+    assert "| judge | python:mine.shorter_wins |" in text
+    assert "The function that judges: python:mine.shorter_wins." in text
+    assert "| function | at" in text
+    assert "language model" not in text
+    assert "Win rate, function judge" in html.report(run_of(judged))
+
+
 def test_words_of_the_tiny_world_stay_there():
     """Of other data nothing is a post, and nobody is SFT."""
     run = run_of(SETTING)

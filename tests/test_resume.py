@@ -529,7 +529,7 @@ def test_what_others_left_in_a_workdir(base, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
     (workdir / ".DS_Store").touch()
-    assert resume.check(workdir, config.parse(sft_config())) == []
+    assert resume.check(workdir, config.parse(sft_config())) == {}
     workdir.rmdir() if not any(workdir.iterdir()) else shutil.rmtree(workdir)
     shutil.copytree(sft_run(base), workdir)
     (workdir / "summary.json").unlink()

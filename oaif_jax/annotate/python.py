@@ -1,6 +1,6 @@
 """An annotator of the user's own: any Python function, given texts.
 
-    --config.annotator.init=python:my_annotators.longer_wins
+    --config.annotator.init=python:my_annotators.longer_wins      (or config.judge.init: the judge of evaluations)
 
     def longer_wins(prompts: list[str], responses: list[list[str]]) -> list[list[float | None]]:
         return [[float(len(text)) for text in texts] for texts in responses]
@@ -34,6 +34,7 @@ class PythonAnnotator:
 
     name: str  # python:module.function
     function: Function
+    key: str = "annotator"  # of the config that names it
     compares: bool = False
     is_on_mesh: bool = False
 
@@ -43,7 +44,7 @@ class PythonAnnotator:
         try:
             given = self.function(prompts, [list(texts) for texts in asks.texts])
         except (Exception, SystemExit) as error:  # whatever the user's function raises is about the function
-            raise UserError(f"annotator {self.name} failed{_where(error)}: {type(error).__name__}: {error}") from error
+            raise UserError(f"{self.key} {self.name} failed{_where(error)}: {type(error).__name__}: {error}") from error
         shape = asks.tokens.shape[:2]
         value, known = np.zeros(shape, np.float32), np.zeros(shape, bool)
         for at, row in enumerate(self._rows(given, shape[0], f"{shape[0]} lists of scores")):
@@ -51,9 +52,9 @@ class PythonAnnotator:
                 if score is None:
                     continue
                 if isinstance(score, bool | str) or not isinstance(score, int | float | np.number):
-                    raise UserError(f"annotator {self.name} scored {score!r}, wanted a number or None")
+                    raise UserError(f"{self.key} {self.name} scored {score!r}, wanted a number or None")
                 if not math.isfinite(score):
-                    raise UserError(f"annotator {self.name} scored {score!r}, wanted a finite number or None")
+                    raise UserError(f"{self.key} {self.name} scored {score!r}, wanted a finite number or None")
                 value[at, c], known[at, c] = score, True
         return Scores(value=value, known=known)  # type: ignore[arg-type]  # numpy's
 
@@ -61,14 +62,14 @@ class PythonAnnotator:
         """What was given, if it is a sequence of `count`."""
         if not isinstance(given, list | tuple | np.ndarray) or len(given) != count:
             found = f"{len(given)}" if isinstance(given, list | tuple | np.ndarray) else f"a {type(given).__name__}"
-            raise UserError(f"annotator {self.name} returned {found}, wanted {wanted}")
+            raise UserError(f"{self.key} {self.name} returned {found}, wanted {wanted}")
         return given  # type: ignore[return-value]
 
 
-def open_annotator(init: str) -> PythonAnnotator:
-    """The function that "python:module.function" names; modules of the current directory are found, too."""
+def open_annotator(init: str, key: str = "annotator") -> PythonAnnotator:
+    """The function that "python:module.function" names, as config.KEY.init; modules of the current directory are found, too."""
     module_name, _, name = init.removeprefix(PREFIX).rpartition(".")
-    said = f"config.annotator.init={init!r}"
+    said = f"config.{key}.init={init!r}"
     if not module_name or not name:
         raise UserError(f"{said}, wanted {PREFIX}MODULE.FUNCTION")
     here = str(pathlib.Path.cwd())
@@ -84,7 +85,7 @@ def open_annotator(init: str) -> PythonAnnotator:
     if not callable(function):
         there = [key for key, each in vars(module).items() if callable(each) and not key.startswith("_")]
         raise UserError(f"{said}: {module_name} has no function {name!r}, there are {', '.join(there) or 'none'}")
-    return PythonAnnotator(init, function)  # type: ignore[arg-type]  # what it returns is checked when it is asked
+    return PythonAnnotator(init, function, key)  # type: ignore[arg-type]  # what it returns is checked when it is asked
 
 
 def _where(error: BaseException) -> str:

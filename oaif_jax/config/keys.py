@@ -120,7 +120,7 @@ class Annotator:
 class Judge:
     """The model that compares the policy with the reference in evaluations; it takes no part in training."""
 
-    init: str = "tiny:judge"  # as policy.init, annotator (the same model), or none; tiny's was trained apart
+    init: str = "tiny:judge"  # as policy.init, python:MODULE.FUNCTION, annotator (that model), or none
     path: str = ""  # as policy.path
     chat: str = "auto"  # as policy.chat
     chat_args: Annotated[str, assignments] = ""  # as policy.chat_args
@@ -212,6 +212,7 @@ class Eval:
     final_prompts: Annotated[int, within(1, MANY)] = 256  # examples at the end
     final_split: Annotated[str, one_of("validation", "test")] = "test"  # of these; validation is for tuning
     final: Annotated[str, one_of("best", "last")] = "best"  # parameters at the end: best (by the next key), last
+    greedy: bool = True  # the end measures greedy samples, too
     best: Annotated[str, one_of("judge.score", "gold.score", "validation_loss")] = "judge.score"  # which step is best
 
 
@@ -289,6 +290,7 @@ MAY_CHANGE = (
     "eval.final_prompts",
     "eval.final_split",
     "eval.final",
+    "eval.greedy",
     "checkpoint.keep",
     "export.at_end",
     "export.dtype",

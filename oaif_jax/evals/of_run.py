@@ -72,7 +72,8 @@ class Evaluations:
                 )
 
     def finish(self, params: PyTree, *, split: str = "", count: int = 0) -> Evaluation:
-        """The same on the final split, and of greedy samples; or on another split, and any number of its examples."""
+        """The same on the final split, of greedy samples too if config.eval.greedy; or on another split, and any number of its
+        examples."""
         cfg = self._setup.cfg.eval
         split, count = split or cfg.final_split, count or cfg.final_prompts
         return self._final(params, split, count, thorough=True, cache={}, temperature=None)
@@ -84,6 +85,8 @@ class Evaluations:
 
     def _comparison_at_end(self, params: PyTree, split: str, count: int, **how) -> Evaluation:
         metrics, records = self._comparison(params, split, count, **how)
+        if not self._setup.cfg.eval.greedy:
+            return metrics, records
         greedy, _ = self._comparison(params, split, count, thorough=False, cache={}, temperature=0.0)
         return metrics | {"greedy": {name: greedy[name] for name in GREEDY if name in greedy}}, records
 

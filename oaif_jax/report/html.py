@@ -77,7 +77,7 @@ def _tiles(run: Run) -> str:
     """The key results, one to a tile."""
     found, annotator = run.standing, run.standing.get("annotator", {})
     tiles = []
-    for judge, name in results.JUDGES.items():
+    for judge, name in results.judges(run).items():
         if judge in found:
             interval = percents(*found[judge]["interval"])
             pairs = found[judge].get("pairs", found.get("prompts"))

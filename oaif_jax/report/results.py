@@ -77,14 +77,19 @@ def _win_table(run: Run) -> Table:
         (f"the export, {sampled(run)}", exported),
         ("the export, greedy", exported.get("greedy", {})),
     ):
-        for judge, name in JUDGES.items():
+        for judge, name in judges(run).items():
             if judge in found:
                 rows.append((name, decoding, *_verdict(found[judge], judge)))
     of = posts(run) if run.finished else f"step {run.standing.get('evaluated_step')}{_pairs(run)}"
     title = f"Against {run.opponent}, {of}"
     columns = ("Judge", "Decoding", "Win", "Tie", "Loss", "Win + tie/2", "95 % interval")
     who = setting.judge(run) if any("judge" in each for each in (run.standing, run.standing.get("greedy", {}))) else ""
-    return Table(title, columns, tuple(rows), f"The language model that judges: {who}." if who else "")
+    return Table(title, columns, tuple(rows), f"The {judges(run)['judge']} that judges: {who}." if who else "")
+
+
+def judges(run: Run) -> dict[str, str]:
+    """What those who judge are called: of the config's judge, whether it is a model or a function."""
+    return JUDGES | ({"judge": "function"} if setting.judge(run).startswith("python:") else {})
 
 
 def _verdict(found: Any, name: str) -> tuple[str, ...]:

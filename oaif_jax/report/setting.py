@@ -71,7 +71,7 @@ def judge(run: Run) -> str:
     if not run.is_comparison or init == "none":
         return ""
     who = origin(run, "annotator" if init == "annotator" else "judge")
-    if init == "annotator" and _only_scores(run, who):
+    if init.startswith("python:") or (init == "annotator" and _only_scores(run, who)):
         return who
     return f"{who}, {one_line(str(run.key('judge.instruction', NONE)))}"
 

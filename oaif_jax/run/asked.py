@@ -93,6 +93,9 @@ def open_judge(
     evaluated: tuple[str, ...],
 ) -> tuple[Annotator, str]:
     """Who compares policy and reference in evaluations, and its name for reports."""
+    if cfg.judge.init.startswith(python.PREFIX):
+        check_rows(cfg, mesh, "judge")
+        return python.open_annotator(cfg.judge.init, "judge"), cfg.judge.init
     model = None if asked is None else asked.model
     if cfg.judge.init == "annotator" and (model is None or model.is_reward):  # neither reads an instruction
         assert asked is not None
@@ -153,11 +156,17 @@ def _asks(
     return kind(questions, model.cfg, model.params, compute, data.voice.stop_ids)  # type: ignore[arg-type]
 
 
-def check_rows(cfg: Config, mesh: Mesh) -> None:
-    """UserError where several processes have the same rows: each would ask an annotator on the host about them."""
+def judges_as_model(judge: str) -> bool:
+    """Whether config.judge.init names a model of its own."""
+    return judge not in ("annotator", "none") and not judge.startswith(python.PREFIX)
+
+
+def check_rows(cfg: Config, mesh: Mesh, key: str = "annotator") -> None:
+    """UserError where several processes have the same rows: each would ask a function on the host about them."""
     if hosts.are_several() and jax.local_device_count() % mesh.shape["tensor"]:
+        init = getattr(cfg, key).init
         raise UserError(
-            f"config.mesh.tensor={cfg.mesh.tensor} with an annotator on the host, config.annotator.init={cfg.annotator.init!r}: "
+            f"config.mesh.tensor={cfg.mesh.tensor}, and config.{key}.init={init!r} is asked on the host: "
             f"rows lie on devices of several processes, wanted a divisor of the {jax.local_device_count()} devices of each"
         )
 

@@ -367,7 +367,8 @@ class Health:
         self._off, self._stop = names(cfg.health.off), names(cfg.health.stop)
         self._off |= ({"mass"} if is_tiny else set()) | ({"orders", "mass"} if learns else set())
         self._prompts, self._annotator = cfg.eval.prompts, annotator
-        self._instructions = {"annotator": instruction, "judge": cfg.judge.instruction, "gold": GOLD}
+        judged_by = "" if cfg.judge.init.startswith("python:") else cfg.judge.instruction  # a function reads none
+        self._instructions = {"annotator": instruction, "judge": judged_by, "gold": GOLD}
         self._train: collections.deque[Line] = collections.deque(maxlen=WINDOW + 5)
         self._evals: list[Line] = []
         self._crossed: dict[tuple[str, str], Finding] = {}  # by kind of line and name: what isn't fine again

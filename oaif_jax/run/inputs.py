@@ -176,7 +176,7 @@ def _found(cfg: Config) -> Iterator[tuple[str, Found]]:
     is_asked = kind.asks or (is_compared and cfg.judge.init == "annotator")
     scores = is_asked and not is_python and is_reward(annotator)  # and reads no instruction
     if is_python and is_asked:
-        yield from _python(annotator.init)
+        yield from _python("annotator", annotator.init)
     elif is_asked:
         yield from _model(annotator, cfg.annotator.chat)
         if not scores:
@@ -186,6 +186,8 @@ def _found(cfg: Config) -> Iterator[tuple[str, Found]]:
     judge = source_of("judge", cfg.judge)
     if judge.init == "annotator" and not is_python and not scores:
         yield _instruction("judge", annotator, cfg.judge.instruction)
+    elif judge.init.startswith(python.PREFIX):
+        yield from _python("judge", judge.init)
     elif judge.init not in ("annotator", "none"):
         yield from _model(judge, cfg.judge.chat)
         yield _instruction("judge", judge, cfg.judge.instruction)
@@ -281,7 +283,7 @@ def _learned(source: Source) -> dict[str, str]:
     return {each.path: each.sha256 for each in read(path).values() if each.kind == "instruction"}
 
 
-def _python(init: str) -> Iterator[tuple[str, Found]]:
+def _python(key: str, init: str) -> Iterator[tuple[str, Found]]:
     """The source of a function's module, as an import would find it. Nothing is imported here, packages around it included."""
     parts = init.removeprefix(python.PREFIX).split(".")[:-1]
     where: Sequence[str] | None = [str(pathlib.Path.cwd()), *sys.path]
@@ -292,10 +294,10 @@ def _python(init: str) -> Iterator[tuple[str, Found]]:
         if where is None:
             break
     if spec is None or spec.origin is None:  # part of Python itself, or gone
-        yield "annotator.init", Found("annotator", pathlib.Path(*parts))
+        yield f"{key}.init", Found(key, pathlib.Path(*parts))
     else:
         path = pathlib.Path(spec.origin)
-        yield "annotator.init", Found("annotator", path, _there(path.parent, [path]))
+        yield f"{key}.init", Found(key, path, _there(path.parent, [path]))
 
 
 def _data(cfg: Config, reads: str) -> Iterator[tuple[str, Found]]:

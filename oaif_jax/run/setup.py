@@ -25,7 +25,7 @@ from oaif_jax.models import sharding
 from oaif_jax.models.config import ComputeConfig, Kernel, ModelConfig
 from oaif_jax.rollout import Sampler
 from oaif_jax.run import inputs, sizes
-from oaif_jax.run.asked import EVALUATED, OVER_THE_HOST, name_of, open_annotator, open_judge, said_of
+from oaif_jax.run.asked import EVALUATED, OVER_THE_HOST, judges_as_model, name_of, open_annotator, open_judge, said_of
 from oaif_jax.run.checks import check, check_context, lora_notes, moves_reference
 from oaif_jax.step import Frozen
 from oaif_jax.stored.open import (
@@ -223,7 +223,7 @@ def _shapes(cfg: Config, kind: type[Method], source: Source, voice: Voice) -> di
     is_asked = kind.asks or (is_compared and cfg.judge.init == "annotator")
     if is_asked and not cfg.annotator.init.startswith(python.PREFIX):
         found["annotator"] = shape_of(source_of("annotator", cfg.annotator), vocab_size)
-    if is_compared and cfg.judge.init not in ("annotator", "none"):
+    if is_compared and judges_as_model(cfg.judge.init):
         found["judge"] = shape_of(source_of("judge", cfg.judge), vocab_size)
     return found
 
