@@ -25,8 +25,9 @@ from typing import Any
 
 from absl import flags
 
+from launch.topologies import check_topology
 from oaif_jax.base import cli, files, options
-from oaif_jax.base.errors import UserError, near
+from oaif_jax.base.errors import UserError
 
 # Kind -> GKE's label, and xpk's prefix with how it counts ("chips", or "cores": two to a chip).
 KINDS = {
@@ -36,8 +37,6 @@ KINDS = {
     "v6e": ("tpu-v6e-slice", "v6e", "chips"),
     "7x": ("tpu7x", "tpu7x", "cores"),
 }
-SHAPES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # of v5e and v6e
-PARTS = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4")  # of the others' 4x4x4
 CHIPS = 4  # of a host in a slice of several
 # 128 + a signal: it was ended (143, with a checkpoint), killed or has crashed, on its own host or because another one was gone.
 RESTARTED = tuple(range(128, 256))
@@ -138,23 +137,6 @@ def xpk_command(*, name: str, cluster: str, project: str, zone: str, topology: s
     ]  # fmt: skip
 
 
-def check_topology(text: str) -> None:
-    """UserError for TPUs that aren't known."""
-    kind, _, shape = text.partition(":")
-    if kind not in KINDS:
-        raise UserError(f"--topology={text}: there's no TPU {kind!r}{near(kind, KINDS)}")
-    flat = 2 if kind in ("v5e", "v6e") else 3
-    if not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{flat - 1}}}", shape):
-        raise UserError(f"--topology={text}: wanted {flat} sizes, such as {'v5e:4x4' if flat == 2 else 'v5p:4x4x4'}")
-    sizes = [int(size) for size in shape.split("x")]
-    if flat == 2 and shape not in SHAPES:
-        raise UserError(f"--topology={text}: there's no such slice, wanted one of {', '.join(SHAPES)}")
-    # Cubes of 4 x 4 x 4 are joined; what is smaller is a part of one.
-    if flat == 3 and shape not in PARTS and (any(size % 4 for size in sizes) or sizes != sorted(sizes)):
-        wanted = f"{', '.join(PARTS)}, or multiples of 4, ascending"
-        raise UserError(f"--topology={text}: there's no such slice, wanted {wanted}")
-
-
 def _name(text: str) -> str:
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", text) or len(text) > LONGEST:
         raise ValueError
@@ -193,11 +175,11 @@ def main() -> None:
         is_dry = options.define_switch("dry-run", "runs nothing", values=values)
         by_xpk = options.define_switch("xpk", "prints xpk's command instead", values=values)
         cli.no_words(cli.parse_flags(own, values, words="-- ARGUMENTS OF oaif_jax.train"))
-        check_topology(topology.value)
+        kind, shape = check_topology(topology.value)
         check_arguments(rest)
         place = {"name": name.value, "cluster": cluster.value, "project": project.value, "zone": zone.value}
         run = {
-            "name": name.value, "topology": topology.value, "slices": slices.value, "image": image.value,
+            "name": name.value, "topology": f"{kind}:{shape}", "slices": slices.value, "image": image.value,
             "restarts": restarts.value, "grace": grace.value,
             "command": ["python", "-m", "oaif_jax.train", "--distributed", *rest],
         }  # fmt: skip

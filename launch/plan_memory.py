@@ -1,0 +1,181 @@
+"""Memory of one device by tree, by arithmetic: what a run keeps all the time, and what a step and an evaluation need beside it.
+
+What is kept is exact but for the padding of layouts. What passes is an estimate of the largest arrays that are there at one time;
+the compiled program has the last word on it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from launch.bench_count import key_values
+from launch.plan_step import Planned, frozen_models, method_of, parameters, trained
+from oaif_jax.models import sharding
+from oaif_jax.models.config import ModelConfig
+from oaif_jax.run.schedule import optimizer_config
+from oaif_jax.run.setup import eval_chunk
+from oaif_jax.types import REFERENCE
+from oaif_jax.update import optim, state
+
+Trees = dict[str, int]  # bytes of one device, by name
+FLOAT = 4  # bytes of what is float32 whatever compute.dtype is
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device."""
+
+    kept: Trees  # policy, optimizer, base, reference, annotator, judge: all the time
+    step: Trees  # gradients, cache, temporaries: while a step is taken
+    evaluation: Trees  # cache, temporaries: while one is made
+
+    @property
+    def total(self) -> int:
+        """At the larger one of the two."""
+        return sum(self.kept.values()) + max(sum(self.step.values()), sum(self.evaluation.values()))
+
+
+def memory(planned: Planned, mesh: Mesh) -> Memory:
+    """All of it. UserError where the mesh doesn't divide a parameter."""
+    return Memory(kept(planned, mesh), step(planned, mesh), evaluation(planned, mesh))
+
+
+# ------------------------------------------------------------------------------------------------ trees
+
+
+def size_of(tree: PyTree) -> int:
+    """Bytes of a device's part of arrays that know where they lie; two codes of four bits share a byte."""
+
+    def one(leaf: jax.ShapeDtypeStruct) -> int:
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        bits = 4 if leaf.dtype == jnp.uint4 else 8 * leaf.dtype.itemsize
+        return math.prod(shape) * bits // 8
+
+    return sum(one(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def placed(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Parameters' shapes, and where they lie."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        tree,
+        sharding.param_shardings(tree, mesh),
+    )
+
+
+def kept(planned: Planned, mesh: Mesh) -> Trees:
+    """What lies on a device all the time, models that only evaluations ask among them."""
+    cfg = planned.cfg
+    tx = optim.optimizer(optimizer_config(cfg))
+    training = state.abstract(trained(planned), tx, mesh, cfg.compute.trained)
+    found = {"policy": size_of(training.params), "optimizer": size_of(training.optimizer)}
+    models = dict(frozen_models(planned))
+    if "reference" not in models and not planned.rank:  # evaluations compare with it, whatever the loss does
+        models["reference"] = parameters(planned.policy.cfg, cfg.compute.frozen)
+    if planned.judge is not None:
+        models["judge"] = parameters(planned.judge.cfg, cfg.compute.frozen)
+    return found | {name: size_of(placed(tree, mesh)) for name, tree in models.items()}
+
+
+# ------------------------------------------------------------------------------------------------ a step
+
+
+def step(planned: Planned, mesh: Mesh) -> Trees:
+    """Gradients, the sampled responses' cache, and temporaries: of the phases, which follow one another, the largest."""
+    cfg, policy, sizes = planned.cfg, planned.policy.cfg, planned.sizes
+    shape, compute = mesh.shape, cfg.compute
+    itemsize, parts, tensor = jnp.dtype(compute.dtype).itemsize, cfg.optimizer.accumulate, mesh.shape["tensor"]
+    rows = -(-sizes.prompts // parts // (shape["data"] * shape["fsdp"]))
+    own = size_of(placed(trained(planned), mesh))
+    in_float32 = own * FLOAT // jnp.dtype(compute.trained).itemsize
+    # The sum of all micro-batches' gradients beside those of one; at the end they are float32.
+    gradients = in_float32 + own if parts > 1 else max(own, in_float32)
+    prompts, responses = sizes.prompt, sizes.completions * sizes.response
+    residual = policy.layers * rows * policy.width * itemsize
+    inner = _inner(policy, compute.remat) * policy.layers * rows * itemsize // tensor
+    working = {
+        "reference": working_set(policy, rows, prompts + responses, itemsize, shape)
+        + head_chunk(policy, compute.head_chunk, shape),
+        "update": residual * responses
+        + inner * (prompts + responses)
+        + 2 * working_set(policy, rows, prompts + responses, itemsize, shape)
+        + 2 * head_chunk(policy, compute.head_chunk, shape),
+    }
+    cache = 0
+    if planned.annotator is not None:
+        cache = rows * (prompts + sizes.sampled * sizes.response) * key_values(policy) * itemsize // tensor
+        cache *= 1 + (REFERENCE in method_of(cfg).writers and not planned.is_ahead)
+        working["decode"] = decoding(planned, rows * shape["fsdp"], sizes.sampled, mesh)
+        orders = sizes.completions * (sizes.completions - 1)
+        columns = sizes.question + orders * sizes.order
+        working["annotate"] = working_set(planned.annotator.cfg, rows, columns, itemsize, shape)
+    # The pass over the prompts, from which responses are drawn, is kept until the gradient is taken.
+    temporaries = residual * prompts + max(working.values())
+    return {"gradients": gradients, "cache": cache, "temporaries": temporaries}
+
+
+def _inner(cfg: ModelConfig, remat: str) -> int:
+    """Numbers of one token in one layer that the backward pass keeps beside the residual stream."""
+    products = cfg.kv_heads * (cfg.groups + 2) * cfg.head_dim + (2 if cfg.gated else 1) * cfg.mlp + 2 * cfg.width
+    return {"layer": 0, "dots": products, "none": 2 * products}[remat]
+
+
+def working_set(cfg: ModelConfig, rows: int, columns: int, itemsize: int, shape: Mapping[str, int]) -> int:
+    """Bytes of one layer at work on whole rows: activations, attention weights of a block of queries, and the weights of two
+    layers, gathered over `fsdp`."""
+    tensor = shape["tensor"]
+    activations = rows * columns * (4 * cfg.width + (2 * cfg.heads * cfg.head_dim + 3 * cfg.mlp) // tensor) * itemsize
+    block = -(-columns // 4)
+    attention = 2 * rows * (cfg.heads // tensor) * block * columns * FLOAT
+    one_layer = (
+        cfg.width * cfg.head_dim * (2 * cfg.heads + 2 * cfg.kv_heads) + (3 if cfg.gated else 2) * cfg.width * cfg.mlp
+    )
+    return activations + attention + 2 * one_layer // tensor * itemsize
+
+
+def head_chunk(cfg: ModelConfig, chunk: int, shape: Mapping[str, int]) -> int:
+    """Bytes of a chunk's logits, twice, and of the head gathered over `fsdp`."""
+    tokens = -(-chunk // (shape["data"] * shape["fsdp"]))
+    columns = cfg.padded_vocab_size // shape["tensor"]
+    return columns * (2 * tokens + cfg.width) * FLOAT
+
+
+def decoding(planned: Planned, rows: int, completions: int, mesh: Mesh) -> int:
+    """Bytes of the policy in the type of the products, which the token loop reads, and of a token's logits, whose rows lie along
+    `data` alone."""
+    policy, compute = planned.policy.cfg, planned.cfg.compute
+    is_cast = not planned.rank and compute.trained != compute.dtype
+    copy = size_of(placed(parameters(policy, compute.dtype), mesh)) if is_cast else 0
+    logits = 3 * rows * completions * policy.padded_vocab_size // mesh.shape["tensor"] * FLOAT
+    return copy + logits
+
+
+# ------------------------------------------------------------------------------------------------ an evaluation
+
+
+def evaluation(planned: Planned, mesh: Mesh) -> Trees:
+    """Of two responses to each example of a chunk: drawing them, log-ratios, and the judge's questions, one after another."""
+    cfg, policy, sizes = planned.cfg, planned.policy.cfg, planned.sizes
+    shape, itemsize = mesh.shape, jnp.dtype(cfg.compute.dtype).itemsize
+    rows = -(-eval_chunk(cfg) // (shape["data"] * shape["fsdp"]))
+    columns = sizes.prompt + 2 * sizes.response
+    cache = rows * columns * key_values(policy) * itemsize // shape["tensor"]
+    scoring = working_set(policy, rows, columns, itemsize, shape) + head_chunk(policy, cfg.compute.head_chunk, shape)
+    working = {
+        "drawing": cache + decoding(planned, rows * shape["fsdp"], 2, mesh),
+        "prefill": cache + working_set(policy, rows, sizes.prompt, itemsize, shape),
+        "log-ratios": scoring,
+    }
+    judge = planned.judge or (planned.annotator if cfg.judge.init == "annotator" else None)
+    for name, model in {"judge": judge, "annotator": planned.annotator}.items():
+        if model is not None:
+            asked = working_set(model.cfg, rows, sizes.question + 2 * sizes.order, itemsize, shape)
+            working[name] = asked + head_chunk(model.cfg, cfg.compute.head_chunk, shape)
+    largest = max(working, key=lambda name: working[name])
+    has_cache = largest in ("drawing", "prefill")
+    return {"cache": cache if has_cache else 0, "temporaries": working[largest] - (cache if has_cache else 0)}
