@@ -28,7 +28,6 @@ How many tokens an instruction has isn't known without a tokenizer: it is estima
 
 import dataclasses
 import pathlib
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,10 +79,8 @@ def compiled(planned: Planned, mesh: Mesh, asked: Asked) -> Compiled:
         return Compiled()
     with phases.phase("tracing the step"):
         lowered = lower(planned, mesh)
-    began = time.monotonic()
     with phases.phase("compiling the step"):
-        found = plan_report.compiled(lowered)
-    return dataclasses.replace(found, seconds=time.monotonic() - began)
+        return plan_report.compiled(lowered)
 
 
 def reported(planned: Planned, mesh: Mesh, asked: Asked) -> dict[str, Any]:

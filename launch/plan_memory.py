@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from launch.bench_count import key_values
+from launch.bench_count import key_values, matrices
 from launch.plan_step import Planned, frozen_models, method_of, parameters, trained
 from oaif_jax.models import sharding
+from oaif_jax.models.attention import blocks
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.run.schedule import optimizer_config
 from oaif_jax.run.setup import eval_chunk
@@ -98,25 +99,29 @@ def step(planned: Planned, mesh: Mesh) -> Trees:
     prompts, responses = sizes.prompt, sizes.completions * sizes.response
     residual = policy.layers * rows * policy.width * itemsize
     inner = _inner(policy, compute.remat) * policy.layers * rows * itemsize // tensor
-    working = {
-        "reference": working_set(policy, rows, prompts + responses, itemsize, shape)
-        + head_chunk(policy, compute.head_chunk, shape),
-        "update": residual * responses
-        + inner * (prompts + responses)
-        + 2 * working_set(policy, rows, prompts + responses, itemsize, shape)
-        + 2 * head_chunk(policy, compute.head_chunk, shape),
-    }
-    cache = 0
-    if planned.annotator is not None:
-        cache = rows * (prompts + sizes.sampled * sizes.response) * key_values(policy) * itemsize // tensor
-        cache *= 1 + (REFERENCE in method_of(cfg).writers and not planned.is_ahead)
-        working["decode"] = decoding(planned, rows * shape["fsdp"], sizes.sampled, mesh)
-        orders = sizes.completions * (sizes.completions - 1)
-        columns = sizes.question + orders * sizes.order
-        working["annotate"] = working_set(planned.annotator.cfg, rows, columns, itemsize, shape)
+    whole = working_set(policy, rows, prompts + responses, itemsize, shape)
+    head = head_chunk(policy, compute.head_chunk, rows, itemsize, shape)
+    # Of a trained embedding and of the head, before they are summed over `fsdp`.
+    of_head = 0 if planned.rank else 2 * policy.padded_vocab_size // tensor * policy.width * FLOAT
+    update = residual * responses + inner * (prompts + responses) + 2 * (whole + head) + of_head
+    working = {"reference": whole + head, "update": update}
     # The pass over the prompts, from which responses are drawn, is kept until the gradient is taken.
-    temporaries = residual * prompts + max(working.values())
-    return {"gradients": gradients, "cache": cache, "temporaries": temporaries}
+    training = {"gradients": gradients, "cache": 0, "temporaries": residual * prompts + max(working.values())}
+    if planned.annotator is None:
+        return training
+    cache = rows * (prompts + sizes.sampled * sizes.response) * key_values(policy) * itemsize // tensor
+    cache *= 1 + (REFERENCE in method_of(cfg).writers)
+    orders = sizes.completions * (sizes.completions - 1)
+    columns = sizes.question + orders * sizes.order
+    drawing = {
+        "decode": decoding(planned, rows * shape["fsdp"], sizes.sampled, mesh),
+        "annotate": working_set(planned.annotator.cfg, rows, columns, itemsize, shape),
+    }
+    if planned.is_ahead:  # one program after the other
+        before = {"gradients": 0, "cache": cache, "temporaries": max(drawing.values())}
+        return max(before, training, key=lambda trees: sum(trees.values()))
+    largest = max(*working.values(), *drawing.values())
+    return {"gradients": gradients, "cache": cache, "temporaries": residual * prompts + largest}
 
 
 def _inner(cfg: ModelConfig, remat: str) -> int:
@@ -126,23 +131,21 @@ def _inner(cfg: ModelConfig, remat: str) -> int:
 
 
 def working_set(cfg: ModelConfig, rows: int, columns: int, itemsize: int, shape: Mapping[str, int]) -> int:
-    """Bytes of one layer at work on whole rows: activations, attention weights of a block of queries, and the weights of two
-    layers, gathered over `fsdp`."""
-    tensor = shape["tensor"]
-    activations = rows * columns * (4 * cfg.width + (2 * cfg.heads * cfg.head_dim + 3 * cfg.mlp) // tensor) * itemsize
-    block = -(-columns // 4)
-    attention = 2 * rows * (cfg.heads // tensor) * block * columns * FLOAT
-    one_layer = (
-        cfg.width * cfg.head_dim * (2 * cfg.heads + 2 * cfg.kv_heads) + (3 if cfg.gated else 2) * cfg.width * cfg.mlp
-    )
-    return activations + attention + 2 * one_layer // tensor * itemsize
+    """Bytes of one layer at work on whole rows: the residual stream beside the larger one of attention, with the weights of a
+    block of queries, and the MLP; and the parameters of two layers, gathered over `fsdp`."""
+    tensor, tokens = shape["tensor"], rows * columns * itemsize
+    block = max(end - first for first, end in blocks(columns))
+    weights = 3 * rows * (cfg.heads // tensor) * block * columns * FLOAT // 2
+    attention = 2 * tokens * (cfg.heads + cfg.kv_heads) * cfg.head_dim // tensor + weights
+    mlp = 2 * tokens * cfg.mlp // tensor
+    return 2 * tokens * cfg.width + max(attention, mlp) + 2 * matrices(cfg) // cfg.layers // tensor * itemsize
 
 
-def head_chunk(cfg: ModelConfig, chunk: int, shape: Mapping[str, int]) -> int:
-    """Bytes of a chunk's logits, twice, and of the head gathered over `fsdp`."""
-    tokens = -(-chunk // (shape["data"] * shape["fsdp"]))
+def head_chunk(cfg: ModelConfig, chunk: int, rows: int, itemsize: int, shape: Mapping[str, int]) -> int:
+    """Bytes of a chunk's logits, twice, and of the head gathered over `fsdp`; a chunk has at least one token of each row."""
+    tokens = rows * max(1, chunk // (rows * shape["data"] * shape["fsdp"]))
     columns = cfg.padded_vocab_size // shape["tensor"]
-    return columns * (2 * tokens + cfg.width) * FLOAT
+    return columns * (2 * tokens * FLOAT + cfg.width * itemsize)
 
 
 def decoding(planned: Planned, rows: int, completions: int, mesh: Mesh) -> int:
@@ -165,7 +168,8 @@ def evaluation(planned: Planned, mesh: Mesh) -> Trees:
     rows = -(-eval_chunk(cfg) // (shape["data"] * shape["fsdp"]))
     columns = sizes.prompt + 2 * sizes.response
     cache = rows * columns * key_values(policy) * itemsize // shape["tensor"]
-    scoring = working_set(policy, rows, columns, itemsize, shape) + head_chunk(policy, cfg.compute.head_chunk, shape)
+    chunk = cfg.compute.head_chunk
+    scoring = working_set(policy, rows, columns, itemsize, shape) + head_chunk(policy, chunk, rows, itemsize, shape)
     working = {
         "drawing": cache + decoding(planned, rows * shape["fsdp"], 2, mesh),
         "prefill": cache + working_set(policy, rows, sizes.prompt, itemsize, shape),
@@ -175,7 +179,7 @@ def evaluation(planned: Planned, mesh: Mesh) -> Trees:
     for name, model in {"judge": judge, "annotator": planned.annotator}.items():
         if model is not None:
             asked = working_set(model.cfg, rows, sizes.question + 2 * sizes.order, itemsize, shape)
-            working[name] = asked + head_chunk(model.cfg, cfg.compute.head_chunk, shape)
+            working[name] = asked + head_chunk(model.cfg, chunk, rows, itemsize, shape)
     largest = max(working, key=lambda name: working[name])
     has_cache = largest in ("drawing", "prefill")
     return {"cache": cache if has_cache else 0, "temporaries": working[largest] - (cache if has_cache else 0)}

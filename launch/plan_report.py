@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,20 +29,23 @@ class Compiled:
     programs: Sequence[jax.stages.Compiled] = ()
     seconds: float = 0.0
     refused: str = ""  # the compiler's words
-    at_least: int = 0  # bytes that it would take beside what is kept, as far as the compiler said
+    whole: int = 0  # bytes that it takes, its arguments included
 
 
-def compiled(lowered: Sequence[jax.stages.Lowered], seconds: float = 0.0) -> Compiled:
+def compiled(lowered: Sequence[jax.stages.Lowered]) -> Compiled:
     """Compiles; what is too large for the chip's memory is no error here."""
+    began = time.monotonic()
     try:
-        return Compiled([each.compile() for each in lowered], seconds)
+        programs = [each.compile() for each in lowered]
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         text = " ".join(str(error).split())
         size = re.search(r"temporaries \(([\d.]+)G\)", text)
         said = re.search(r"[^.:]*(?:Ran out of memory|xceeds).*?(?=\. |$)", text)
-        return Compiled((), seconds, said[0].strip() if said else text[:300], int(float(size[1]) * GIB) if size else 0)
+        words = said[0].strip() if said else text[:300]
+        return Compiled((), time.monotonic() - began, words, int(float(size[1]) * GIB) if size else 0)
+    return Compiled(programs, time.monotonic() - began)
 
 
 def report(planned: Planned, found: Compiled, mesh: Mesh) -> dict[str, Any]:
@@ -134,18 +138,18 @@ def of_program(stats: Any) -> dict[str, float]:
 
 def corrected(trees: Memory, found: Compiled) -> Memory:
     """A step's temporaries as the compiler has them: what its largest program takes beside its arguments, less the gradients and
-    the cache that are among them. Where it refused a program, they aren't less than it said."""
-    beside = found.at_least
+    the cache that are among them. Of a program that it refused it says how much that takes with its arguments."""
+    arguments = sum(size for name, size in trees.kept.items() if name != "judge")
+    beside = max(found.whole - arguments, 0)
     for each in found.programs:
         of = of_program(each.memory_analysis())
         beside = max(beside, int(GIB * (of["total"] - of["arguments"])))
     if not beside:
         return trees
-    gradients, cache = trees.step["gradients"], trees.step["cache"]
-    temporaries = beside - gradients - cache
-    if not found.programs:
-        temporaries = max(temporaries, trees.step["temporaries"])
-    return dataclasses.replace(trees, step={"gradients": gradients, "cache": cache, "temporaries": temporaries})
+    gradients = min(trees.step["gradients"], beside)
+    cache = min(trees.step["cache"], beside - gradients)
+    rest = beside - gradients - cache
+    return dataclasses.replace(trees, step={"gradients": gradients, "cache": cache, "temporaries": rest})
 
 
 def smallest_projection(planned: Planned) -> int:

@@ -97,9 +97,9 @@ def best(tried: Sequence[tuple[Choice, dict[str, Any]]]) -> Choice | None:
 
 def table(found: Sequence[Choice], tried: Sequence[tuple[Choice, dict[str, Any]]]) -> Table:
     """What was tried, those that were compiled first."""
-    right = ("prompts at a time", "GiB", "floor s", "compiled GiB", "compiled floor s")
+    right = ("prompts", "GiB", "floor s", "compiled GiB", "floor s")
     made = Table("data x fsdp x tensor", *(Column(name, justify="right") for name in right))
-    made.title = "meshes, with the largest micro-batch that fits"
+    made.title = "meshes, with the largest micro-batch that fits, by arithmetic and as compiled"
 
     def row(one: Choice, *compiled: str) -> None:
         axes = " x ".join(str(size) for size in one.mesh.shape.values())
