@@ -58,14 +58,16 @@ def fit(planned: Planned, mesh: Mesh, found: Memory, usable: int) -> Fit:
     """The verdict on what was found, with what would fit where it doesn't."""
     if found.total <= usable:
         return Fit(found.total, usable)
-    beyond = found.total - memory(planned, mesh).total  # what the compiler takes beyond the arithmetic
+    # A compiled step takes more or less than the arithmetic's, and other steps will by as much.
+    factor = sum(found.step.values()) / max(sum(memory(planned, mesh).step.values()), 1)
 
     def tried(changes: Changes) -> Try | None:
         try:
             other = changed(planned, changes)
-            return Try(changes, memory(other, mesh_of(other, mesh)).total + beyond)
+            needed = memory(other, mesh_of(other, mesh))
         except UserError:  # keys that don't go together, or parameters that don't divide
             return None
+        return Try(changes, dataclasses.replace(needed, step={"all": int(factor * sum(needed.step.values()))}).total)
 
     alone: dict[str, Try] = {}  # of each kind of change, the first that is enough
     strongest: dict[str, Changes] = {}  # the one that needs least; of equals the last

@@ -5,6 +5,7 @@ the compiled program has the last word on it.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
@@ -15,6 +16,8 @@ from jaxtyping import PyTree
 
 from launch.bench_count import key_values, matrices
 from launch.plan_step import Planned, frozen_models, method_of, parameters, trained
+from oaif_jax.config.keys import Eval
+from oaif_jax.config.keys import Mesh as Axes
 from oaif_jax.models import sharding
 from oaif_jax.models.attention import blocks
 from oaif_jax.models.config import ModelConfig
@@ -72,15 +75,26 @@ def placed(tree: PyTree, mesh: Mesh) -> PyTree:
 def kept(planned: Planned, mesh: Mesh) -> Trees:
     """What lies on a device all the time, models that only evaluations ask among them."""
     cfg = planned.cfg
-    tx = optim.optimizer(optimizer_config(cfg))
-    training = state.abstract(trained(planned), tx, mesh, cfg.compute.trained)
-    found = {"policy": size_of(training.params), "optimizer": size_of(training.optimizer)}
+    # Keys that change nothing of the training state, so that one is traced for all micro-batches of a search.
+    same = dataclasses.replace(
+        cfg, optimizer=dataclasses.replace(cfg.optimizer, accumulate=1), eval=Eval(), mesh=Axes()
+    )
+    params, moments = training_state(dataclasses.replace(planned, cfg=same), mesh)
+    found = {"policy": params, "optimizer": moments}
     models = dict(frozen_models(planned))
     if "reference" not in models and not planned.rank:  # evaluations compare with it, whatever the loss does
         models["reference"] = parameters(planned.policy.cfg, cfg.compute.frozen)
     if planned.judge is not None:
         models["judge"] = parameters(planned.judge.cfg, cfg.compute.frozen)
     return found | {name: size_of(placed(tree, mesh)) for name, tree in models.items()}
+
+
+@functools.lru_cache(maxsize=128)
+def training_state(planned: Planned, mesh: Mesh) -> tuple[int, int]:
+    """Bytes of what is trained, and of the optimizer's state."""
+    tx = optim.optimizer(optimizer_config(planned.cfg))
+    training = state.abstract(trained(planned), tx, mesh, planned.cfg.compute.trained)
+    return size_of(training.params), size_of(training.optimizer)
 
 
 # ------------------------------------------------------------------------------------------------ a step

@@ -208,7 +208,7 @@ def test_fits():
 
 
 def test_what_would_fit(planned, mesh):
-    """Each is enough alone; where none is, several together; and what the compiler takes beyond the arithmetic stays."""
+    """Each is enough alone; where none is, several together. What a compiled step takes more, others take as well."""
     found = plan_memory.memory(planned, mesh)
     assert plan_fit.fit(planned, mesh, found, found.total).fits
     # An evaluation's chunk needs most here.
@@ -219,11 +219,12 @@ def test_what_would_fit(planned, mesh):
     for each in verdict.tries:
         other = plan_fit.changed(planned, each.changes)
         assert each.needed == plan_memory.memory(other, plan_fit.mesh_of(other, mesh)).total <= verdict.usable
-    beyond = dataclasses.replace(found, evaluation={"temporaries": found.evaluation["temporaries"] + 10_000})
-    more = plan_fit.fit(planned, mesh, beyond, found.total + 9_000)
-    assert {each.flags: each.needed for each in more.tries}["--config.compute.frozen=bfloat16"] == (
-        plan_memory.memory(changed(planned, compute__frozen="bfloat16"), mesh).total + 10_000
-    )
+    # As compiled it takes ten times as much, and so will half of the micro-batch.
+    step = dataclasses.replace(found, step={name: 10 * size for name, size in found.step.items()})
+    half = plan_memory.memory(changed(planned, optimizer__accumulate=4), mesh)
+    needed = dataclasses.replace(half, step={"all": 10 * sum(half.step.values())}).total
+    more = {each.flags: each.needed for each in plan_fit.fit(planned, mesh, step, needed).tries}
+    assert more["--config.optimizer.accumulate=4"] == needed
     both = {"eval.prompts": 324, "optimizer.accumulate": 4}
     enough = plan_memory.memory(plan_fit.changed(planned, both), mesh).total
     (together,) = plan_fit.fit(planned, mesh, found, enough).tries
