@@ -79,7 +79,9 @@ def test_phases_by_hand():
     """Pairs that are visible: a trunk of S has S (S + 1) / 2, a branch of R after it R S + R (R + 1) / 2."""
     one_row = 2 * (7 + 12) * MATRICES + 3 * 4 * WIDTHS * (28 + 2 * (6 * 7 + 21))
     scored = 5 * (one_row + 2 * 12 * HEAD)
-    assert bench_count.score(MODEL, SIZES, "bfloat16") == Work(scored, 2 * (MATRICES + HEAD), 5 * 19, 2 * (MATRICES + HEAD))
+    assert bench_count.score(MODEL, SIZES, "bfloat16") == Work(
+        scored, 2 * (MATRICES + HEAD), 5 * 19, 2 * (MATRICES + HEAD)
+    )
     trained = 2 * 4 * (MATRICES + HEAD) + 4 * (MATRICES + 2 * HEAD)
     assert bench_count.update(MODEL, SIZES, "float32", "float32") == Work(3 * scored, trained, 5 * 19, trained)
     cache = 2 * 3 * 2 * 10  # of a token
