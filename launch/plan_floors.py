@@ -157,11 +157,11 @@ def utilisation(each: Mapping[str, Floor]) -> float:
 
 
 def by_width(planned: Planned, chip: Chip, shape: Shape) -> dict[int, float]:
-    """Seconds of a step's floor where the longest response has that many tokens, for the widths of compute.lengths; bytes of the
-    interconnect are those of the arithmetic."""
+    """What share of a step's floor is left where the longest response has that many tokens, for the widths of compute.lengths;
+    bytes of the interconnect are those of the arithmetic."""
     full, found = planned.sizes.response, {}
     for width in sorted({-(-full // 2**number) for number in range(planned.cfg.compute.lengths)}, reverse=True):
         order = planned.sizes.order - 2 * (full - width)
         cut = dataclasses.replace(planned, sizes=dataclasses.replace(planned.sizes, response=width, order=order))
         found[width] = total(floors(cut, chip, shape, interconnect(cut, shape)))
-    return found
+    return {width: seconds / found[full] for width, seconds in found.items()}

@@ -90,7 +90,7 @@ def report(planned: Planned, found: Compiled, mesh: Mesh) -> dict[str, Any]:
         "step_seconds": [seconds, seconds / plan_floors.EXPECTED],
         "utilisation": plan_floors.utilisation(floors),
         "step_seconds_by_response": {
-            str(width): at_least for width, at_least in plan_floors.by_width(planned, chip, shape).items()
+            str(width): seconds * share for width, share in plan_floors.by_width(planned, chip, shape).items()
         },
     }
 
