@@ -11,19 +11,25 @@ import dataclasses
 from oaif_jax.config import Config
 from oaif_jax.models.config import ModelConfig
 
-BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "nf4": 0.5}
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a phase has to do. `tokens` are those it reads or writes, for tokens per second."""
+    """What a phase has to do. `tokens` are those it reads or writes, for tokens per second; `weights` are those of its bytes that
+    are parameters, gradients and moments, which each copy of a model moves by itself."""
 
     operations: int = 0
     bytes: int = 0
     tokens: int = 0
+    weights: int = 0
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(self.operations + other.operations, self.bytes + other.bytes, self.tokens + other.tokens)
+        return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def times(self, count: int) -> "Work":
+        """The same, so many times."""
+        return Work(*(count * each for each in dataclasses.astuple(self)))
 
     def floor(self, operations_per_second: float, bytes_per_second: float) -> float:
         """Seconds below which this can't be done: the slower of the two, as if the other were hidden behind it."""
@@ -92,8 +98,9 @@ def key_values(cfg: ModelConfig) -> int:
 def prefill(cfg: ModelConfig, sizes: Sizes, dtype: str) -> Work:
     """Prompts through the layers, and the logits of each first token."""
     operations = sizes.prompts * (rows(cfg, sizes.prompt, 0, 0) + 2 * head(cfg))
-    elements = matrices(cfg) + head(cfg) + sizes.prompts * sizes.prompt * key_values(cfg)
-    return Work(operations, BYTES[dtype] * elements, sizes.prompts * sizes.prompt)
+    weights = int(BYTES[dtype] * (matrices(cfg) + head(cfg)))
+    cached = int(BYTES[dtype] * sizes.prompts * sizes.prompt * key_values(cfg))
+    return Work(operations, weights + cached, sizes.prompts * sizes.prompt, weights)
 
 
 def decode(cfg: ModelConfig, sizes: Sizes, dtype: str) -> Work:
@@ -104,7 +111,8 @@ def decode(cfg: ModelConfig, sizes: Sizes, dtype: str) -> Work:
     operations += sizes.sampled * sizes.prompts * attention(cfg, sizes.prompt, passes)
     suffix = sizes.sampled * visible(0, passes)
     cached = sizes.prompts * (passes * sizes.prompt + suffix) * key_values(cfg)
-    return Work(operations, BYTES[dtype] * (passes * (matrices(cfg) + head(cfg)) + cached), tokens)
+    weights = int(BYTES[dtype] * passes * (matrices(cfg) + head(cfg)))
+    return Work(operations, weights + int(BYTES[dtype] * cached), tokens, weights)
 
 
 def annotate(cfg: ModelConfig, sizes: Sizes, dtype: str) -> Work:
@@ -112,7 +120,8 @@ def annotate(cfg: ModelConfig, sizes: Sizes, dtype: str) -> Work:
     orders = sizes.completions * (sizes.completions - 1)
     answers = 2 * 2 * orders * cfg.width
     operations = sizes.prompts * (rows(cfg, sizes.question, orders, sizes.order) + answers)
-    return Work(operations, BYTES[dtype] * matrices(cfg), sizes.prompts * (sizes.question + orders * sizes.order))
+    weights = int(BYTES[dtype] * matrices(cfg))
+    return Work(operations, weights, sizes.prompts * (sizes.question + orders * sizes.order), weights)
 
 
 def score(cfg: ModelConfig, sizes: Sizes, dtype: str) -> Work:
@@ -120,21 +129,30 @@ def score(cfg: ModelConfig, sizes: Sizes, dtype: str) -> Work:
     count = sizes.completions
     operations = rows(cfg, sizes.prompt, count, sizes.response) + 2 * count * sizes.response * head(cfg)
     tokens = sizes.prompts * (sizes.prompt + count * sizes.response)
-    return Work(sizes.prompts * operations, BYTES[dtype] * (matrices(cfg) + head(cfg)), tokens)
+    weights = int(BYTES[dtype] * (matrices(cfg) + head(cfg)))
+    return Work(sizes.prompts * operations, weights, tokens, weights)
 
 
-def update(cfg: ModelConfig, sizes: Sizes, dtype: str, trained: str) -> Work:
-    """Loss and gradients: parameters are read forward and backward, gradients are written."""
+def update(cfg: ModelConfig, sizes: Sizes, dtype: str, trained: str, additions: int = 0) -> Work:
+    """Loss and gradients: parameters are read forward and backward, gradients are written. Where only `additions` to the
+    parameters are trained (LoRA), these alone have gradients, and add a product of each token with each of them."""
     forward = score(cfg, sizes, dtype)
-    gradients = BYTES[trained] * parameters(cfg)
-    return Work(3 * forward.operations, 2 * forward.bytes + gradients, forward.tokens)
+    operations, own = 3 * forward.operations, parameters(cfg)
+    if additions:
+        head_tokens = sizes.prompts * sizes.completions * sizes.response
+        operations -= 2 * (forward.tokens * matrices(cfg) + head_tokens * head(cfg))
+        operations += 6 * forward.tokens * additions
+        own = additions
+    weights = 2 * forward.weights + int(BYTES[trained] * own)
+    return Work(operations, weights, forward.tokens, weights)
 
 
-def optimizer(cfg: ModelConfig, name: str, trained: str, moments: str) -> Work:
+def optimizer(cfg: ModelConfig, name: str, trained: str, moments: str, additions: int = 0) -> Work:
     """Parameters and AdamW's two moments are read and written, gradients read. Adafactor's moments are next to nothing."""
-    one = parameters(cfg)
+    one = additions or parameters(cfg)
     state = 2 * one * (BYTES[moments] + BYTES["float32"]) if name == "adamw" else 0
-    return Work(0, 3 * one * BYTES[trained] + state, 0)
+    moved = int(3 * one * BYTES[trained] + state)
+    return Work(0, moved, 0, moved)
 
 
 def phases(cfg: Config, sizes: Sizes, policy: ModelConfig, annotator: ModelConfig) -> dict[str, Work]:

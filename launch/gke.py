@@ -24,7 +24,8 @@ from typing import Any
 
 from absl import flags
 
-from launch.tpus import KINDS, MOUNT, NAMED, RESTARTED, accelerator_type, check_arguments, check_topology
+from launch.topologies import check_topology
+from launch.tpus import KINDS, MOUNT, NAMED, RESTARTED, accelerator_type, check_arguments
 from oaif_jax.base import cli, files, options
 from oaif_jax.base.errors import UserError
 
@@ -142,11 +143,11 @@ def main() -> None:
         is_dry = options.define_switch("dry-run", "runs nothing", values=values)
         by_xpk = options.define_switch("xpk", "prints xpk's command instead", values=values)
         cli.no_words(cli.parse_flags(own, values, words="-- ARGUMENTS OF oaif_jax.train"))
-        check_topology(topology.value)
+        kind, shape = check_topology(topology.value)
         check_arguments(rest)
         place = {"name": name.value, "cluster": cluster.value, "project": project.value, "zone": zone.value}
         run = {
-            "name": name.value, "topology": topology.value, "slices": slices.value, "image": image.value,
+            "name": name.value, "topology": f"{kind}:{shape}", "slices": slices.value, "image": image.value,
             "restarts": restarts.value, "grace": grace.value,
             "command": ["python", "-m", "oaif_jax.train", "--distributed", *rest],
         }  # fmt: skip

@@ -22,7 +22,8 @@ from typing import Any
 from absl import flags
 
 from launch.gke import call
-from launch.tpus import MOUNT, NAMED, RESTARTED, accelerator_type, check_arguments, check_topology
+from launch.topologies import check_topology
+from launch.tpus import MOUNT, NAMED, RESTARTED, accelerator_type, check_arguments
 from oaif_jax.base import cli, files, options
 from oaif_jax.base.errors import UserError
 
@@ -116,8 +117,7 @@ def main() -> None:
         is_dry = options.define_switch("dry-run", "runs nothing", values=values)
         spot = options.define_switch("spot", "asks for TPUs that may be taken away", values=values)
         cli.no_words(cli.parse_flags(own, values, words="-- ARGUMENTS OF oaif_jax.train"))
-        check_topology(topology.value)
-        kind = topology.value.split(":")[0]
+        kind, shape = check_topology(topology.value)
         if kind not in SYSTEMS:
             raise UserError(f"--topology={topology.value}: {kind} has no queued resources, wanted launch.gke")
         check_arguments(rest)
@@ -125,7 +125,7 @@ def main() -> None:
         file = pathlib.Path(out.value or f"{name.value}.sh")
         run = {"image": image.value, "share": share.value, "restarts": restarts.value, "grace": grace.value}
         files.atomic_write_text(file, startup_script(**run, command=command))
-        place = {"name": name.value, "project": project.value, "zone": zone.value, "topology": topology.value}
+        place = {"name": name.value, "project": project.value, "zone": zone.value, "topology": f"{kind}:{shape}"}
         for what, lines in commands(file, **place, image=image.value, grace=grace.value, spot=bool(spot.value)).items():
             print(f"# {what}")
             for line in lines:

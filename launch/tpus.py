@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from oaif_jax.base import cli, options
-from oaif_jax.base.errors import UserError, near
+from oaif_jax.base.errors import UserError
 
 # Kind -> GKE's label, and xpk's prefix with how it counts ("chips", or "cores": two to a chip).
 KINDS = {
@@ -15,8 +15,6 @@ KINDS = {
     "v6e": ("tpu-v6e-slice", "v6e", "chips"),
     "7x": ("tpu7x", "tpu7x", "cores"),
 }
-SHAPES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # of v5e and v6e
-PARTS = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4")  # of the others' 4x4x4
 # 128 + a signal: it was ended (143, with a checkpoint), killed or has crashed, on its own host or because another one was gone.
 RESTARTED = tuple(range(128, 256))
 MOUNT = "/runs"
@@ -28,23 +26,6 @@ def accelerator_type(topology: str) -> str:
     kind, shape = topology.split(":")
     _, prefix, counted = KINDS[kind]
     return f"{prefix}-{math.prod(map(int, shape.split('x'))) * (2 if counted == 'cores' else 1)}"
-
-
-def check_topology(text: str) -> None:
-    """UserError for TPUs that aren't known."""
-    kind, _, shape = text.partition(":")
-    if kind not in KINDS:
-        raise UserError(f"--topology={text}: there's no TPU {kind!r}{near(kind, KINDS)}")
-    flat = 2 if kind in ("v5e", "v6e") else 3
-    if not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{flat - 1}}}", shape):
-        raise UserError(f"--topology={text}: wanted {flat} sizes, such as {'v5e:4x4' if flat == 2 else 'v5p:4x4x4'}")
-    sizes = [int(size) for size in shape.split("x")]
-    if flat == 2 and shape not in SHAPES:
-        raise UserError(f"--topology={text}: there's no such slice, wanted one of {', '.join(SHAPES)}")
-    # Cubes of 4 x 4 x 4 are joined; what is smaller is a part of one.
-    if flat == 3 and shape not in PARTS and (any(size % 4 for size in sizes) or sizes != sorted(sizes)):
-        wanted = f"{', '.join(PARTS)}, or multiples of 4, ascending"
-        raise UserError(f"--topology={text}: there's no such slice, wanted {wanted}")
 
 
 def _name(text: str) -> str:

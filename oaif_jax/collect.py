@@ -11,6 +11,7 @@ makes batches ahead, in a thread of their own, while the device is at work.
 
 import concurrent.futures
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -74,8 +75,8 @@ class Batches:
         self._arrays = ahead_of(lambda at: host_batch(setup, at))
         self._thread = concurrent.futures.ThreadPoolExecutor(1, f"{WORKER}-annotator")
         on = sharding.batch_sharding(setup.mesh)
-        self._step = dataclasses.replace(step_of(setup), method=setup.method)
-        self._collect = jax.jit(self._drawn, out_shardings=on)  # where a step isn't fused
+        step = dataclasses.replace(step_of(setup), method=setup.method)
+        self._collect = jax.jit(functools.partial(drawn, step=step), out_shardings=on)  # where a step isn't fused
 
     def get(self, at: int, params: PyTree, frozen: Frozen) -> Ready:
         """The batch of the step that `at` steps were taken before; collected now unless it was begun."""
@@ -130,21 +131,6 @@ class Batches:
         drawn = self._collect(params, frozen, placed, self._key, np.int32(at))
         return self._thread.submit(lambda: Ready(self._scored(at, drawn), tokens, collected_at))
 
-    def _drawn(self, params: PyTree, frozen: Frozen, batch: Batch, key: Array, at: Array) -> Batch:
-        """The very completions that a fused step number `at` would draw from these parameters; with the scores of an annotator on
-        the mesh."""
-        step, step_key = self._step, jax.random.fold_in(key, at)
-
-        def one_part(micro: Batch) -> Batch:
-            rollout = steps.rollout_of(params, frozen, micro, step_key, step=step)
-            assert rollout is not None
-            if step.annotator is None:
-                return Batch(rollout=rollout)
-            assert micro.question is not None
-            return Batch(rollout=rollout, scores=step.annotator.score(frozen["annotator"], micro.question, rollout))
-
-        return steps.by_parts(one_part, batch, step.parts)
-
     def _scored(self, at: int, drawn: Batch) -> Batch:
         """Completions with the scores that an annotator on the host gives them."""
         if drawn.scores is not None:
@@ -172,6 +158,23 @@ class Batches:
         value, known = of((count, completions), np.float32), of((count, completions), bool)
         pairs = (count, len(compared(completions)), 2)
         return Scores(value, known, of(pairs, np.float32) if self._setup.annotator.compares else None)  # type: ignore[arg-type]
+
+
+def drawn(params: PyTree, frozen: Frozen, batch: Batch, key: Array, at: Array, *, step: Step) -> Batch:
+    """The very completions that a fused step number `at` would draw from these parameters; with the scores of an annotator on the
+    mesh."""
+    step_key = jax.random.fold_in(key, at)
+
+    def one_part(micro: Batch) -> Batch:
+        rollout = steps.rollout_of(params, frozen, micro, step_key, step=step)
+        assert rollout is not None
+        if step.annotator is None:
+            return Batch(rollout=rollout)
+        assert micro.question is not None
+        with jax.named_scope("annotate"):
+            return Batch(rollout=rollout, scores=step.annotator.score(frozen["annotator"], micro.question, rollout))
+
+    return steps.by_parts(one_part, batch, step.parts)
 
 
 def examples_at(setup: Setup, at: int) -> list[Example]:

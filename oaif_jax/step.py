@@ -61,7 +61,8 @@ def train_step(
     total = add_up(contribute, batch, step.parts)
     weight = jnp.maximum(total.weight, 1.0)
     gradients = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, total.gradients)
-    state, metrics = apply_gradients(state, gradients, total.weight, tx)
+    with jax.named_scope("optimizer"):
+        state, metrics = apply_gradients(state, gradients, total.weight, tx)
     metrics |= {
         name: found[0] / jnp.where(found[1] > 0, found[1], 1.0) if len(found) == 2 else found[0]
         for name, found in total.metrics.items()

@@ -79,20 +79,30 @@ def test_phases_by_hand():
     """Pairs that are visible: a trunk of S has S (S + 1) / 2, a branch of R after it R S + R (R + 1) / 2."""
     one_row = 2 * (7 + 12) * MATRICES + 3 * 4 * WIDTHS * (28 + 2 * (6 * 7 + 21))
     scored = 5 * (one_row + 2 * 12 * HEAD)
-    assert bench_count.score(MODEL, SIZES, "bfloat16") == Work(scored, 2 * (MATRICES + HEAD), 5 * 19)
+    assert bench_count.score(MODEL, SIZES, "bfloat16") == Work(
+        scored, 2 * (MATRICES + HEAD), 5 * 19, 2 * (MATRICES + HEAD)
+    )
     trained = 2 * 4 * (MATRICES + HEAD) + 4 * (MATRICES + 2 * HEAD)
-    assert bench_count.update(MODEL, SIZES, "float32", "float32") == Work(3 * scored, trained, 5 * 19)
+    assert bench_count.update(MODEL, SIZES, "float32", "float32") == Work(3 * scored, trained, 5 * 19, trained)
     cache = 2 * 3 * 2 * 10  # of a token
     prompts = 5 * (2 * 7 * MATRICES + 3 * 4 * WIDTHS * 28 + 2 * HEAD)
-    assert bench_count.prefill(MODEL, SIZES, "float32") == Work(prompts, 4 * (MATRICES + HEAD + 35 * cache), 35)
+    assert bench_count.prefill(MODEL, SIZES, "float32") == Work(
+        prompts, 4 * (MATRICES + HEAD + 35 * cache), 35, 4 * (MATRICES + HEAD)
+    )
     drawn = 50 * 2 * (MATRICES + HEAD) + 10 * 3 * 4 * WIDTHS * (5 * 7 + 15)
     read = 4 * (5 * (MATRICES + HEAD) + 5 * (5 * 7 + 2 * 15) * cache)
-    assert bench_count.decode(MODEL, SIZES, "float32") == Work(drawn, read, 50)
+    assert bench_count.decode(MODEL, SIZES, "float32") == Work(drawn, read, 50, 4 * 5 * (MATRICES + HEAD))
     asked = 5 * (2 * (9 + 30) * MATRICES + 3 * 4 * WIDTHS * (45 + 2 * (15 * 9 + 120)) + 8 * 16)
-    assert bench_count.annotate(MODEL, SIZES, "float32") == Work(asked, 4 * MATRICES, 5 * 39)
+    assert bench_count.annotate(MODEL, SIZES, "float32") == Work(asked, 4 * MATRICES, 5 * 39, 4 * MATRICES)
     of_all = MATRICES + 2 * HEAD
-    assert bench_count.optimizer(MODEL, "adamw", "float32", "bfloat16") == Work(0, of_all * (12 + 4 + 8), 0)
-    assert bench_count.optimizer(MODEL, "adafactor", "float32", "float32") == Work(0, of_all * 12, 0)
+    for name, each in {"adamw": 12 + 4 + 8, "adafactor": 12}.items():
+        moved = of_all * each
+        assert bench_count.optimizer(MODEL, name, "float32", "bfloat16") == Work(0, moved, 0, moved)
+    # Additions of 100 numbers: forward, and backward to the activations, through what is frozen; attention as ever.
+    frozen = 2 * (5 * 19 * MATRICES + 5 * 12 * HEAD)
+    added = bench_count.update(MODEL, SIZES, "float32", "float32", additions=100)
+    assert added.operations == 3 * scored - frozen + 6 * 5 * 19 * 100
+    assert added.weights == 2 * 4 * (MATRICES + HEAD) + 4 * 100
 
 
 def test_windows_see_less():

@@ -76,7 +76,7 @@ PROGRAMS = {
         "restarts grace out dry-run spot",
         tuple(f"--{each}=x" for each in VMS.split()),
     ),
-    "launch.plan": ("launch/plan.py", "config", "topology out hlo", (DPO,)),
+    "launch.plan": ("launch/plan.py", "config", "topology search arithmetic out hlo", (DPO,)),
 }
 TAKE_FLAGS_ONLY = sorted(
     set(PROGRAMS) - {"oaif_jax.report", "oaif_jax.data", "oaif_jax.data show", "oaif_jax.data prepare"}

@@ -10,7 +10,7 @@ import sys
 import pytest
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
-from launch import gke, tpus
+from launch import gke, topologies, tpus
 from oaif_jax.base.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -107,7 +107,7 @@ def test_restarts_as_xpk_has_them():
 )
 def test_unknown_tpus(topology, said):
     with pytest.raises(UserError, match=re.escape(said)):
-        tpus.check_topology(topology)
+        topologies.check_topology(topology)
 
 
 @pytest.mark.parametrize(

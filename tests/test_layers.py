@@ -34,7 +34,7 @@ FLOORS = (
 # They start or read without the seconds that JAX takes to start: nothing that they import imports it either.
 WITHOUT_JAX = ("oaif_jax.base", "oaif_jax.config", "oaif_jax.run.progress", "oaif_jax.report", "experiments.__main__",
                "experiments.oaif", "experiments.tiny", "launch.local", "launch.soak", "launch.gke",
-               "launch.queued", "launch.tpus")  # fmt: skip
+               "launch.queued", "launch.tpus", "launch.topologies")  # fmt: skip
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "grain")
 
 Imports = dict[str, set[str]]  # module -> the full names it imports
