@@ -2,8 +2,9 @@
 
 The figures of a chip are those of Google's pages (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x). These give the
 interconnect in both directions together; what a chip receives is half of that. For v4 they don't: 6 links of 50 GB/s are those of
-Jouppi et al. 2023 (arXiv 2304.01433). 7x has the HBM bandwidth of its announcement, 7.37 TB/s, and is assumed to have v5p's interconnect. What programs may take of a
-device's HBM is what libtpu 0.0.52 says when it refuses one that takes more.
+Jouppi et al. 2023 (arXiv 2304.01433). 7x has the HBM bandwidth of its announcement, 7.37 TB/s, and is
+assumed to have v5p's interconnect. What programs may take of a device's HBM is what libtpu 0.0.52 says when it refuses one that
+takes more.
 """
 
 import dataclasses
