@@ -496,7 +496,7 @@ def test_the_final_tables_hold_the_results(online):
     assert "| Checkpoint | Kept as | metric |" in text
     assert "| step 60 | best, last | 0.86 |" in text
     assert (
-        "Saved 3 times, for which the run stood still for 0.4 s (written beside it: 1.5 s). Restored once, in 0.3 s."
+        "Saved 3 times: the run stood still for 0.4 s, writing took 1.5 s, mostly beside the steps. Restored once, in 0.3 s."
         in text
     )
     assert "| time | 2 min 41 s |" in text

@@ -89,7 +89,11 @@ def draw(workdirs: Sequence[str], markdown: bool, out: pathlib.Path | None = Non
 def _runs_of(workdir: str) -> list[tuple[str, str]]:
     """The workdirs that are meant, each with the reason why the run failed: those of a sweep, or the one."""
     kept = pathlib.Path(workdir).expanduser() / several.SWEEP
-    if not (files.is_file(kept) and not files.is_file(kept.with_name("config.json"))):
+    try:
+        is_sweep = files.is_file(kept) and not files.is_file(kept.with_name("config.json"))
+    except UserError:  # too long, or not to be entered, which is said where it is read as a run
+        is_sweep = False
+    if not is_sweep:
         return [(workdir, "")]
     try:
         listed = [(each["workdir"], each["failure"]) for each in files.read_json(kept)]

@@ -102,7 +102,7 @@ tbody th { font-weight: 400; }
 .results { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(400px, 100%), 1fr)); gap: 4px 48px;
   align-items: start; }
 .results > :first-child:not(:last-child) { grid-column: 1 / -1; }
-.results > :nth-child(3) { grid-row: span 2; }
+.results > :nth-child(3):nth-last-child(2) { grid-row: span 2; }
 .results table { width: 100%; }
 .numbers td, .numbers thead th { white-space: nowrap; }
 .number { text-align: right; }

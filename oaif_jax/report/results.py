@@ -33,7 +33,7 @@ PLACED = (
 
 def final_tables(run: Run) -> tuple[Table, ...]:
     """The results of a run, whatever kind it is; of one that goes on, those of its last evaluation."""
-    made = (_win_table(run), _measure_table(run), _annotator_table(run), _run_table(run), _checkpoint_table(run))
+    made = (_win_table(run), _measure_table(run), _annotator_table(run), _checkpoint_table(run), _run_table(run))
     return tuple(table for table in made if table.rows)
 
 
@@ -205,17 +205,17 @@ def _checkpoint_table(run: Run) -> Table:
     found = run.summary.get("checkpoints", {})
     metric = str(run.key("eval.best", "metric"))
     measured = any(each["metric"] is not None for each in found.get("kept", ()))
-    rows = []
+    rows, show = [], percent if metric.endswith(".score") else plain
     for each in found.get("kept", ()):
         value = each["metric"]
         if value is not None and metric == "validation_loss":  # of which less is better: kept with its sign turned
             value = -value
-        rows.append((f"step {each['step']}", each["why"], *((plain(value),) if measured else ())))
+        rows.append((f"step {each['step']}", each["why"], *((_cell(value, show),) if measured else ())))
     note = ""
     if found:
         times = lambda count: "once" if count == 1 else f"{count:g} times"  # noqa: E731
-        note = f"Saved {times(found['saves'])}, for which the run stood still for {found['waited_seconds']:.1f} s"
-        note += f" (written beside it: {found['written_seconds']:.1f} s)."
+        note = f"Saved {times(found['saves'])}: the run stood still for {found['waited_seconds']:.1f} s, writing took "
+        note += f"{found['written_seconds']:.1f} s, mostly beside the steps."
         if found["restores"]:
             note += f" Restored {times(found['restores'])}, in {found['restored_seconds']:.1f} s."
     return Table("Checkpoints", ("Checkpoint", "Kept as", *((metric,) if measured else ())), tuple(rows), note)
