@@ -57,6 +57,9 @@ def test_who_is_asked_for_other_things_is_no_witness():
     both = config.parse({"eval": {"prompts": 128}, "judge": {"instruction": "short"}})
     (by_judge,) = seen(Health(both, annotator="short", instruction="short"), "eval", liked)
     assert "60% by the judge" in by_judge.message
+    rule = config.parse({"eval": {"prompts": 128}, "judge": {"init": "python:rules.short"}})  # reads no instruction
+    (by_rule,) = seen(Health(rule, annotator="short", instruction="short"), "eval", liked)
+    assert "60% by the judge" in by_rule.message
     for of in (
         Health(cfg, annotator="short", instruction="helpful"),
         Health(cfg, annotator="short"),
