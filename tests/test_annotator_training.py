@@ -159,6 +159,7 @@ def test_loss_is_the_closed_form():
     np.testing.assert_allclose(np.asarray(slope).sum((1, 2)), -1.0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_both_ways_round_are_the_same_pairs(home):
     """Of a pair whose responses change places with the label: the same loss, and the same metrics."""
     setup = setup_of(home)
@@ -266,6 +267,7 @@ def learned(home, tmp_path_factory):
     return workdir, *run(home, workdir, **changes)
 
 
+@pytest.mark.slow
 def test_a_run_learns_a_rule_and_says_how_far_it_can_be_trusted(learned):
     workdir, summary, shown = learned
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

@@ -221,6 +221,7 @@ def test_word(program):
     fails(run(program, *PROGRAMS[program][3], "runs/x"), "'runs/x' is not a flag; wanted --NAME=VALUE")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [name for name in PROGRAMS if PROGRAMS[name][1] and PROGRAMS[name][3]])
 def test_required(program):
     """Each flag that --help calls required is, and the message says what it is."""

@@ -274,6 +274,7 @@ def test_a_healthy_run_says_so(base):
     assert '<p class="health">healthy: no check was crossed</p>' in (workdir / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_broken_run_says_so_everywhere(follower, tmp_path):
     """In the terminal, the record, the summary and the page; and what is off says nothing."""
     workdir = tmp_path / "run"

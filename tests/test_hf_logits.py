@@ -91,6 +91,7 @@ FEATURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "feature"), [(name, each) for name, features in FEATURES.items() for each in features]
 )

@@ -81,6 +81,7 @@ def assert_close(workdir: pathlib.Path, other: pathlib.Path, after: int = 0) -> 
             assert value == wanted, (one["kind"], one["step"], name)
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_are_one_of_eight(values, two, tmp_path):
     run(values, tmp_path / "run")
     assert_close(tmp_path / "run", two)
@@ -94,6 +95,7 @@ def test_two_processes_of_four_devices_are_one_of_eight(values, two, tmp_path):
     assert "report  " not in (two / "hosts/1.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [(8, 1, 1), (1, 4, 2), (2, 1, 2), (1, 2, 1), (1, 1, 1)], ids=str)
 def test_a_checkpoint_of_two_processes_lies_on_any_mesh(values, two, axes):
     """Of 2 x 2 x 2 devices, on 8 others, 4, 2 and 1: the same numbers, each where it belongs."""

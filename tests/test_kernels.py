@@ -83,6 +83,7 @@ def test_kernels_compute_what_parts_do(kernel, cfg, xla_for_cudnn, monkeypatch):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5 * np.abs(other).max())
 
 
+@pytest.mark.slow
 def test_splash_on_a_mesh():
     """Rows over two devices, heads over two."""
     mesh = sharding.make_mesh(2, 1, 2, jax.devices()[:4])

@@ -272,6 +272,7 @@ log.close()
 """
 
 
+@pytest.mark.slow
 def test_files_that_may_grow_no_more(tmp_path):
     """TensorBoard's fails first, and the run goes on; then the metrics, and the run stops. Nobody waits for anybody."""
     command = [sys.executable, "-c", LIMITED, str(tmp_path)]

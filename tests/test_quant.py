@@ -137,6 +137,7 @@ def test_bits_of_a_weight(kind, bits):
 # --- the model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", quant.KINDS)
 def test_outputs(kind):
     """Exactly those of the weights that the codes stand for; near those of the weights before."""

@@ -45,6 +45,7 @@ TINY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_path_in_miniature(tmp_path, monkeypatch):
     """A random model of two layers by one rule: drawn, labelled, trained and compared; once more, and nothing is made again."""
     monkeypatch.setattr(rules, "RULES", {"plain": rules.plain})

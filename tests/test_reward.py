@@ -62,6 +62,7 @@ def scores(rollout: Rollout) -> np.ndarray:
     return np.asarray(scores_of(scoring_params(), rollout, cfg=fakes.MODEL, compute=fakes.COMPUTE))
 
 
+@pytest.mark.slow
 def test_the_score_is_read_at_the_last_token_of_each_response():
     """As of a plain row [prompt | y] of its own: not a token before it, nor one behind."""
     rollout, params = given(), scoring_params()
@@ -254,6 +255,7 @@ def trained(request):
     return request.getfixturevalue(request.param)
 
 
+@pytest.mark.slow
 def test_a_run_reports_what_it_measured(trained):
     workdir, summary, shown = trained
     assert {"accuracy", "margin", "validation_loss", "calibration_error", "reward_mean", "reward_scale"} <= set(summary)
@@ -267,6 +269,7 @@ def test_a_run_reports_what_it_measured(trained):
         sample.run(workdir, "Which dog?")
 
 
+@pytest.mark.slow
 def test_transformers_scores_the_export_the_same(trained):
     """Padded rows of a batch, prompt and response with its end, against the checkpoint's own scores; and mean and scale are those
     of training responses."""
@@ -307,6 +310,7 @@ def test_transformers_scores_the_export_the_same(trained):
     assert hf.read(workdir / "export").normal == (summary["reward_mean"], summary["reward_scale"])
 
 
+@pytest.mark.slow
 def test_the_head_is_trained_and_the_language_models_is_gone(trained):
     workdir, _, _ = trained
     _, _, model = stored_model(workdir, "last")
@@ -332,6 +336,7 @@ def test_a_new_head_has_variance_one_over_width_and_one(home):
     assert 0.6 < np.std(np.concatenate(heads)) * 33**0.5 < 1.4
 
 
+@pytest.mark.slow
 def test_a_reward_model_writes_nothing(home, llama):
     workdir, _, _ = llama
     for changes in ({"policy__path": str(workdir / "export")}, {"policy__init": str(workdir)}):
@@ -339,6 +344,7 @@ def test_a_reward_model_writes_nothing(home, llama):
             online_setup(home, **{"annotator__path": str(home / "llama")} | changes)
 
 
+@pytest.mark.slow
 def test_a_reward_model_is_trained_further(home, llama, tmp_path):
     """From its export or its run, in full or with additions: the head is its own."""
     workdir, _, _ = llama
@@ -368,6 +374,7 @@ def asked(setup, responses):
     return given, asks_of(examples, given.tokens, given.mask, setup.data.voice)
 
 
+@pytest.mark.slow
 def test_on_the_mesh_and_on_the_host(home, llama):
     """The same scores by ids within the step, by ids from the host, and by texts that are written anew; from a run and from its
     export."""
@@ -398,6 +405,7 @@ def test_on_the_mesh_and_on_the_host(home, llama):
     np.testing.assert_allclose(found[0], (raw - summary["reward_mean"]) / summary["reward_scale"], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_another_tokenizer(home, gemma):
     """Scores of a Llama's responses are the Gemma's own scores of their texts; one that was cut has no end."""
     workdir, _, _ = gemma

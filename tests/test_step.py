@@ -151,6 +151,7 @@ def test_prompts_encoded_once_give_what_encoding_them_twice_gives(compute, with_
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 4])
 def test_parts_add_up_to_the_whole_in_row_order(parts):
     assert_same_step(online(parts=parts), online())
@@ -426,6 +427,7 @@ def test_each_step_draws_anew():
     assert not np.array_equal(drawn[0], drawn[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("why", ["identical", "undecided"])
 def test_nothing_moves_where_every_pair_abstains(why):
     """Neither parameters (by weight decay) nor moments (by their decay); the step counts."""
@@ -514,6 +516,7 @@ def test_policy_equal_to_the_reference_has_the_losses_value_at_zero(loss):
     assert float(found.metrics["log_ratio"][0]) == pytest.approx(0.0, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_completions_by_policy_reference_and_data_side_by_side():
     """Each writer's own model and key; the policy's are those of the step that samples from it alone."""
     params, frozen = models()

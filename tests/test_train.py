@@ -450,6 +450,7 @@ def poison(monkeypatch, step: int, what: str) -> None:
     monkeypatch.setattr(steps_of, "contribution", contribution)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "what", "named"), [(4, "loss", "loss=nan"), (3, "gradients", "grad_norm=nan")])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch, step, what, named):
     workdir = tmp_path / "run"
