@@ -76,6 +76,8 @@ PROGRAMS = {
         "restarts grace out dry-run spot",
         tuple(f"--{each}=x" for each in VMS.split()),
     ),
+    "launch.real": ("launch/real.py", "", "workdir model set", ()),
+    "launch.from_gguf": ("launch/from_gguf.py", "file out", "", ("--file=x", "--out=y")),
     "launch.plan": ("launch/plan.py", "config", "topology search arithmetic out hlo", (DPO,)),
 }
 TAKE_FLAGS_ONLY = sorted(
