@@ -35,13 +35,13 @@ from oaif_jax.base.output import Lasting
 from oaif_jax.base.phases import Watch
 from oaif_jax.config import Config
 from oaif_jax.evals.summary import summarise
-from oaif_jax.loop import Loop
 from oaif_jax.models import hosts, sharding
 from oaif_jax.run import resume
 from oaif_jax.run.inputs import Say
 from oaif_jax.run.schedule import total_steps
 from oaif_jax.run.setup import Setup, open_setup
 from oaif_jax.stored.checkpoint import Reader
+from oaif_jax.training.loop import Loop
 
 
 def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = None) -> dict[str, Any]:

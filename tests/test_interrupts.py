@@ -22,13 +22,14 @@ from test_train import (
     steps,
 )  # fmt: skip
 
-from oaif_jax import collect, loop
+from oaif_jax import collect
 from oaif_jax.base.errors import Interrupted, UserError
 from oaif_jax.base.processes import SIGNALS
 from oaif_jax.evals.of_run import Evaluations
 from oaif_jax.run.interrupts import Interrupts
 from oaif_jax.run.log import MetricsLog, RecordError
 from oaif_jax.stored.checkpoint import Checkpoints, Reader
+from oaif_jax.training import loop
 
 
 @pytest.fixture(scope="session")

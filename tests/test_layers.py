@@ -27,7 +27,7 @@ FLOORS = (
     ("run",),
     ("evals",),
     ("collect", "export", "sample", "evaluate"),
-    ("loop",),
+    ("training",),
     ("train",),
 )
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from oaif_jax import loop, train
+from oaif_jax import train
 from oaif_jax.base import cli
+from oaif_jax.training import loop
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 200

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from oaif_jax import collect, config, evaluate, loop, sample, train
+from oaif_jax import collect, config, evaluate, sample, train
 from oaif_jax import step as steps_of
 from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
@@ -36,6 +36,7 @@ from oaif_jax.models import sharding
 from oaif_jax.run.setup import open_setup
 from oaif_jax.stored.checkpoint import Reader, load_params
 from oaif_jax.tiny import world
+from oaif_jax.training import loop
 from oaif_jax.types import Batch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
