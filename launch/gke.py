@@ -17,7 +17,6 @@ xpk has queues and looks at the cluster first: --xpk prints the same run as a co
 import math
 import pathlib
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -25,9 +24,8 @@ from typing import Any
 from absl import flags
 
 from launch.topologies import check_topology
-from launch.tpus import KINDS, MOUNT, NAMED, RESTARTED, accelerator_type, check_arguments
+from launch.tpus import KINDS, MOUNT, NAMED, RESTARTED, accelerator_type, carry_out, check_arguments
 from oaif_jax.base import cli, files, options
-from oaif_jax.base.errors import UserError
 
 CHIPS = 4  # of a host in a slice of several
 
@@ -156,19 +154,7 @@ def main() -> None:
             return
         file = pathlib.Path(out.value or f"{name.value}.json")
         files.atomic_write_json(file, job_set(**run, volume=volume.value))
-        for what, lines in commands(file, **place, image=image.value).items():
-            print(f"# {what}")
-            for line in lines:
-                print(shlex.join(line), flush=True)
-                if what == "the run" and not is_dry.value:
-                    call(line)
-
-
-def call(command: list[str]) -> None:
-    try:
-        subprocess.run(command, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"{shlex.join(command)}: {error}") from error
+        carry_out(commands(file, **place, image=image.value), is_dry=bool(is_dry.value))
 
 
 if __name__ == "__main__":

@@ -21,9 +21,8 @@ from typing import Any
 
 from absl import flags
 
-from launch.gke import call
 from launch.topologies import check_topology
-from launch.tpus import MOUNT, NAMED, RESTARTED, accelerator_type, check_arguments
+from launch.tpus import MOUNT, NAMED, RESTARTED, accelerator_type, carry_out, check_arguments
 from oaif_jax.base import cli, files, options
 from oaif_jax.base.errors import UserError
 
@@ -126,12 +125,8 @@ def main() -> None:
         run = {"image": image.value, "share": share.value, "restarts": restarts.value, "grace": grace.value}
         files.atomic_write_text(file, startup_script(**run, command=command))
         place = {"name": name.value, "project": project.value, "zone": zone.value, "topology": f"{kind}:{shape}"}
-        for what, lines in commands(file, **place, image=image.value, grace=grace.value, spot=bool(spot.value)).items():
-            print(f"# {what}")
-            for line in lines:
-                print(shlex.join(line), flush=True)
-                if what == "the run" and not is_dry.value:
-                    call(line)
+        its = {"image": image.value, "grace": grace.value, "spot": bool(spot.value)}
+        carry_out(commands(file, **place, **its), is_dry=bool(is_dry.value))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import math
 import re
-from collections.abc import Sequence
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
 
 from oaif_jax.base import cli, options
 from oaif_jax.base.errors import UserError
@@ -46,3 +48,20 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 
 NAMED = options.Kind("NAME", f"small letters, digits and hyphens, at most {LONGEST}", _name)
+
+
+def carry_out(commands: Mapping[str, Sequence[list[str]]], *, is_dry: bool) -> None:
+    """Prints commands by what they are for, and runs those of "the run", unless `is_dry`."""
+    for what, lines in commands.items():
+        print(f"# {what}")
+        for line in lines:
+            print(shlex.join(line), flush=True)
+            if what == "the run" and not is_dry:
+                _call(line)
+
+
+def _call(command: list[str]) -> None:
+    try:
+        subprocess.run(command, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"{shlex.join(command)}: {error}") from error
