@@ -13,11 +13,13 @@ MEMBERS = {
     "tiny": "a size that takes seconds: whether it runs, not how fast",
     "4m": "4.5M parameters, short prompts, for two CPU cores",
     "18m": "17.8M parameters, long prompts, for two CPU cores",
+    "smollm2": "SmolLM2-135M's shape, with its large vocabulary and its tied head, for two CPU cores",
     "llama_0.5b": "half a billion parameters in bfloat16, for one GPU",
 }
 SHAPES = {
     "4m": {"width": 256, "layers": 4, "heads": 4, "kv_heads": 4, "head_dim": 64, "mlp": 768},
     "18m": {"width": 384, "layers": 6, "heads": 6, "kv_heads": 6, "head_dim": 64, "mlp": 1152},
+    "smollm2": {"width": 576, "layers": 30, "heads": 9, "kv_heads": 3, "head_dim": 64, "mlp": 1536},
     "llama_0.5b": {"width": 1024, "layers": 24, "heads": 16, "kv_heads": 16, "head_dim": 64, "mlp": 4608},
 }
 
@@ -39,8 +41,13 @@ def get_config(argument: str | None = None) -> ConfigDict:
         "tiny": (8, 16, 6, 24, 96),
         "4m": (16, 64, 64, 96, 2048),
         "18m": (8, 384, 64, 416, 8192),
+        "smollm2": (4, 96, 48, 128, 49152),
         "llama_0.5b": (64, 512, 128, 576, 32768),
     }[name]
+    if name == "smollm2":
+        config.mesh.cpu_devices = (
+            1  # with both cores: parameters, moments and a token's weights are moved once, not twice
+        )
     if name == "llama_0.5b":
         config.compute.dtype = "bfloat16"
         config.compute.frozen = "bfloat16"
@@ -50,7 +57,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
         )
     config.bench = {
         "vocab_size": vocab_size,
-        "tied": False,  # whether the head is the embedding
+        "tied": name == "smollm2",  # whether the head is the embedding
         "annotator": annotator,
         "label_tokens": 9
         if name == "tiny"

@@ -77,7 +77,8 @@ def sample(
     count = len(prompts.tokens)
     params = transformer.cast_weights(params, compute)
     prefilled = prefilled or prefill(params, prompts.tokens, prompts.valid, cfg=cfg, compute=compute)
-    layers = transformer.decoding_layers(params, prefilled.prefix, cfg=cfg, compute=compute)
+    layers = transformer.decoding_layers(params, prefilled.prefix, completions, cfg=cfg, compute=compute)
+    are_few = transformer.are_few(count * completions, compute)
     lengths = jnp.sum(prompts.valid, axis=-1)
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(prompts.rows)
     keys = jax.vmap(lambda key: jax.vmap(lambda c: jax.random.fold_in(key, c))(jnp.arange(completions)))(keys)
@@ -93,7 +94,7 @@ def sample(
         return add(dataclasses.replace(state, suffix=suffix), logits_after(hidden))
 
     def logits_after(hidden: Float[Array, "P C D"]) -> Float[Array, "P C V"]:
-        found_MV = heads.logits(params, hidden.reshape(-1, cfg.width), cfg=cfg)
+        found_MV = heads.logits(params, hidden.reshape(-1, cfg.width), cfg=cfg, are_few=are_few)
         return found_MV.reshape(*hidden.shape[:2], -1)
 
     def add(state: SamplingState, logits: Float[Array, "P #C V"]) -> SamplingState:

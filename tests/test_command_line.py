@@ -176,7 +176,7 @@ except SystemExit as end:
 
 
 @pytest.mark.parametrize("program", sorted({name.split()[0] for name in PROGRAMS}))
-@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--zzz=1", 2)])
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), pytest.param("--zzz=1", 2, marks=pytest.mark.slow)])
 def test_is_answered_without_slow_imports(program, argument, code):
     line = [sys.executable, "-c", PROBE, program, argument]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -74,7 +74,7 @@ def directory(path, dtype, **wrong):
     return hf.read(path)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [pytest.param((1, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
 @pytest.mark.parametrize("dtype", TYPES.values())
 @pytest.mark.parametrize(
     ("key", "leaf"),

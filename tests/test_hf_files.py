@@ -96,7 +96,7 @@ def loads(directory: pathlib.Path, reward: bool = False):
 # --- there and back
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_there_and_back(name, dtype, made, tmp_path):
     """Import, export: the same tensors, bit for bit; import again: the same parameters."""

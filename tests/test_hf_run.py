@@ -260,6 +260,7 @@ def test_apart_is_fused(home):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), other.gradients, one.gradients)
 
 
+@pytest.mark.slow
 def test_what_is_collected_has_the_shapes_that_were_said(home):
     """The step compiles for them before the first batch is there."""
     for setup in (setup_of(home), setup_of(home, annotator__path=str(home / "gemma")), setup_of(home, async_steps="1")):

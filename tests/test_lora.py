@@ -97,6 +97,7 @@ def test_they_are_the_merged_model_token_by_token():
     assert np.any(tokens != draw(params, prompts, key).tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", lora.TARGETS)
 def test_each_target_alone(target):
     """It does something, and merging puts it where it belongs and changes nothing else."""

@@ -372,6 +372,7 @@ def dense(cfg, trunk: int, branches: int, branch: int) -> int:
     return products + 4 * cfg.layers * cfg.heads * cfg.head_dim * pairs
 
 
+@pytest.mark.slow
 def test_operations_of_a_step(planned, found):
     """All devices together run what the rows' rectangles need: nothing twice, and nothing is missed."""
     sizes, cfg = planned.sizes, planned.policy.cfg
@@ -419,6 +420,7 @@ def test_operations_at_several_widths(models, found):
             assert cut[phase][name] == pytest.approx(row[name], rel=0.01), (phase, name)
 
 
+@pytest.mark.slow
 def test_what_is_moved(planned, found):
     """Whole rows gather weights, layer by layer, and don't add up partial products of all rows; one token is the other way
     around. The bounds are what that takes, by prompts and by completions; without being told so XLA moved more than twice as
@@ -431,6 +433,7 @@ def test_what_is_moved(planned, found):
     assert not found["token_loop"]["gathers_parameters"]
 
 
+@pytest.mark.slow
 def test_the_token_loop_of_a_step(found):
     loop = found["token_loop"]
     assert loop["passes"] == 2 * 7  # micro-batches, and tokens after the first
@@ -438,6 +441,7 @@ def test_the_token_loop_of_a_step(found):
     assert json.loads(json.dumps(found))["token_loop"]["passes"] == 14
 
 
+@pytest.mark.slow
 def test_parameters_that_are_gathered(planned, found):
     """A gather as large as a layer's smallest matrix, which is `out` in two parts, is said to be one."""
     assert plan_report.smallest_projection(planned) == 64 * 64 * 4 // 2
@@ -448,6 +452,7 @@ def test_parameters_that_are_gathered(planned, found):
     assert "parameters are gathered for each token" in console.export_text()
 
 
+@pytest.mark.slow
 def test_report(found):
     console = Console(record=True, width=160)
     plan_report.show(found, console)

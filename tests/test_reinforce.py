@@ -172,6 +172,7 @@ def test_a_cut_response_is_worth_less_and_an_unknown_one_nothing():
     assert all(np.all(np.isfinite(each)) for each in (loss.metrics | metrics).values())
 
 
+@pytest.mark.slow
 def test_columns_of_padding_change_nothing():
     params, reference = policies()
     narrow, wide = enumerated(), enumerated(LIMIT + 3)

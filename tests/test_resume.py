@@ -148,6 +148,7 @@ def test_pairs_collected_ahead_are_in_the_checkpoint(base, tmp_path, monkeypatch
     assert stale[0]["loss"] == pytest.approx(fresh[0]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_seconds_are_of_all_parts(base, tmp_path, monkeypatch):
     """The time until the checkpoint that a run goes on from counts; also that of saving and restoring."""
     copied = shutil.copytree(sft_run(base), tmp_path / "run")
@@ -205,6 +206,7 @@ def recorded_since(workdir: pathlib.Path, began: float) -> bool:
     return path.exists() and path.stat().st_mtime > began
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(base, tmp_path):
     """SIGKILL as soon as anything is there, at a random moment after the first checkpoint, and in the middle of a save."""
     workdir, file = tmp_path / "run", tmp_path / "experiment.py"

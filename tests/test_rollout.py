@@ -384,6 +384,7 @@ def test_one_cache_at_a_time(short_and_long):
     assert 1.0 <= caches < 1.2
 
 
+@pytest.mark.slow
 def test_one_cache_at_a_time_unrolled():
     short, long = (program_of(size, "unrolled").memory_analysis().temp_size_in_bytes for size in (256, 512))
     assert 1.0 <= (long - short) / (cache_bytes(512) - cache_bytes(256)) < 1.2

@@ -40,7 +40,7 @@ def given() -> Batch:
     return dataclasses.replace(batch, data=data)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5])
+@pytest.mark.parametrize("alpha", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_a_step_is_that_of_dpo_on_its_best_and_worst_and_a_bonus(alpha):
     """Sampled, ranked and updated in one program: the gradient is offline DPO's on the pairs that were chosen, plus alpha beta
     that of log pi(y_own)."""

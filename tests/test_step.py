@@ -383,7 +383,7 @@ def begin(mesh: Mesh, params=None) -> state.TrainState:
     return state.create(models()[0] if params is None else params, TX, mesh)
 
 
-@pytest.mark.parametrize(("mesh_name", "parts"), [("one device", 2), ("2x2x2", 1)])
+@pytest.mark.parametrize(("mesh_name", "parts"), [("one device", 2), pytest.param("2x2x2", 1, marks=pytest.mark.slow)])
 def test_one_trace_in_three_steps_and_donation(mesh_name, parts):
     mesh = mesh_of(mesh_name)
     traced = []
@@ -414,6 +414,7 @@ def test_one_trace_in_three_steps_and_donation(mesh_name, parts):
     assert not np.array_equal(drawn[0], drawn[1])
 
 
+@pytest.mark.slow
 def test_each_step_draws_anew():
     """The same prompts at the next step meet other random numbers."""
     mesh = mesh_of("one device")
@@ -502,7 +503,13 @@ def test_a_pair_without_weight_poisons_nothing():
     assert without.weight == ROWS - 1
 
 
-@pytest.mark.parametrize("loss", sorted({*losses.LOSSES} - {*losses.WITHOUT_REFERENCE}))
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param(name, marks=() if name in ("dpo", "slic") else pytest.mark.slow)
+        for name in sorted({*losses.LOSSES} - {*losses.WITHOUT_REFERENCE})
+    ],
+)
 def test_policy_equal_to_the_reference_has_the_losses_value_at_zero(loss):
     params, _ = models()
     numbers = {"beta": 0.1, "length_alpha": 0.0}

@@ -117,7 +117,7 @@ def test_sft_padding_is_not_scored():
     assert float(sft_loss(params, batch | {"responses": hidden, "prompts": padded})[0]) == float(loss)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sft_is_a_mean_over_tokens_whatever_the_parts(parts):
     """Parts hold different numbers of tokens, so that a mean of the parts' means would differ."""
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])

@@ -514,6 +514,7 @@ def with_setting(setting: str, value: bool, workdir) -> dict:
     return load_params(workdir / "checkpoints", "last")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_evaluations")
 def test_debug_nans(tmp_path):
     """JAX looks at each number: the same ones, to rounding, since it keeps what is donated else."""
@@ -700,7 +701,7 @@ def outside(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
-@pytest.mark.parametrize("async_steps", [0, 1])
+@pytest.mark.parametrize("async_steps", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_annotator_of_the_users_own(base, tmp_path, outside, async_steps):
     """It is asked for each step's texts, its name stands in the summary, and longer responses are chosen."""
     values = preference_config(

@@ -16,6 +16,7 @@ import pytest
 from oaif_jax.models import heads, layers, rows, transformer
 from oaif_jax.models.config import ComputeConfig, ModelConfig, RopeScaling
 from oaif_jax.models.layers import frequencies
+from oaif_jax.models.sharding import make_mesh
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 CFG, COMPUTE = fakes.MODEL, fakes.COMPUTE
@@ -181,7 +182,7 @@ def decoded(params, tokens, valid, responses, compute: ComputeConfig = COMPUTE) 
     """Hidden states of the responses' tokens [P, C, R, D], fed one at a time."""
     _, completions, length = responses.shape
     _, prefix = forward(params, rows.trunk(tokens, valid), cfg=CFG, compute=compute, keep_prefix=True)
-    layers = transformer.decoding_layers(params, prefix, cfg=CFG, compute=compute)
+    layers = transformer.decoding_layers(params, prefix, completions, cfg=CFG, compute=compute)
     suffix = transformer.empty_suffix(layers, completions, length)
     found = []
     for t in range(length):
@@ -193,14 +194,30 @@ def decoded(params, tokens, valid, responses, compute: ComputeConfig = COMPUTE) 
     return np.stack(found, axis=2)
 
 
-@pytest.mark.parametrize("way", ["scanned", "unrolled"])
-def test_cached_decoding_is_the_full_forward(params, way):
+@pytest.mark.parametrize(("way", "few"), [("scanned", 16), ("unrolled", 0), ("unrolled", 16)])
+def test_cached_decoding_is_the_full_forward(params, way, few, monkeypatch):
+    """Whether a token loop's weights lie as in training, or output by output for few rows."""
+    monkeypatch.setattr(transformer, "FEW", few)
     tokens, valid, responses, _ = batch()
     everything = jnp.ones(responses.shape, bool)
     full = hidden_of(params, rows.branch(tokens, valid, responses, everything))
     own = full[:, SLOTS:].reshape(3, BRANCHES, TOKENS, -1)
     found = decoded(params, tokens, valid, responses, dataclasses.replace(COMPUTE, decode=way))
     np.testing.assert_allclose(found, own, **CLOSE)
+
+
+def test_few_rows_are_those_of_a_device():
+    """Of 32 rows a device of two copies of the model has 16; what splits a model splits no rows."""
+    unrolled = dataclasses.replace(COMPUTE, decode="unrolled")
+    assert transformer.are_few(16, unrolled)
+    assert not transformer.are_few(17, unrolled)
+    assert not transformer.are_few(16, COMPUTE)
+    meshes = [make_mesh(*sizes, jax.devices()[:2]) for sizes in ((2, 1, 1), (1, 2, 1), (1, 1, 2))]
+    assert [transformer.are_few(32, dataclasses.replace(unrolled, mesh=mesh)) for mesh in meshes] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_branches_after_their_trunk_are_the_full_forward(params):

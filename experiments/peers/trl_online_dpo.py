@@ -2,14 +2,15 @@
 
     pip install -e .[peers]
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m experiments.peers.trl_online_dpo --shape=18m --out=peer.json
+    python -m experiments.peers.trl_online_dpo --shape=smollm2 --path=DIR       # a model's own weights, and the shape's batch
     XLA_PYTHON_CLIENT_PREALLOCATE=false python -m experiments.peers.trl_online_dpo --shape=0.5b     # on a GPU
 
-Both sides have the same random Llama, written by transformers and read from its directory here (log-probabilities are
-compared before anything is timed), prompts of the same length without padding, the same float type, AdamW, DPO, clipping,
-temperature, a reference, and the same number of threads (ours as CPU devices of one thread each, which share the batch).
-The preference is of no cost: the response whose first token has the larger id. The stop token is none that can be drawn,
-so that every response has all its tokens: both sides' are counted. Environment variables are the process's, and so both
-sides'.
+Both sides have the same random Llama, written by transformers and read from its directory here, or any model of a directory
+(log-probabilities are compared before anything is timed), prompts of the same length without padding, the same float type,
+AdamW, DPO, clipping, temperature, a reference, and the same number of threads (ours as CPU devices of one thread each, which
+share the batch, or as one device with all threads, which has the parameters once). The preference is of no cost: the response
+whose first token has the larger id. The stop token is none that can be drawn, so that every response has all its tokens: both
+sides' are counted. Environment variables are the process's, and so both sides'.
 
 TRL generates with its KV cache: gradient checkpointing, which is on by default there and switches the cache off, is off.
 A turn of TRL's lasts from on_step_begin to on_step_end, without its data loader; a turn of ours begins with the batch on
@@ -69,6 +70,9 @@ class PeerShape:
     prompt_tokens: int
     response_tokens: int
     dtype: str = "float32"
+    kv_heads: int = 0  # 0: as many as heads
+    tied: bool = False  # whether the head is the embedding
+    devices: int = 0  # of ours on a CPU, which share the threads; 0: one for each thread
     # How each side fits the memory: what ours computes again, and the micro-batches that TRL's batch is split into.
     remat: str = "none"
     micro_batches: int = 1
@@ -82,6 +86,9 @@ class PeerShape:
 SHAPES = {
     "18m": PeerShape(8192, 384, 6, 6, 1152, prompts=8, prompt_tokens=384, response_tokens=64),
     "4m": PeerShape(2048, 256, 4, 4, 768, prompts=16, prompt_tokens=64, response_tokens=64),
+    "smollm2": PeerShape(
+        49152, 576, 30, 9, 1536, prompts=4, prompt_tokens=96, response_tokens=48, kv_heads=3, tied=True, devices=1
+    ),
     "0.5b": PeerShape(32768, 1024, 24, 16, 4608, 64, 512, 128, "bfloat16", remat="dots", micro_batches=2),
     "tiny": PeerShape(96, 32, 2, 2, 48, prompts=4, prompt_tokens=12, response_tokens=5),
 }
@@ -170,8 +177,16 @@ def our_logprobs(directory: pathlib.Path, tokens: np.ndarray, responses: np.ndar
 # ------------------------------------------------------------------------------------------------ theirs
 
 
+def their_model(path: str) -> transformers.PreTrainedModel:
+    """A directory's model, without stop tokens."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    for settings in (model.config, model.generation_config):
+        settings.bos_token_id = settings.eos_token_id = settings.pad_token_id = None
+    return model
+
+
 def make_llama(shape: PeerShape) -> transformers.LlamaForCausalLM:
-    """A random Llama with a head of its own, and without a stop token."""
+    """A random Llama without a stop token."""
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -179,17 +194,17 @@ def make_llama(shape: PeerShape) -> transformers.LlamaForCausalLM:
             hidden_size=shape.width,
             num_hidden_layers=shape.layers,
             num_attention_heads=shape.heads,
-            num_key_value_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads or shape.heads,
             intermediate_size=shape.mlp,
             max_position_embeddings=2 * (shape.prompt_tokens + shape.response_tokens),
-            tie_word_embeddings=False,
+            tie_word_embeddings=shape.tied,
             bos_token_id=None,
             eos_token_id=None,
         )
     )
 
 
-def their_logprobs(model: transformers.LlamaForCausalLM, tokens: np.ndarray, responses: np.ndarray) -> np.ndarray:
+def their_logprobs(model: transformers.PreTrainedModel, tokens: np.ndarray, responses: np.ndarray) -> np.ndarray:
     """As our_logprobs."""
     count, each, length = responses.shape
     rows = np.concatenate([np.repeat(tokens, each, axis=0), responses.reshape(-1, length)], axis=1)
@@ -248,7 +263,7 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def take_turns(model: transformers.LlamaForCausalLM, turns: Turns, shape: PeerShape, count: int, scratch: str) -> None:
+def take_turns(model: transformers.PreTrainedModel, turns: Turns, shape: PeerShape, count: int, scratch: str) -> None:
     """Trains by TRL for a number of steps, with a turn of ours after each."""
     texts = [" ".join(map(str, row)) for seed in range(count) for row in prompts(shape, seed)]
     config = OnlineDPOConfig(
@@ -292,13 +307,18 @@ def take_turns(model: transformers.LlamaForCausalLM, turns: Turns, shape: PeerSh
 # ------------------------------------------------------------------------------------------------ both
 
 
-def compare(name: str, shape: PeerShape, count: int, console: Console) -> dict:
-    """Takes `count` turns of each side, prints them pair by pair, and returns what --out writes."""
+def compare(name: str, shape: PeerShape, path: str, count: int, console: Console) -> dict:
+    """Takes `count` turns of each side, prints them pair by pair, and returns what --out writes. The model is that of the
+    directory `path`, or a random one."""
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
-        directory = pathlib.Path(scratch) / "llama"
-        model = make_llama(shape)
-        model.save_pretrained(directory)
+        directory = pathlib.Path(path or f"{scratch}/llama")
+        if path:
+            model = their_model(path)
+            shape = dataclasses.replace(shape, vocab=model.config.vocab_size)
+        else:
+            model = make_llama(shape)
+            model.save_pretrained(directory)
         far = check_same_model(model, directory, shape)
         console.print(f"the same model: log-probabilities differ by at most {far:.1e}", highlight=False)
         turns = Turns(our_side(directory, shape))
@@ -319,6 +339,7 @@ def compare(name: str, shape: PeerShape, count: int, console: Console) -> dict:
         "peer_seconds_all": [turn.seconds for turn in theirs],
         "response_tokens": shape.tokens,
         "shape": name,
+        "path": path,
         "shapes": dataclasses.asdict(shape),
         "versions": {module.__name__: module.__version__ for module in (jax, torch, transformers, trl)},
         "device": jax.devices()[0].device_kind,
@@ -330,7 +351,7 @@ def compare(name: str, shape: PeerShape, count: int, console: Console) -> dict:
     return result
 
 
-def check_same_model(model: transformers.LlamaForCausalLM, directory: pathlib.Path, shape: PeerShape) -> float:
+def check_same_model(model: transformers.PreTrainedModel, directory: pathlib.Path, shape: PeerShape) -> float:
     """The largest difference of two pairs' log-probabilities; AssertionError where it isn't rounding."""
     tokens = prompts(shape, 1)[:1]
     responses = prompts(shape, 2)[:2, : shape.response_tokens][None]
@@ -343,6 +364,9 @@ def main(arguments: Sequence[str]) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="18m")
+    parser.add_argument(
+        "--path", default="", help="a directory with a model, in place of a random one; the shape says the batch"
+    )
     parser.add_argument("--pairs", type=int, default=5, help="turns of each side that count")
     parser.add_argument("--threads", type=int, default=2, help="of both sides, on a CPU")
     parser.add_argument("--out", type=pathlib.Path, help="a file for the results as JSON")
@@ -354,8 +378,8 @@ def main(arguments: Sequence[str]) -> None:
     # XLA has as many threads as there are cores that it may use; it asks when the first array is made.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: flags.threads])
     torch.set_num_threads(flags.threads)
-    sharding.use_cpu_devices(flags.threads)  # of one thread each, as runs have it
-    result = compare(flags.shape, SHAPES[flags.shape], flags.pairs, Console())
+    sharding.use_cpu_devices(SHAPES[flags.shape].devices or flags.threads)
+    result = compare(flags.shape, SHAPES[flags.shape], flags.path, flags.pairs, Console())
     if flags.out:
         atomic_write_json(flags.out, result)
 

@@ -15,10 +15,17 @@ def head_of(params: Params) -> Float[Array, "V D"]:
     return params["head"] if "head" in params else params["embedding"]
 
 
-def logits(params: Params, hidden: Float[Array, "M D"], *, cfg: ModelConfig) -> Float[Array, "M V"]:
-    """Float32 logits of a few positions; ids beyond the tokenizer's vocabulary are masked."""
+def logits(
+    params: Params, hidden: Float[Array, "M D"], *, cfg: ModelConfig, are_few: bool = False
+) -> Float[Array, "M V"]:
+    """Float32 logits of a few positions; ids beyond the tokenizer's vocabulary are masked. `are_few`: the head is the product's
+    left side, which is faster for few rows on a CPU (layers.dense_of_few)."""
     head_VD = head_of(params).astype(hidden.dtype)
-    logits_MV = jnp.einsum("MD,VD->MV", hidden, head_VD, preferred_element_type=jnp.float32)
+    if are_few:
+        logits_VM = jnp.einsum("VD,MD->VM", head_VD, hidden, preferred_element_type=jnp.float32)
+        logits_MV = jax.lax.optimization_barrier(logits_VM).T
+    else:
+        logits_MV = jnp.einsum("MD,VD->MV", hidden, head_VD, preferred_element_type=jnp.float32)
     logits_MV = softcap(logits_MV, cfg.final_softcap)
     return jnp.where(jnp.arange(logits_MV.shape[-1])[None] < cfg.vocab_size, logits_MV, MASKED)
 

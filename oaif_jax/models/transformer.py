@@ -17,6 +17,7 @@ rows and decoding attend through the same function, unless a kernel computes the
 
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 
@@ -30,11 +31,13 @@ from oaif_jax.models import kernels
 from oaif_jax.models.attention import KeyValues, attend, attend_branches, attend_trunk
 from oaif_jax.models.config import ComputeConfig, ModelConfig
 from oaif_jax.models.kernels import attend_columns
-from oaif_jax.models.layers import ACTIVATIONS, Norm, Product, dense, layer_frequencies, rotate
+from oaif_jax.models.layers import ACTIVATIONS, Norm, Product, dense, dense_of_few, layer_frequencies, rotate
 from oaif_jax.models.quant import quantised
 from oaif_jax.models.rows import Masks, Rows, masks, near, positions_of
 
 Params = PyTree
+
+FEW = 16  # rows of a device, up to which a CPU's products are faster with weights that lie output by output
 
 # What of a layer the backward pass computes again; "dots" keeps products with weights, and computes attention again.
 REMAT = {
@@ -90,7 +93,9 @@ class Block(nn.Module):
             self.down_bias = self.param("down_bias", zeros, (cfg.width,))
 
     def project(self, name: str, x_BTD: Array, product: Product = dense) -> Array:
-        """The product of activations with a projection's weight, which may be quantised."""
+        """The product of activations with a projection's weight, which may be quantised, or lie output by output."""
+        if self.has_variable("by_output", name):
+            return dense_of_few(x_BTD, self.get_variable("by_output", name))
         weight = getattr(self, name)
         if not self.has_variable("scales", name):
             return product(x_BTD, weight)
@@ -333,16 +338,39 @@ def _decodes_by_scan(params: Params, compute: ComputeConfig) -> bool:
     return compute.decode == "scanned" or "scales" in params
 
 
+def are_few(rows: int, compute: ComputeConfig) -> bool:
+    """Whether a token loop of so many rows reads weights output by output: it is a CPU's (`compute.decode="unrolled"`), and a
+    device has few of the rows."""
+    return compute.decode == "unrolled" and rows <= FEW * (1 if compute.mesh is None else compute.mesh.shape["data"])
+
+
+def by_output(weights: Params) -> dict[str, Array]:
+    """A layer's projections, output by output, as `dense_of_few` takes them: [*out, D], of `out` [D, K G H]."""
+    inputs = {"qkv": 1, "out": 3, "gate": 1, "up": 1, "down": 1}
+
+    def turned(weight: Array, dims: int) -> Array:
+        return jnp.moveaxis(weight.reshape(math.prod(weight.shape[:dims]), *weight.shape[dims:]), 0, -1)
+
+    return {name: turned(weights[name], dims) for name, dims in inputs.items() if name in weights}
+
+
 def decoding_layers(
-    params: Params, prefix: KeyValues, *, cfg: ModelConfig, compute: ComputeConfig
+    params: Params, prefix: KeyValues, completions: int, *, cfg: ModelConfig, compute: ComputeConfig
 ) -> tuple[DecodingLayers, ...]:
     """All layers together, or (`compute.decode="unrolled"`) each alone: apart from the others before the token loop, its
-    weights and keys are read where they lie, and not taken out of the stack for each token. Quantised layers stay together:
-    XLA would dequantise each before the loop, and keep them all."""
+    weights and keys are read where they lie, and not taken out of the stack for each token; and if a device has few rows to
+    decode, its weights lie as these like them. Quantised layers stay together: XLA would dequantise each before the loop, and
+    keep them all."""
     stack = DecodingLayers(layer_variables(params), _is_local(cfg), prefix)
     if _decodes_by_scan(params, compute):
         return (stack,)
-    return tuple(jax.tree.map(operator.itemgetter(at), stack) for at in range(cfg.layers))
+    layers = tuple(jax.tree.map(operator.itemgetter(at), stack) for at in range(cfg.layers))
+    if not are_few(len(prefix[1][0]) * completions, compute):
+        return layers
+    return tuple(
+        dataclasses.replace(each, variables=each.variables | {"by_output": by_output(each.variables["params"])})
+        for each in layers
+    )
 
 
 def empty_suffix(layers: Sequence[DecodingLayers], completions: int, slots: int) -> tuple[KeyValues, ...]:
