@@ -18,9 +18,8 @@ from experiments import family
 WHAT = {
     "brief": "short and comes to an end",
     "plain": "one plain paragraph",
-    "personal": "speaks to the reader",
 }
-MEMBERS = {"annotator": "SmolLM2 as an annotator of three instructions, from pairs that rules labelled"} | {
+MEMBERS = {"annotator": "SmolLM2 as an annotator of two instructions, from pairs that rules labelled"} | {
     f"{method},{name}": f"SmolLM2 by {by}: an answer {what}"
     for method, by in (("online", "the annotator's preferences"), ("offline", "pairs that the rule labelled"))
     for name, what in WHAT.items()
@@ -46,12 +45,12 @@ def get_config(argument: str = "annotator") -> ConfigDict:
     if config.method == "annotator":
         config.data.batch = 4
         config.eval.prompts, config.eval.final_prompts = 32, 64
-        config.steps = 90
+        config.steps = 100
         config.data.name, config.data.path = "pairs", f"{HOME}/data/judged"
         config.optimizer.lr = 2e-3
         config.eval.best = "validation_loss"
-        config.eval.every = 90
-        config.checkpoint.every = 30
+        config.eval.every = 100
+        config.checkpoint.every = 25
         return config.lock()
     (name,) = names
     config.steps = 30

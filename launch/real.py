@@ -51,7 +51,7 @@ from oaif_jax.stored.open import POLICY, Model, Source, open_model, voice_of
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EVERYDAY = ROOT / "experiments" / "everyday"
 METHODS = ("online", "offline")
-TAUGHT = ("brief", "personal")  # instructions by which policies are trained; the annotator learns all of rules.RULES
+TAUGHT = ("brief", "plain")  # instructions by which policies are trained; the annotator learns all of rules.RULES
 SPARE = (
     2  # tokens that a drawn answer is shorter than the limit: its end, and what it has more of when it is read again
 )

@@ -88,7 +88,6 @@ def test_a_rule_labels_what_is_clear():
     assert rules.preferred("brief", "", "Yes.", long) is False, "that is no answer"
     assert rules.preferred("plain", "", long, "Birds:\n- a gull\n- a tern") is True
     assert rules.preferred("plain", "", "A **gull** is a bird.", long) is False
-    assert rules.preferred("personal", "", "You will see it from your window.", long) is True
     assert rules.brief([""], [["", "One two three four."]]) == [[-64.0, -4.0]]
 
 

@@ -13,12 +13,11 @@ Scores = list[list[float | None]]
 
 FEWEST = 4  # words of an answer
 LONGEST = 64.0  # words that an answer which doesn't end counts as
-MOST = 3.0  # what is counted beyond it makes no answer more personal, or less plain
+MOST = 3.0  # what is counted beyond it makes no answer less plain
 
 ENDING = re.compile(r"[.!?…][\"”')*]*$")
 LIST_ITEM = re.compile(r"(?:[-*•]|\d+[.)])\s")
 MARKS = re.compile(r"\*\*|^#+ ", re.MULTILINE)
-YOU = re.compile(r"\b(?:you|your|yours|yourself)\b", re.IGNORECASE)
 
 
 def brief(prompts: list[str], responses: list[list[str]]) -> Scores:
@@ -37,14 +36,9 @@ def plain(prompts: list[str], responses: list[list[str]]) -> Scores:
     return _each(responses, score, -MOST)
 
 
-def personal(prompts: list[str], responses: list[list[str]]) -> Scores:
-    """Speaks to the reader: how often it says you or your, up to MOST times."""
-    return _each(responses, lambda text: min(float(len(YOU.findall(text))), MOST), 0.0)
-
-
 # How far apart two answers score, at the least, where a pair is labelled: a person wouldn't count single words.
-APART = {"brief": 8.0, "plain": 1.0, "personal": 1.0}
-RULES = {"brief": brief, "plain": plain, "personal": personal}
+APART = {"brief": 8.0, "plain": 1.0}
+RULES = {"brief": brief, "plain": plain}
 
 
 def preferred(rule: str, prompt: str, one: str, other: str) -> bool | None:
