@@ -40,7 +40,7 @@ from oaif_jax.run import resume
 from oaif_jax.run.inputs import Say
 from oaif_jax.run.schedule import total_steps
 from oaif_jax.run.setup import Setup, open_setup
-from oaif_jax.stored.checkpoint import Reader
+from oaif_jax.stored.reader import Reader
 from oaif_jax.training.loop import Loop
 
 

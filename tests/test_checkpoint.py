@@ -19,7 +19,9 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from oaif_jax.base.files import atomic_write_json, atomic_write_text, sha256_of_tree
 from oaif_jax.stored import checkpoint
-from oaif_jax.stored.checkpoint import MANIFEST, CheckpointError, Checkpoints, Reader, load_params
+from oaif_jax.stored import reader as reading
+from oaif_jax.stored.checkpoint import Checkpoints
+from oaif_jax.stored.reader import MANIFEST, CheckpointError, Reader, load_params
 
 OPTIMIZER = optax.adamw(1e-3)
 
@@ -342,7 +344,7 @@ def test_a_file_that_cannot_be_read(saved, monkeypatch):
     def refused(path: Path) -> dict:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(checkpoint, "_digest", refused)
+    monkeypatch.setattr(reading, "digest", refused)
     with pytest.raises(CheckpointError, match=r"meta\.json: can't be read \(permission denied\)"):
         Reader(saved).latest() and Reader(saved).meta(120)
 
@@ -352,7 +354,7 @@ def test_a_file_that_cannot_be_read(saved, monkeypatch):
 
 def deleted_when_read(monkeypatch, directory: Path, steps: list[int]) -> None:
     """The run deletes checkpoints, one at a time, as soon as a reader looks at a file of theirs."""
-    digest, left = checkpoint._digest, list(steps)
+    digest, left = reading.digest, list(steps)
 
     def looked_at(path: Path) -> dict:
         if left and f"/{left[0]}/" in str(path):
@@ -361,7 +363,7 @@ def deleted_when_read(monkeypatch, directory: Path, steps: list[int]) -> None:
             shutil.rmtree(deleted)
         return digest(path)
 
-    monkeypatch.setattr(checkpoint, "_digest", looked_at)
+    monkeypatch.setattr(reading, "digest", looked_at)
 
 
 def test_readers_of_a_run_that_goes_on_take_what_is_there(saved, monkeypatch):
@@ -423,7 +425,7 @@ def test_checkpoints_of_earlier_versions_say_by_their_config_what_was_measured(t
         record = json.loads(path.read_text())
         del record["measured_on"], record["is_interim"]
         path.write_text(json.dumps(record))
-        manifest = json.loads((path.parent / MANIFEST).read_text()) | {"meta.json": checkpoint._digest(path)}
+        manifest = json.loads((path.parent / MANIFEST).read_text()) | {"meta.json": reading.digest(path)}
         (path.parent / MANIFEST).write_text(json.dumps(manifest))
     assert Reader(tmp_path).best() == 3
 
@@ -543,7 +545,8 @@ def test_a_failed_save_is_raised_and_does_not_count(tmp_path, monkeypatch):
 FULL_DISK = """
 import pathlib, resource, sys
 import numpy as np
-from oaif_jax.stored.checkpoint import CheckpointError, Checkpoints
+from oaif_jax.stored.checkpoint import Checkpoints
+from oaif_jax.stored.reader import CheckpointError
 items = {"params": {"w": np.random.default_rng(0).normal(size=1 << 16)}}
 with Checkpoints(pathlib.Path(sys.argv[1]), keep=1) as checkpoints:
     checkpoints.save(1, items, {})

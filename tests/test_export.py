@@ -23,8 +23,9 @@ from oaif_jax.models import lora, sharding
 from oaif_jax.run import inputs
 from oaif_jax.run.setup import open_setup, stored_model
 from oaif_jax.stored import hf
-from oaif_jax.stored.checkpoint import Checkpoints, load_params
+from oaif_jax.stored.checkpoint import Checkpoints
 from oaif_jax.stored.hf.tensors import SINGLE
+from oaif_jax.stored.reader import load_params
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning"

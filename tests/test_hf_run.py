@@ -27,7 +27,7 @@ from oaif_jax.models import heads, sharding, transformer
 from oaif_jax.models.rows import trunk
 from oaif_jax.run.setup import open_setup, stored_model
 from oaif_jax.stored import hf
-from oaif_jax.stored.checkpoint import load_params
+from oaif_jax.stored.reader import load_params
 from oaif_jax.types import Batch
 
 pytestmark = pytest.mark.filterwarnings(

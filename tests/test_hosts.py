@@ -30,7 +30,7 @@ from oaif_jax.run.interrupts import Interrupts
 from oaif_jax.run.log import Follower
 from oaif_jax.run.schedule import optimizer_config
 from oaif_jax.run.setup import open_setup
-from oaif_jax.stored.checkpoint import Reader
+from oaif_jax.stored.reader import Reader
 from oaif_jax.update import optim, state
 
 LIMIT = 30  # seconds in which everything has ended after one process was killed

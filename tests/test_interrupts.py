@@ -28,7 +28,8 @@ from oaif_jax.base.processes import SIGNALS
 from oaif_jax.evals.of_run import Evaluations
 from oaif_jax.run.interrupts import Interrupts
 from oaif_jax.run.log import MetricsLog, RecordError
-from oaif_jax.stored.checkpoint import Checkpoints, Reader
+from oaif_jax.stored.checkpoint import Checkpoints
+from oaif_jax.stored.reader import Reader
 from oaif_jax.training import loop
 
 

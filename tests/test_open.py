@@ -13,7 +13,7 @@ from oaif_jax.base.errors import UserError
 from oaif_jax.data.chat import ChatTemplate
 from oaif_jax.data.voice import Voice
 from oaif_jax.models import sharding
-from oaif_jax.stored import checkpoint, single
+from oaif_jax.stored import reader, single
 from oaif_jax.stored.checkpoint import Checkpoints
 from oaif_jax.stored.open import Model, Source, checkpoint_step, open_model, read_run
 from oaif_jax.tiny import data
@@ -89,9 +89,9 @@ def test_what_a_run_has_trained(workdir, which, seed):
 
 def test_a_runs_devices_are_made_before_jax_starts(workdir, monkeypatch):
     """Reading a checkpoint starts JAX: behind that, a run on a mesh of CPU devices could be neither evaluated nor exported."""
-    called, load_params = [], checkpoint.load_params
+    called, load_params = [], reader.load_params
     monkeypatch.setattr(sharding, "use_cpu_devices", called.append)
-    monkeypatch.setattr(checkpoint, "load_params", lambda *args: called.append("read") or load_params(*args))
+    monkeypatch.setattr(reader, "load_params", lambda *args: called.append("read") or load_params(*args))
     read_run(workdir, "last")
     assert called == [config.Config().mesh.cpu_devices, "read"]
 

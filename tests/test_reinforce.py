@@ -25,7 +25,7 @@ from oaif_jax.models.config import ModelConfig
 from oaif_jax.rollout import score, values
 from oaif_jax.run.setup import stored_model
 from oaif_jax.stored import single
-from oaif_jax.stored.checkpoint import load_params
+from oaif_jax.stored.reader import load_params
 from oaif_jax.tiny.data import asset
 from oaif_jax.types import POLICY, Batch, Logps, Prompts, Rollout, Scores
 from oaif_jax.update import optim

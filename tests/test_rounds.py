@@ -20,7 +20,7 @@ from oaif_jax.methods.selm import SELM
 from oaif_jax.models import sharding
 from oaif_jax.run import resume
 from oaif_jax.run.setup import open_setup
-from oaif_jax.stored.checkpoint import Reader, load_params
+from oaif_jax.stored.reader import Reader, load_params
 
 AT_ROUNDS = [True, False, False] * 2  # a round's first step: the policy is its own reference
 

@@ -11,7 +11,7 @@ from test_readers import rated, table
 
 from oaif_jax import train
 from oaif_jax.base import cli
-from oaif_jax.stored.checkpoint import Reader
+from oaif_jax.stored.reader import Reader
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning"

@@ -34,10 +34,10 @@ from oaif_jax.models.config import ModelConfig
 from oaif_jax.run import inputs, setup, sizes
 from oaif_jax.run.log import MetricsLog
 from oaif_jax.stored import hf
-from oaif_jax.stored.checkpoint import Reader
 from oaif_jax.stored.hf import pieces
 from oaif_jax.stored.hf.directory import abstract_params
 from oaif_jax.stored.hf.families import FAMILIES
+from oaif_jax.stored.reader import Reader
 from oaif_jax.tiny import data as tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -34,7 +34,7 @@ from oaif_jax.evals.of_run import Evaluations
 from oaif_jax.evals.summary import add_to_history
 from oaif_jax.models import sharding
 from oaif_jax.run.setup import open_setup
-from oaif_jax.stored.checkpoint import Reader, load_params
+from oaif_jax.stored.reader import Reader, load_params
 from oaif_jax.tiny import world
 from oaif_jax.training import loop
 from oaif_jax.types import Batch

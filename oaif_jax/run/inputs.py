@@ -22,9 +22,9 @@ from oaif_jax.base.files import open_file, read_json
 from oaif_jax.base.phases import phase
 from oaif_jax.config import Config
 from oaif_jax.data import chat, readers, special_tokens, splits, tokenizer
-from oaif_jax.stored.checkpoint import Reader
 from oaif_jax.stored.hf.tensors import INDEX, weight_files
 from oaif_jax.stored.open import NORMAL, POLICY, Source, chat_of, home, is_reward, run_config, run_of, source_of
+from oaif_jax.stored.reader import Reader
 from oaif_jax.tiny import templates
 from oaif_jax.tiny.data import asset, file_of, policy_voice
 

@@ -20,7 +20,7 @@ from oaif_jax.data.tokenizer import Tokenizer, open_tokenizer
 from oaif_jax.data.voice import Voice
 from oaif_jax.models import lora, quant, sharding, transformer
 from oaif_jax.models.config import ModelConfig
-from oaif_jax.stored import checkpoint, finite, hf, single
+from oaif_jax.stored import finite, hf, reader, single
 from oaif_jax.tiny.data import asset, plain_voice, policy_voice
 from oaif_jax.update.value import without_value
 
@@ -391,7 +391,7 @@ def read_run(workdir: str | pathlib.Path, which: str) -> tuple[Config, PyTree, S
     if notes:  # on stderr: what a program is asked for goes to stdout
         print("; ".join(notes), file=sys.stderr)
     sharding.use_cpu_devices(cfg.mesh.cpu_devices)  # as the run had them: JAX starts when a checkpoint is read
-    params, meta = checkpoint.load_params(workdir / "checkpoints", which)
+    params, meta = reader.load_params(workdir / "checkpoints", which)
     finite.check(params, workdir / "checkpoints" / str(meta["step"]))
     return cfg, params, Source(POLICY, f"{workdir}@{meta['step']}", "")
 
@@ -421,7 +421,7 @@ def normal_of(workdir: pathlib.Path, step: int) -> tuple[tuple[float, float], tu
 def _of_run(source: Source, voice: Voice, mesh: Mesh, dtype: str, as_reward: bool) -> Model:
     cfg = run_config(source)
     workdir, which = run_of(source)
-    params, meta = checkpoint.load_params(workdir / "checkpoints", which)
+    params, meta = reader.load_params(workdir / "checkpoints", which)
     params = without_value(params)
     finite.check(params, f"{source}: {workdir / 'checkpoints' / str(meta['step'])}")
     model = ModelConfig.from_json(meta["model"])

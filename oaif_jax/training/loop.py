@@ -36,8 +36,9 @@ from oaif_jax.run.log import Follower, MetricsLog, RecordError
 from oaif_jax.run.progress import Progress
 from oaif_jax.run.schedule import evaluations_left, expected_seconds, first_move, optimizer_config, total_steps
 from oaif_jax.run.setup import Setup
-from oaif_jax.stored.checkpoint import Checkpoints, load_params
+from oaif_jax.stored.checkpoint import Checkpoints
 from oaif_jax.stored.open import NORMAL
+from oaif_jax.stored.reader import load_params
 from oaif_jax.update import optim, state
 from oaif_jax.update.state import TrainState
 from oaif_jax.update.value import without_value
