@@ -51,7 +51,7 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
 
 from jax.sharding import Mesh
 
-from launch import plan_report, plan_search
+from launch import plan_fit, plan_report, plan_search
 from launch.plan_fit import GIB
 from launch.plan_report import Compiled
 from launch.plan_step import Planned, lower, parse
@@ -105,6 +105,11 @@ def run(values: Any, asked: Asked, console: Console) -> dict[str, Any]:
         sharding.check_batch(planned.cfg.data.batch, planned.cfg.optimizer.accumulate, mesh)
         found = reported(planned, mesh, asked)
         plan_report.show(found, console)
+    if not asked.search and not plan_fit.divides_heads(planned, axes.tensor):
+        console.print(
+            f"config.mesh.tensor={axes.tensor} doesn't divide the key/value heads: attention isn't divided, and its floors are "
+            "higher than these"
+        )
     if planned.cfg.judge.init == "hf" and planned.judge is None:
         console.print("config.judge.path is empty: an evaluation's judge isn't among the trees")
     if asked.out:

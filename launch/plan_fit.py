@@ -131,6 +131,7 @@ def candidates(planned: Planned, mesh: Mesh) -> Iterator[tuple[str, Changes]]:
         if (
             (fsdp, tensor) != (shape["fsdp"], shape["tensor"])
             and data <= shape["data"]
+            and divides_heads(planned, tensor)
             and fits_rows(planned, data * fsdp)
         ):
             yield "mesh", {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
@@ -157,6 +158,12 @@ def meshes(devices: int) -> list[tuple[int, int, int]]:
         if devices // data % tensor == 0
     ]
     return sorted(found, key=lambda axes: (-axes[0], axes[2]))
+
+
+def divides_heads(planned: Planned, tensor: int) -> bool:
+    """Whether `tensor` divides all models' key/value heads: what doesn't runs, and is never the fastest."""
+    models = [model for model in (planned.policy, planned.annotator) if model is not None]
+    return all(model.cfg.kv_heads % tensor == 0 for model in models)
 
 
 def fits_rows(planned: Planned, rows: int) -> bool:

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from rich.table import Column, Table
 
 from launch import plan_floors
-from launch.plan_fit import GIB, Changes, changed, fits_rows, mesh_of, meshes, micro_batches
+from launch.plan_fit import GIB, Changes, changed, divides_heads, fits_rows, mesh_of, meshes, micro_batches
 from launch.plan_memory import memory
 from launch.plan_step import Planned
 from launch.plan_tpus import Chip
@@ -41,6 +41,8 @@ def choices(planned: Planned, mesh: Mesh, chip: Chip, usable: int) -> list[Choic
     the fastest floor first."""
     found = []
     for axes in meshes(mesh.size):
+        if not divides_heads(planned, axes[2]):
+            continue
         of_axes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), axes, strict=True))
         for parts in micro_batches(planned.cfg.data.batch, axes[0] * axes[1]):
             one = _choice(changed(planned, of_axes | {"optimizer.accumulate": parts}), mesh, chip)

@@ -479,7 +479,6 @@ def test_directories_that_cannot_be_used(tmp_path, damage, said):
         ({"data__prompt_tokens": "4"}, ["4 tokens", "config.data.prompt_tokens"]),
         ({"data__prompt_tokens": "2041"}, ["config.data.prompt_tokens=2041", "2049", "config.policy.path", "2048"]),
         ({"annotator__question_tokens": "2040"}, ["config.annotator.question_tokens=2040", "annotator.path", "2048"]),
-        ({"mesh__tensor": "4"}, ["config.policy.path", "config.mesh.tensor=4", "2, the number of key/value heads"]),
         ({"policy__chat_args": "thinking=1"}, ["config.policy.chat_args='thinking=1'", "doesn't read thinking"]),
         ({"annotator__chat": "nowhere.jinja"}, ["config.annotator.chat='nowhere.jinja'", "no such file"]),
         ({"data__held_out": "20"}, ["config.data.held_out=20", "40"]),

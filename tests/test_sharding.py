@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from experiments import tiny
 from oaif_jax import config
 from oaif_jax.base import cli
 from oaif_jax.data.tokenizer import Tokenizer
 from oaif_jax.models import lora, quant, sharding, transformer
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.models.sharding import ShardingError, make_mesh, param_shardings, spec_of
+from oaif_jax.run import setup
 from oaif_jax.stored import single as files
 from oaif_jax.tiny.data import ASSETS, asset
 
-EXPERIMENTS = sorted((pathlib.Path(__file__).resolve().parent.parent / "experiments").glob("tiny_*.py"))
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 @functools.cache
@@ -94,10 +96,10 @@ def test_path_names():
 # --- shapes on a mesh
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_every_experiment_divides_over_eight_devices(path):
+@pytest.mark.parametrize("member", tiny.MEMBERS)
+def test_every_experiment_divides_over_eight_devices(member):
     """Models from scratch, and batches in their parts, on data x fsdp x tensor = 2 x 2 x 2."""
-    cfg = config.parse(cli.load_config(str(path)).to_dict())
+    cfg = config.parse(cli.load_config(f"{ROOT}/experiments/tiny.py:{member}").to_dict())
     shape = cfg.policy.shape
     sizes = (shape.width, shape.layers, shape.heads, shape.kv_heads, shape.head_dim, shape.mlp)
     model = ModelConfig(Tokenizer(asset("tokenizer")).vocab_size, *sizes)
@@ -131,13 +133,30 @@ def test_on_one_device_anything_fits():
     [
         ({"width": 15}, r"parameter 'embedding' of shape \(64, 15\) can't be sharded: axis 1 doesn't divide by 2 \(fsdp\)"),
         ({"mlp": 25}, r"parameter 'layers/down' of shape \(2, 25, 16\) can't be sharded: axis 1 doesn't divide by 2 \(tensor\)"),
-        ({"heads": 3, "kv_heads": 3}, r"parameter 'layers/out' .* axis 1 doesn't divide by 2 \(tensor\)"),
     ],
 )  # fmt: skip
 def test_sizes_that_do_not_divide(changes, message):
     sizes = {"vocab_size": 43, "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 24}
     with pytest.raises(ShardingError, match=message):
         param_shardings(abstract(ModelConfig(**sizes | changes)), mesh())
+
+
+def test_key_value_heads_that_do_not_divide_are_whole_everywhere():
+    """Attention's leaves alone: all others lie as ever, and what divides is cut."""
+    cfg = ModelConfig(vocab_size=64, width=16, layers=2, heads=6, kv_heads=3, head_dim=8, mlp=24, biases="all")
+    found = named_leaves(param_shardings(abstract(cfg), mesh()))
+    whole = {name for name, place in found.items() if place.spec != sharding.spec_of(name)}
+    assert whole == {"layers/qkv", "layers/out", "layers/qkv_bias"}
+    assert found["layers/qkv"].spec == PartitionSpec(None, "fsdp", None, None, None)
+    additions = jax.eval_shape(lambda: lora.init(jax.random.key(0), cfg, 2, ("q", "v", "out", "up")))
+    found = named_leaves(param_shardings({"lora": additions}, mesh()))
+    cut = {name for name, place in found.items() if "tensor" in place.spec}
+    assert cut == {"lora/up/b"}
+    divided = named_leaves(param_shardings(abstract(dataclasses.replace(cfg, heads=4, kv_heads=2)), mesh()))
+    assert all(place.spec == sharding.spec_of(name) for name, place in divided.items())
+    assert setup.heads_notes("policy", cfg, mesh(4, 2, 1)) == []
+    (note,) = setup.heads_notes("policy", cfg, mesh())
+    assert note.startswith("2 devices of config.mesh.tensor don't divide the policy's 3 key/value heads")
 
 
 def test_rows_lie_over_data_and_fsdp():

@@ -34,7 +34,7 @@ TEMPLATE = Template(first=(3, 4), second=(3, 6), closing=(7,), answers=(10, 11))
 DPO = PairLoss("dpo", (("beta", 0.1),))
 TX = optax.chain(optax.adamw(1e-2, weight_decay=0.1))
 KEY = jax.random.key(11)
-MESHES = {"one device": (1, 1, 1), "2x2x2": (2, 2, 2)}
+MESHES = {"one device": (1, 1, 1), "2x2x2": (2, 2, 2), "2x1x4": (2, 1, 4)}
 
 
 MODELS = Models(MODEL, MODEL, COMPUTE)
@@ -160,6 +160,13 @@ def test_parts_add_up_to_the_whole_in_row_order(parts):
 @pytest.mark.slow
 def test_parts_on_eight_devices():
     assert_same_step(online("2x2x2", 4), online())
+
+
+@pytest.mark.slow
+def test_more_devices_than_key_value_heads():
+    """Each of the four along `tensor` has both heads of the policy."""
+    assert sharding.whole_heads(MODEL.kv_heads, mesh_of("2x1x4"))
+    assert_same_step(online("2x1x4"), online())
 
 
 @pytest.mark.slow

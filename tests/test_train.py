@@ -583,7 +583,6 @@ def refused(capsys, monkeypatch, values: dict, workdir: pathlib.Path) -> str:
         ({"policy.init": "nowhere/at/all"}, ["config.policy.init='nowhere/at/all'", "wanted"]),
         ({"mesh.tensor": 3}, ["config.mesh.tensor=3", "8 devices"]),
         ({"mesh.data": 4}, ["data=4", "8"]),
-        ({"mesh.data": 1, "mesh.tensor": 8}, ["can't be sharded"]),
         ({"data.batch": 12}, ["config.data.batch=12", "8"]),
         ({"optimizer.accumulate": 4}, ["config.data.batch=8", "4 parts"]),
         ({"eval.prompts": 12}, ["config.eval.prompts=12", "8"]),

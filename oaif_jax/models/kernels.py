@@ -99,7 +99,7 @@ def _splash(kernel: Kernel, q, k, v, valid, mask, cap: float) -> Array:
         return jnp.asarray(out).reshape(q.shape)  # without residuals it is an array
 
     if kernel.mesh is not None:
-        rows, heads = ("data", "fsdp"), "tensor"
+        rows, heads = ("data", "fsdp"), None if q.shape[1] % kernel.mesh.shape["tensor"] else "tensor"
         specs = (*[PartitionSpec(rows, heads)] * 3, PartitionSpec(rows))
         attend = jax.shard_map(
             attend, mesh=kernel.mesh, in_specs=specs, out_specs=PartitionSpec(rows, heads), check_vma=False

@@ -47,9 +47,8 @@ PARTITION_RULES = (
     (r"^(value/)?score$", PartitionSpec()),  # 1 D
 )
 
-HEADS = re.compile(
-    r"(layers|scales)/(qkv|qkv_bias|out)$|lora/((q|k|v)/b|out/a)$"
-)  # by tensor they are cut between heads
+# By `tensor` they are cut between heads.
+HEADS = re.compile(r"(layers|scales)/(qkv|qkv_bias|out)$|lora/((q|k|v)/b|out/a)$")
 
 
 class ShardingError(UserError):
@@ -131,22 +130,30 @@ def spec_of(name: str) -> PartitionSpec:
 
 
 def param_shardings(abstract: PyTree, mesh: Mesh) -> PyTree:
-    """A NamedSharding for each leaf of a parameter tree (arrays or ShapeDtypeStructs); sizes that don't divide raise."""
+    """A NamedSharding for each leaf of a parameter tree (arrays or ShapeDtypeStructs); sizes that don't divide raise, except
+    for key/value heads, which are then whole on each device of `tensor` (whole_heads)."""
 
     def one(path, leaf):
         name = path_name(path)
         spec = spec_of(name)
         for axis, names in enumerate(spec):
             parts = math.prod(mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
-            if leaf.shape[axis] % parts:
-                of_heads = ", the number of key/value heads" if names == "tensor" and HEADS.search(name) else ""
+            if leaf.shape[axis] % parts and names == "tensor" and HEADS.search(name):
+                spec = PartitionSpec(*(None if each == "tensor" else each for each in spec))
+            elif leaf.shape[axis] % parts:
                 raise ShardingError(
                     f"config.mesh.{names}={parts}: parameter {name!r} of shape {leaf.shape} can't be sharded: axis {axis} "
-                    f"doesn't divide by {parts} ({names}), wanted a divisor of {leaf.shape[axis]}{of_heads}"
+                    f"doesn't divide by {parts} ({names}), wanted a divisor of {leaf.shape[axis]}"
                 )
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(one, abstract)
+
+
+def whole_heads(kv_heads: int, mesh: Mesh) -> bool:
+    """Whether `tensor` doesn't divide a model's key/value heads: then each of its devices has all of attention's projections,
+    and computes all of attention for its rows; MLPs and the vocabulary are divided as ever."""
+    return kv_heads % mesh.shape["tensor"] != 0
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -154,6 +154,10 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
     if is_compared and cfg.judge.init != "none":
         where = of_annotator if cfg.judge.init == "annotator" else of_policy
         judge, judged_by = open_judge(cfg, asked, data, *where, evaluated)
+    notes += heads_notes("policy", policy.cfg, mesh)
+    notes += (
+        heads_notes("annotator", asked.model.cfg, annotators) if asked is not None and asked.model is not None else []
+    )
     control_ids = voice.tokenizer.special_ids | (frozenset() if asked is None else asked.control_ids)
     return Setup(
         cfg=cfg,
@@ -174,6 +178,16 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
         instruction="" if asked is None else asked.instruction,
         control_ids=control_ids - set(voice.stop_ids),
     )
+
+
+def heads_notes(name: str, model: ModelConfig, mesh: Mesh) -> list[str]:
+    """A note where a model's attention isn't divided over `tensor`."""
+    if not sharding.whole_heads(model.kv_heads, mesh):
+        return []
+    return [
+        f"{mesh.shape['tensor']} devices of config.mesh.tensor don't divide the {name}'s {model.kv_heads} key/value heads: each "
+        "has all of its attention's weights, and computes all of it; a divisor would be faster"
+    ]
 
 
 def compute_of(cfg: Config, mesh: Mesh | None = None) -> ComputeConfig:
