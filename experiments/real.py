@@ -44,7 +44,7 @@ def get_config(argument: str = "annotator") -> ConfigDict:
     config.mesh.cpu_devices = 1
     if config.method == "annotator":
         config.data.batch = 4
-        config.eval.prompts, config.eval.final_prompts = 32, 64
+        config.eval.prompts, config.eval.final_prompts = 22, 44
         config.steps = 100
         config.data.name, config.data.path = "pairs", f"{HOME}/data/judged"
         config.optimizer.lr = 2e-3
