@@ -31,7 +31,7 @@ test: $(VENV)/installed-test  ## the tests but for slow ones, in WORKERS=2 proce
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-all: ARGS += --all
-test-all: test  ## all tests, as CI runs them
+test-all: test  ## all tests, slow ones too
 
 check: lint format-check types  ## lint, format check and types
 
