@@ -1,11 +1,14 @@
 """A step from shapes: what of a config is planned, and the programs that a run would compile for it.
 
-No weights are read: of the models' directories config.json is enough. How many tokens an instruction has isn't known without a
-tokenizer, and is estimated from its length.
+No weights are read: of the models' directories config.json is enough, or such a file by itself. How many tokens an instruction
+has isn't known without a tokenizer, and is estimated from its length.
 """
 
 import dataclasses
 import functools
+import pathlib
+import shutil
+import tempfile
 from typing import Any
 
 import jax
@@ -80,18 +83,30 @@ def parse(values: Any) -> Planned:
         raise UserError(f"config.method={cfg.method!r} can't be planned, wanted one of {', '.join(PLANNED)}")
     if cfg.async_steps and not kind.asks:
         raise UserError(f"config.async_steps={cfg.async_steps}: method {cfg.method} collects no pairs, wanted 0")
-    policy = hf.read(cfg.policy.path)
+    policy = model_of(cfg.policy.path)
     if cfg.policy.lora.rank:
         lora.check_rank(cfg.policy.lora.rank, policy.cfg)
         lora.check_targets(cfg.policy.lora.targets, policy.cfg)
-    annotator = hf.read(cfg.annotator.path) if kind.asks else None
+    annotator = model_of(cfg.annotator.path) if kind.asks else None
     if annotator is not None and annotator.family != policy.family:
         raise UserError(
             f"config.annotator.path={cfg.annotator.path!r} is of family {annotator.family}, whose tokens aren't those of the "
             f"policy's, {policy.family}: such a step is taken apart, wanted one family"
         )
-    judge = hf.read(cfg.judge.path) if cfg.judge.init == "hf" and cfg.judge.path else None
+    judge = model_of(cfg.judge.path) if cfg.judge.init == "hf" and cfg.judge.path else None
     return Planned(cfg, policy, annotator, *lengths(cfg), judge)
+
+
+def model_of(path: str) -> hf.HFModel:
+    """A directory's model, or that of a config.json which lies by itself."""
+    if not pathlib.Path(path).is_file():
+        return hf.read(path)
+    with tempfile.TemporaryDirectory() as home:
+        copied = shutil.copy(path, pathlib.Path(home) / "config.json")
+        try:
+            return hf.read(home)
+        except UserError as error:
+            raise UserError(str(error).replace(str(copied), path)) from error
 
 
 def lengths(cfg: Config) -> tuple[bench_count.Sizes, Template]:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import pathlib
+import re
 import types
 
 import hf_dirs
@@ -543,6 +544,18 @@ def test_memory_of_a_program():
 def test_refused(models, changes, said):
     with pytest.raises(UserError, match=said):
         plan_step.lower(plan_step.parse(plan_models.values(models, **changes)), sharding.make_mesh(1, 4, 2))
+
+
+@pytest.mark.parametrize(("name", "total"), [("llama-3-8b", 8_030_261_248), ("llama-3-70b", 70_553_706_496)])
+def test_a_config_by_itself(name, total, tmp_path):
+    """It needs no directory; a fault names the file. The sizes are the models' own."""
+    file = ROOT / "tests" / "hf_configs" / f"{name}.released.json"
+    leaves = jax.tree.leaves(plan_step.parameters(plan_step.model_of(str(file)).cfg, "bfloat16"))
+    assert sum(leaf.size for leaf in leaves) == total
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    with pytest.raises(UserError, match=re.escape(str(broken))):
+        plan_step.model_of(str(broken))
 
 
 def test_families(models, tmp_path):
