@@ -19,7 +19,7 @@ from oaif_jax.methods.base import Models
 from oaif_jax.methods.offline import Offline
 from oaif_jax.methods.online import Online
 from oaif_jax.methods.pairs import best_and_worst
-from oaif_jax.models import lora, sharding
+from oaif_jax.models import lora, sharding, transformer
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.rollout import Sampler, named_key, sample, score
 from oaif_jax.step import Contribution, Step
@@ -63,12 +63,12 @@ def place(tree, mesh: Mesh):
 
 
 @functools.cache
-def online(mesh_name: str = "one device", parts: int = 1) -> Contribution:
+def online(mesh_name: str = "one device", parts: int = 1, decode: str = "scanned") -> Contribution:
     """What the online step adds up, on the host."""
     mesh = mesh_of(mesh_name)
     params, frozen = models()
     take = dataclasses.replace(
-        ONLINE, models=dataclasses.replace(MODELS, compute=dataclasses.replace(COMPUTE, mesh=mesh))
+        ONLINE, models=dataclasses.replace(MODELS, compute=dataclasses.replace(COMPUTE, mesh=mesh, decode=decode))
     )
 
     @jax.jit
@@ -160,6 +160,14 @@ def test_parts_add_up_to_the_whole_in_row_order(parts):
 @pytest.mark.slow
 def test_parts_on_eight_devices():
     assert_same_step(online("2x2x2", 4), online())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh_name", MESHES)
+def test_a_token_loop_layer_by_layer(mesh_name):
+    """Where a mesh has two parts of the rows, each has few, and its weights lie output by output."""
+    assert transformer.are_few(2 * ROWS, dataclasses.replace(COMPUTE, mesh=mesh_of("2x2x2"), decode="unrolled"))
+    assert_same_step(online(mesh_name, decode="unrolled"), online())
 
 
 @pytest.mark.slow
