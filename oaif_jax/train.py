@@ -36,7 +36,7 @@ from oaif_jax.base.phases import Watch
 from oaif_jax.config import Config
 from oaif_jax.evals.summary import summarise
 from oaif_jax.models import hosts, sharding
-from oaif_jax.run import resume
+from oaif_jax.run import resume, sizes
 from oaif_jax.run.inputs import Say
 from oaif_jax.run.schedule import total_steps
 from oaif_jax.run.setup import Setup, open_setup
@@ -130,6 +130,7 @@ def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, bega
         | {
             "evaluated_step": final_step,
             "seconds": loop.seconds,
+            "peak_bytes": sizes.peaks(),
             "command": shlex.join(sys.orig_argv),
             "params_sha256": sha256_of_tree(sharding.fetch(loop.training.params)),
             "health": [dataclasses.asdict(found) for found in loop.health.found],

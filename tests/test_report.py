@@ -125,7 +125,8 @@ def summary_of(last: dict[str, float], first: dict[str, float]) -> dict:
             "saves": 3, "waited_seconds": 0.42, "written_seconds": 1.5, "restores": 1, "restored_seconds": 0.31,
             "kept": [{"step": 40, "why": "one of the last", "metric": 0.8}, {"step": 60, "why": "best, last", "metric": 0.86}],
         },
-        "evaluated_step": STEPS, "seconds": 161.2, "params_sha256": "0123456789abcdef" * 4,
+        "evaluated_step": STEPS, "seconds": 161.2, "peak_bytes": {"process": 1_500_000_000},
+        "params_sha256": "0123456789abcdef" * 4,
         "command": "python -m oaif_jax.train --config=experiments/tiny.py:tldr,online,dpo --workdir=runs/online_dpo",
     }  # fmt: skip
 
@@ -500,6 +501,7 @@ def test_the_final_tables_hold_the_results(online):
         in text
     )
     assert "| time | 2 min 41 s |" in text
+    assert "| memory of the process, at most | 1.4 GiB |" in text
     assert "0123456789abc" not in text
 
 

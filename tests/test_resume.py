@@ -46,7 +46,7 @@ from oaif_jax.stored.open import POLICY, open_model, source_of
 from oaif_jax.stored.reader import Reader, load_params
 from oaif_jax.tiny.data import policy_voice
 
-CLOCK = ("seconds", "command", "checkpoints")  # of a summary: what may differ
+CLOCK = ("seconds", "command", "checkpoints", "peak_bytes")  # of a summary: what may differ
 
 
 @pytest.fixture(scope="session")

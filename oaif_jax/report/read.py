@@ -236,6 +236,10 @@ def _is_result(value: Any) -> bool:
     return value is None or _is_number(value)
 
 
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_count, value.values()))
+
+
 # What is said of a summary's keys: required ones, then what others are if they are there.
 Fields = Mapping[str, tuple[Callable[[Any], bool], str]]
 COUNT, TEXT, NUMBER = (_is_count, "a whole number"), (_is_text, "a text"), (_is_result, "a finite number")
@@ -255,6 +259,7 @@ SUMMARY: Fields = {
     "evaluated_step": COUNT,
     "seconds": (_is_number, "a number of seconds"),
     "params_sha256": TEXT,
+    "peak_bytes": (_is_counts, "whole numbers by name"),
     **dict.fromkeys(("greedy", "versions"), (lambda value: isinstance(value, dict), "an object")),
     "annotator": (_is_agreement, "numbers by instruction"),
     "health": (lambda value: isinstance(value, list), "a list"),

@@ -25,8 +25,8 @@ NUMBERS = ("beta", "alpha", "gamma", "length_alpha", "kl_weight", "baseline")
 PLACED = (
     "gold", "judge", "greedy", "annotator", "versions", "mean_length", "reference_length", "words", "log_ratio", "gold_mean",
     "reference_gold_mean", "gold_share", "reference_gold_share", "method", "loss", *NUMBERS, "instruction", "seed",
-    "steps", "seconds", "params_sha256", "device", "cores", "evaluated_step", "split", "prompts", "command", "exported",
-    "finished", "reference_finished", "annotated_by", "judged_by", "settings", "repetition",
+    "steps", "seconds", "peak_bytes", "params_sha256", "device", "cores", "evaluated_step", "split", "prompts", "command",
+    "exported", "finished", "reference_finished", "annotated_by", "judged_by", "settings", "repetition",
     "reference_repetition", "health", "checkpoints",
 )  # fmt: skip
 
@@ -197,6 +197,10 @@ def _run_table(run: Run) -> Table:
     ):
         if key in found:
             rows.append((name, show(found[key])))
+    rows += [
+        (f"memory of the {name}, at most", f"{size / 2**30:.1f} GiB")
+        for name, size in found.get("peak_bytes", {}).items()
+    ]
     return Table("Run", ("What", "Value"), tuple(rows), setting.normal_loss(run))
 
 

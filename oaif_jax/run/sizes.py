@@ -8,8 +8,11 @@ refused are sizes that can't be meant; `python -m launch.plan` says what a progr
 import math
 import os
 import pathlib
+import resource
+import sys
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -108,6 +111,14 @@ def memory(mesh: Mesh) -> int:
     limit = pathlib.Path("/sys/fs/cgroup/memory.max")  # a container's
     said = limit.read_text().strip() if limit.is_file() else "max"
     return min(there, int(said)) if said.isdecimal() else there
+
+
+def peaks() -> dict[str, int]:
+    """The most bytes in use so far: of this process (resident), and of its fullest device, where devices count theirs."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    devices = max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices())
+    found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "device": devices}
+    return {name: size for name, size in found.items() if size}
 
 
 def _rows(cfg: Config, kind: type[Method]) -> str:
