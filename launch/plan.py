@@ -3,8 +3,8 @@
     python -m launch.plan --config=experiments/oaif.py:tldr,online,dpo --topology=v5e:4x4 \\
         --config.policy.path=DIR --config.annotator.path=DIR2 --config.judge.path=DIR3 --out=plan.json --hlo=step.hlo
 
-Needs libtpu (pip install libtpu) and no TPU. No weights are read: of the models' directories config.json is enough, or such a
-file by itself.
+Needs libtpu (pip install -c constraints-accelerators.txt libtpu) and no TPU. No weights are read: of the models' directories
+config.json is enough, or such a file by itself.
 The program is that of oaif_jax.train, compiled from shapes with the same shardings and donation. What is said:
 
     fits, or short by   bytes of a device beside those that programs may take; where they are too many, keys of the config by
@@ -88,7 +88,7 @@ def reported(planned: Planned, mesh: Mesh, asked: Asked) -> dict[str, Any]:
     """The report of a step on a mesh."""
     found = compiled(planned, mesh, asked)
     if asked.text_file and found.programs:
-        pathlib.Path(asked.text_file).write_text("\n\n".join(each.as_text() or "" for each in found.programs))
+        pathlib.Path(asked.text_file).write_text("\n\n".join(map(plan_report.text_of, found.programs)))
     with phases.phase("reading the program"):
         return {"topology": asked.topology} | plan_report.report(planned, found, mesh)
 

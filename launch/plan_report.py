@@ -6,6 +6,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -18,7 +19,8 @@ from launch import hlo, hlo_report, plan_floors
 from launch.plan_fit import GIB, fit
 from launch.plan_memory import Memory, memory
 from launch.plan_step import Planned
-from launch.plan_tpus import figures
+from launch.plan_tpus import INSTALL, figures
+from oaif_jax.base.errors import UserError
 from oaif_jax.stored.hf.directory import abstract_params
 
 
@@ -48,6 +50,17 @@ def compiled(lowered: Sequence[jax.stages.Lowered]) -> Compiled:
     return Compiled(programs, time.monotonic() - began)
 
 
+def text_of(program: jax.stages.Compiled) -> str:
+    """A program as it was compiled. UserError where that is in a form which this jaxlib doesn't know: a newer libtpu's."""
+    try:
+        return program.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"jaxlib {version('jaxlib')} can't read what libtpu {version('libtpu')} has compiled "
+            f"({' '.join(str(error).split())}), wanted: {INSTALL}"
+        ) from error
+
+
 def report(planned: Planned, found: Compiled, mesh: Mesh) -> dict[str, Any]:
     """All that is said about a step, as --out writes it: of its programs, where there are any, and of the chips, where their
     figures are known."""
@@ -61,7 +74,7 @@ def report(planned: Planned, found: Compiled, mesh: Mesh) -> dict[str, Any]:
     said |= {"compile_seconds": found.seconds, "refused": found.refused}
     received = plan_floors.interconnect(planned, shape)
     if found.programs:
-        programs = [hlo.parse(each.as_text() or "") for each in found.programs]
+        programs = [hlo.parse(text_of(each)) for each in found.programs]
         received = collective_bytes(planned, programs)
         said |= {
             "memory_gib": of_program(found.programs[-1].memory_analysis()),

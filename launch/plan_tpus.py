@@ -18,6 +18,8 @@ from jax.experimental import topologies
 from launch.topologies import check_topology
 from oaif_jax.base.errors import UserError
 
+INSTALL = "pip install -c constraints-accelerators.txt libtpu"  # the version that fits this jaxlib
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -74,7 +76,7 @@ def devices_of(name: str) -> Sequence[jax.Device]:  # type: ignore[reportInvalid
     """The devices of a named TPU topology, such as v5e:4x4; UserError for one that isn't known, and without libtpu."""
     kind, shape = check_topology(name)  # libtpu crashes at some shapes, and doesn't say which there are
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--topology={name}: libtpu isn't installed, wanted: pip install libtpu")
+        raise UserError(f"--topology={name}: libtpu isn't installed, wanted: {INSTALL}")
     jax.config.update("jax_platforms", "cpu")  # with libtpu there, JAX would look for a TPU
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)

@@ -565,6 +565,21 @@ def test_families(models, tmp_path):
         plan_step.parse(plan_models.values(models, **{"annotator.path": str(tmp_path)}))
 
 
+def test_what_a_newer_libtpu_compiled(monkeypatch):
+    """Its programs may be in a form that jaxlib doesn't know: RET_CHECK failures, after minutes of compiling."""
+
+    class Newer:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\n should have 1 operands but sees 3")
+
+    monkeypatch.setattr(plan_report, "version", lambda name: {"jaxlib": "0.10.2", "libtpu": "0.0.52"}[name])
+    with pytest.raises(
+        UserError, match=r"jaxlib 0\.10\.2 can't read what libtpu 0\.0\.52 .* 1 operands .*pip install -c"
+    ) as error:
+        plan_report.text_of(Newer())  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
 def test_without_libtpu(monkeypatch):
     monkeypatch.setattr(plan_tpus.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--topology=v5e:4x4: libtpu isn't installed, wanted: pip install"):
