@@ -92,9 +92,9 @@ def everything(work: Work, console: Console) -> None:
     sharding.use_cpu_devices(settings.mesh.cpu_devices)
     with Watch(console):
         write_data(work, settings)
-    train.run(work.config("annotator"), work.run("annotator"), console=console)
-    for member in policies():
+    for member in ("annotator", *policies()):
         train.run(work.config(member), work.run(member), console=console)
+        jax.clear_caches()  # its programs: none of the next run's is one of them
     with Watch(console):
         likelihoods = text_likelihoods(work)
     shown = [annotator_table(work), policy_table(work, likelihoods), samples_table(work)]
