@@ -180,7 +180,8 @@ def _elements(program: Program, computation: str, dynamic: Mapping[str, int]) ->
 
 
 def trips(program: Program, computation: str, loop: Instruction, dynamic: Mapping[str, int]) -> int:
-    """How often a loop's body runs: as XLA noted it, as the loop counts up to a constant, or as `dynamic` says."""
+    """How often a loop's body runs: as XLA noted it, as the loop counts up to a constant (by more than one where XLA has unrolled
+    it), or as `dynamic` says."""
     if found := TRIP_COUNT.search(loop.line):
         return int(found[1])
     for end, count in dynamic.items():
@@ -190,11 +191,11 @@ def trips(program: Program, computation: str, loop: Instruction, dynamic: Mappin
     bounds = _bounds(program, computation, loop, condition)
     if bounds is None:
         raise ValueError(f"the trip count of this loop isn't known: {loop.line[-400:]}")
-    return bounds[1] - bounds[0]
+    return len(range(*bounds))
 
 
-def _bounds(program: Program, computation: str, loop: Instruction, condition: str) -> tuple[int, int] | None:
-    """(first, end) of `for i in range(first, end)`; None where a loop isn't one."""
+def _bounds(program: Program, computation: str, loop: Instruction, condition: str) -> tuple[int, int, int] | None:
+    """(first, end, step) of `for i in range(first, end, step)`; None where a loop isn't one."""
     inside, root = program.computations[condition], program.root(condition)
     root, read = _through(program, inside, root)
     if root.opcode != "compare" or root.attribute("direction") != "LT":
@@ -206,10 +207,33 @@ def _bounds(program: Program, computation: str, loop: Instruction, condition: st
     start = body[loop.operands[0]]
     if start.opcode != "tuple":
         return None
-    first = body[start.operands[int(counter.attribute("index"))]]
+    index = int(counter.attribute("index"))
+    first = body[start.operands[index]]
     while first.opcode in MOVES:
         first = body[first.operands[0]]
-    return (_constant(first), _constant(end)) if first.opcode == "constant" else None
+    step = _step(program, loop, index)
+    return (_constant(first), _constant(end), step) if first.opcode == "constant" and step else None
+
+
+def _step(program: Program, loop: Instruction, index: int) -> int:
+    """By how much a loop's counter, which is element `index` of what it carries, grows each time; 0 where that can't be read."""
+    (name, _), *_ = loop._calls(("body",))
+    body, root = program.computations[name], program.root(name)
+    if root.opcode != "tuple":
+        return 0
+    grown = body[root.operands[index]]
+    while grown.opcode in MOVES:
+        grown = body[grown.operands[0]]
+    inside, read = body, {}
+    if grown.opcode == "fusion":
+        inside = program.computations[grown.called[0]]
+        outer = grown.operands
+        grown, read = _through(program, inside, grown)
+        assert len(read) == len(outer)
+    if grown.opcode != "add":
+        return 0
+    added = (body[read[each]] if each in read else inside[each] for each in grown.operands)
+    return sum(_constant(each) for each in added if each.opcode == "constant")
 
 
 def _through(

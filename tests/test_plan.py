@@ -47,7 +47,10 @@ BODY = """%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
   %p = (s32[], f32[4]{0}) parameter(0)
   %x = f32[4]{0:T(128)S(1)} get-tuple-element(%p), index=1
   %sum = f32[4]{0} all-reduce(%x), to_apply=%add, metadata={op_name="jit(f)/annotate/while/body/psum"}
-  ROOT %next = (s32[], f32[4]{0}) tuple(%p, %sum)
+  %i = s32[] get-tuple-element(%p), index=0
+  %step = s32[] constant(1)
+  %grown = s32[] add(%i, %step)
+  ROOT %next = (s32[], f32[4]{0}) tuple(%grown, %sum)
 }"""
 LOOP = """ENTRY %main (x: f32[4]) -> f32[4] {
   %x = f32[4]{0} parameter(0)
@@ -68,7 +71,7 @@ def test_instructions():
     body = read.computations["body"]
     assert read.entry == "main"
     assert [name for name, each in body.items() if each.is_root] == ["next"]
-    assert body["next"].operands == ("p", "sum")
+    assert body["next"].operands == ("grown", "sum")
     assert body["x"].arrays == (hlo.Array("f32", (4,)),)
     assert read.computations["main"]["loop"].called == ("body",)
     assert body["sum"].called == ()  # what is applied to elements isn't followed
@@ -91,6 +94,18 @@ def test_trip_counts():
     assert times(read, "loop") == 1
     noted = LOOP.replace("WHAT", ', backend_config={"known_trip_count":{"n":"11"}}')
     assert times(program(COUNT_TO_7, BODY, noted), "sum") == 11
+    by_two = BODY.replace("constant(1)", "constant(2)")  # as XLA unrolls its loops of gathered products
+    assert times(program(COUNT_TO_7, by_two, LOOP.replace("WHAT", "")), "sum") == 3
+    fused = """%adds (a: s32[], b: s32[]) -> s32[] {
+  %a = s32[] parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %both = s32[] add(%a, %b)
+}"""
+    of_fusion = by_two.replace("add(%i, %step)", "fusion(%step, %i), kind=kLoop, calls=%adds")
+    assert times(program(COUNT_TO_7, fused, of_fusion, LOOP.replace("WHAT", "")), "sum") == 3
+    doubled = BODY.replace("add(%i, %step)", "multiply(%i, %step)")
+    with pytest.raises(ValueError, match="trip count of this loop isn't known"):
+        times(program(COUNT_TO_7, doubled, LOOP.replace("WHAT", "")), "sum")
     by_data = COUNT_TO_7.replace("ROOT %more", "%less").replace("}", "  ROOT %also = pred[] and(%less, %less)\n}")
     endless = program(by_data, BODY, LOOP.replace("WHAT", ""))
     assert times(endless, "sum", {"annotate/while": 3}) == 3
