@@ -49,6 +49,20 @@ def seen(of: Health, kind: str, *changes: dict, first: int = 1) -> list[health.F
     return found
 
 
+def test_the_final_evaluation_says_what_fewer_prompts_could_not():
+    """An evaluation of 16 prompts is too few to say that no response ends; the final one, of 48, isn't. Once is enough."""
+    few = checked(eval__prompts=16)
+    broken = {"finished": 0.0, "reference_finished": 0.25, "mean_length": 40.0}
+    assert seen(few, "eval", broken) == []
+    (found,) = few.end(30, EVALUATION | broken, 48)
+    assert (found.step, found.check) == (30, "cut")
+    assert found in few.found
+    assert few.end(30, EVALUATION | broken, 48) == []
+    assert checked(eval__prompts=16).end(30, EVALUATION | broken, 16) == []
+    assert checked(health__off="cut").end(30, EVALUATION | broken, 48) == []
+    assert checked().end(30, EVALUATION | {"judge": {"win": 0.5}, "split": "test", "prompts": 48}, 48) == []
+
+
 def test_who_is_asked_for_other_things_is_no_witness():
     """Short summaries please an annotator that is asked for short ones, and neither gold nor a judge that want helpful ones."""
     liked = {"annotator.short.score": 0.96, "judge.score": 0.6, "gold.score": 0.6}

@@ -22,6 +22,7 @@ WINDOW = 20  # where there are few pairs in a step, or a run's own past is looke
 FEWEST = (
     64  # pairs of which a share is taken: it is known to 6 points then (one standard error), and orders are wrong at 45
 )
+FEWEST_AT_END = 32  # prompts of the final evaluation: there is no later one that could say it
 GOLD = "helpful"  # the instruction that gold's scores are by
 FINE = {"train": 20, "eval": 2}  # lines in a row that are fine, before a check that is crossed again is said again
 
@@ -62,6 +63,7 @@ class Seen:
     train: Sequence[Line]  # the last lines of steps
     evals: Sequence[Line]  # all lines of evaluations
     prompts: int = 0  # examples of an evaluation
+    fewest: int = FEWEST  # of which something is said
     annotator: str = ""  # the name in evaluations of the annotator that trains
     instructions: Mapping[str, str] = dataclasses.field(
         default_factory=dict
@@ -91,7 +93,7 @@ class Seen:
 
     def evaluated(self, name: str) -> float | None:
         """A metric of the last evaluation; None where that is of too few prompts."""
-        return self.evals[-1].get(name) if self.prompts >= FEWEST else None
+        return self.evals[-1].get(name) if self.prompts >= self.fewest else None
 
 
 Check = Callable[[Seen], Crossing | None]
@@ -388,6 +390,19 @@ class Health:
         self.found += new
         return new
 
+    def end(self, step: int, metrics: Mapping[str, Any], prompts: int) -> list[Finding]:
+        """What the final evaluation shows of the responses that wasn't said before: it is often of more prompts than the others,
+        which may be too few to say it."""
+        line = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        seen = Seen([], [*self._evals, line], prompts, FEWEST_AT_END, self._annotator, self._instructions)
+        said = self._off | {found.check for found in self.found}
+        new = []
+        for name in ("cut", "repetition", "log_ratio"):
+            crossing = None if name in said else CHECKS["eval"][name](seen)
+            new += [] if crossing is None else [Finding(step, name, **dataclasses.asdict(crossing))]
+        self.found += new
+        return new
+
     @property
     def stops(self) -> Finding | None:
         """What the run is to be stopped for."""
@@ -396,7 +411,7 @@ class Health:
     def _look(self, line: Line) -> list[Finding]:
         kind, new = line["kind"], []
         (self._train if kind == "train" else self._evals).append(line)
-        seen = Seen(list(self._train), self._evals, self._prompts, self._annotator, self._instructions)
+        seen = Seen(list(self._train), self._evals, self._prompts, FEWEST, self._annotator, self._instructions)
         for name, check in CHECKS[kind].items():
             if name in self._off:
                 continue

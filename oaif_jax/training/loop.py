@@ -7,7 +7,7 @@ import math
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from oaif_jax.methods.base import known
 from oaif_jax.models import hosts, sharding
 from oaif_jax.rollout import named_key
 from oaif_jax.run import resume
-from oaif_jax.run.health import Health, HealthError
+from oaif_jax.run.health import Finding, Health, HealthError
 from oaif_jax.run.inputs import Say
 from oaif_jax.run.interrupts import PATIENCE, Interrupts
 from oaif_jax.run.log import Follower, MetricsLog, RecordError
@@ -223,6 +223,7 @@ class Loop:
             params = sharding.place(without_value(stored), setup.mesh, cfg.compute.trained)
         metrics, records = work(self._evaluations.finish, params)
         self._log.write_samples("final", records)
+        self._warn(self.health.end(final_step, metrics, cfg.eval.final_prompts))
         if setup.method.evaluation == "reward":
             mean, scale, note = work(self._evaluations.normal, params)
             self._say(note) if note else None
@@ -347,7 +348,10 @@ class Loop:
 
     def _look(self, number: int, kind: str, flat: Mapping[str, float]) -> None:
         """Says what a line of the record shows to be wrong."""
-        for found in self.health.see({"step": number, "kind": kind, **flat}):
+        self._warn(self.health.see({"step": number, "kind": kind, **flat}))
+
+    def _warn(self, findings: Iterable[Finding]) -> None:
+        for found in findings:
             self._log.warn(**dataclasses.asdict(found))
             self._progress.message(found.line, "bold red")
 
