@@ -64,9 +64,16 @@ def pytest_configure(config: pytest.Config) -> None:
     for line in FILTERS:
         config.addinivalue_line("filterwarnings", line)
     config.addinivalue_line("markers", "slow: left out of `make test`; `make test-all` and a file's name bring it back")
-    is_worker = hasattr(config, "workerinput")  # which has the first process' options, and always arguments
-    if not is_worker and config.args_source is pytest.Config.ArgsSource.ARGS:
+    if hasattr(config, "workerinput"):  # always has arguments, even where nobody named a test
+        config.option.all = config.workerinput["all"]
+    elif config.args_source is pytest.Config.ArgsSource.ARGS:
         config.option.all = True
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    """xdist's workers read the command line by themselves, and not what was made of it."""
+    node.workerinput["all"] = node.config.option.all
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
