@@ -94,7 +94,7 @@ def test_an_empty_response_is_read_at_the_prompt():
     rollout = given()
     empty = dataclasses.replace(rollout, mask=jnp.zeros_like(rollout.mask))
     found = scores(empty)
-    assert np.ptp(found, axis=1).max() == 0
+    np.testing.assert_allclose(found, found[:, :1] + np.zeros_like(found), rtol=1e-5)  # not to the bit on every processor
     assert np.ptp(found[:, 0]) > 0.01
 
 
