@@ -12,6 +12,7 @@ from experiments import family
 
 LOSSES = ("dpo", "ipo", "slic")
 SMALLER = {"xs": 2, "s": 3}  # layers of smaller annotators
+LARGER = 5  # layers of the policy S
 MEMBERS = {
     **{
         f"tldr,online,{loss}": f"online {loss}: a language model prefers one of two samples, at every step"
@@ -23,8 +24,12 @@ MEMBERS = {
     },
     "tldr,selm": "SELM: in each of three rounds one response of the round's reference is ranked beside the data's two",
     "tldr,iterative": "iterative dpo: the same rounds without SELM's bonus",
+    "tldr,selm,strong": "SELM from a policy that begins better: size S, on careful references",
+    "tldr,iterative,strong": "the same rounds without SELM's bonus, from there",
+    "tldr,online,dpo,s": "online dpo of the policy S; annotator.init=tiny:annotator_xs: annotated by a smaller model",
     "tldr,xpo": "XPO: a sample of the policy against one of the fixed reference, with a bonus",
     "tldr,sft": "fine-tuning from scratch on noisy references; the start of the preference runs",
+    "tldr,sft,s": f"the same with {LARGER} layers in place of 3: the policy S",
     "tldr,reward": "a reward model of the offline pairs, from the fine-tuned policy; RLHF's",
     "tldr,reward,ai": "the same pairs as the annotator labels them; RLAIF's",
     "tldr,rlhf": "REINFORCE on the reward model of the offline pairs (annotator.init: a run of tldr,reward)",
@@ -42,15 +47,17 @@ def get_config(argument: str = "tldr,online,dpo") -> ConfigDict:
     """A member of the family, locked."""
     config = family.base()
     match family.parts("tiny", argument, MEMBERS):
-        case ["tldr", "online", loss]:
+        case ["tldr", "online", loss, *size]:
             config.method = "online"
             config.loss.name, config.loss.beta = loss, ONLINE_BETA[loss]
+            config.policy.init = "tiny:sft_s" if size else "tiny:sft"
         case ["tldr", "offline", loss]:
             config.method = "offline"
             config.loss.name, config.loss.beta = loss, OFFLINE_BETA[loss]
             config.optimizer.lr = 2e-4
-        case ["tldr", "selm" | "iterative" as name]:
+        case ["tldr", "selm" | "iterative" as name, *start]:
             config.method = "selm"
+            config.policy.init = "tiny:sft_strong" if start else "tiny:sft"
             config.steps, config.rounds.count, config.rounds.portions = 40, 3, True
             config.loss.beta = SELM_BETA
             config.loss.alpha = SELM_ALPHA if name == "selm" else 0.0
@@ -58,9 +65,10 @@ def get_config(argument: str = "tldr,online,dpo") -> ConfigDict:
         case ["tldr", "xpo"]:
             config.method = "xpo"
             config.loss.beta, config.loss.alpha = ONLINE_BETA["dpo"], XPO_ALPHA
-        case ["tldr", "sft"]:
+        case ["tldr", "sft", *size]:
             _from_scratch(config, steps=3000, lr=2e-3, warmup=100)
             config.method = "sft"
+            config.policy.shape.layers = LARGER if size else config.policy.shape.layers
         case ["tldr", "reward", *labels]:
             config.method = "reward_ai" if labels else "reward"
             config.optimizer.lr = 2e-4

@@ -22,7 +22,9 @@ from oaif_jax.base.phases import phase
 
 if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
     options.define("workdir", "runs/assets", options.DIR, "where the stages are trained")
-    stages = options.choice(("tokenizer", "sft", "annotator", "judge", "annotator_xs", "annotator_s", "pairs"))
+    stages = options.choice(
+        ("tokenizer", "sft", "sft_s", "sft_strong", "annotator", "judge", "annotator_xs", "annotator_s", "pairs")
+    )
     options.define("only", None, stages, "one stage; else all of them")
     cli.parse()
     cli.import_jax()
@@ -47,7 +49,7 @@ from oaif_jax.tiny import degenerate, gold, templates, tokenizer_recipe, world, 
 from oaif_jax.tiny.data import ASSETS, Limits, Posts, Shares, dataset, held_out, judged_batch, policy_voice
 from oaif_jax.types import Prompts
 
-BUDGET = 8 * 2**20  # bytes, of all assets together
+BUDGET = 16 * 10**6  # bytes, of all assets together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +70,12 @@ WRITERS = (
     Writer("careless", "scratch", "careless", 12, 1200, 1.0),
     Writer("careful", "tiny:sft", "careful", 13, 800, 0.7),
 )
+STRONG = Writer(
+    "strong", "tiny:sft_s", "careful", 14, 800, 1.0
+)  # a policy that begins better: larger, on better references
 PAIRS = 7680  # 240 steps of 32: what an online run sees
-MODELS = {"sft": "tldr,sft", "annotator": "annotator", "judge": "judge"}  # members of experiments/tiny.py
+# Members of experiments/tiny.py.
+MODELS = {"sft": "tldr,sft", "sft_s": "tldr,sft,s", "annotator": "annotator", "judge": "judge"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +130,21 @@ def build_model(name: str, workdir: pathlib.Path) -> None:
     _, step, best = stored_model(workdir / name, "best")
     recipe = f"python -m oaif_jax.train --config={file} (step {step})"
     single.save(ASSETS / f"{name}.safetensors", best.params, best.cfg, recipe)
+
+
+def build_strong(workdir: pathlib.Path) -> None:
+    """sft_strong.safetensors: the larger policy, fine-tuned further on careful references."""
+    train_writer(STRONG, workdir / "sft_strong", "sft_s")
+    save_last("sft_strong", workdir / "sft_strong")
+
+
+def train_writer(writer: Writer, run: pathlib.Path, model: str) -> None:
+    """Trains a writer's policy."""
+    config = cli.load_config(f"experiments/tiny.py:{MODELS[model]}")
+    overrides = {"policy.init": writer.init, "data.writer": writer.style}
+    overrides |= {"seed": str(writer.seed), "steps": str(writer.steps)}
+    cli.override(config, overrides)
+    train.run(config, run)
 
 
 def build_annotator(name: str, workdir: pathlib.Path) -> None:
@@ -274,11 +295,7 @@ def by_kind(
 def build_pairs(workdir: pathlib.Path) -> None:
     """pairs.jsonl.gz: two different writers' summaries of each post, labelled by the raters' majority; with its recipe."""
     for writer in WRITERS:
-        config = cli.load_config(f"experiments/tiny.py:{MODELS['sft']}")
-        overrides = {"policy.init": writer.init, "data.writer": writer.style}
-        overrides |= {"seed": str(writer.seed), "steps": str(writer.steps)}
-        cli.override(config, overrides)
-        train.run(config, workdir / f"writer_{writer.name}")
+        train_writer(writer, workdir / f"writer_{writer.name}", "sft")
     summaries = [write_summaries(writer, workdir / f"writer_{writer.name}") for writer in WRITERS]
     voice, limit = policy_voice(), stored_model(workdir / "sft", "best")[0].data.response_tokens
     fits = lambda text: len(voice.answer(text, stop=True)) <= limit  # noqa: E731
@@ -334,6 +351,8 @@ def quality_of(texts: list[str], indices: Sequence[int]) -> float:
 STAGES: dict[str, Callable[[pathlib.Path], None]] = {
     "tokenizer": build_tokenizer,
     "sft": functools.partial(build_model, "sft"),
+    "sft_s": functools.partial(build_model, "sft_s"),
+    "sft_strong": build_strong,
     **{name: functools.partial(build_annotator, name) for name in FURTHER},
     **{name: functools.partial(build_smaller, name) for name in SMALLER},
     "pairs": build_pairs,

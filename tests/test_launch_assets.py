@@ -101,3 +101,14 @@ def test_annotators_learn_from_what_was_written_against_them(tmp_path, monkeypat
     assert [config.policy.shape.layers for _, config in runs] == [2, 2, 3, 3]
     assert dict(runs)["annotator_s_1"].policy.init == f"{tmp_path / 'runs' / 'annotator_s_0'}@best"
     assert not seeds & {config.seed for name, config in runs if name.endswith("_1")}
+
+    del runs[:]
+    for name in ("sft_s", "sft_strong"):
+        build.STAGES[name](tmp_path / "runs")
+        assert single.load(tmp_path / f"{name}.safetensors")[1] == cfg
+    assert [(name, config.policy.init, config.data.writer) for name, config in runs] == [
+        ("sft_s", "scratch", "reference"),
+        ("sft_strong", "tiny:sft_s", "careful"),
+    ]
+    assert [config.policy.shape.layers for _, config in runs] == [5, 5]
+    assert not seeds & {dict(runs)["sft_strong"].seed}
