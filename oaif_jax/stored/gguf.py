@@ -239,7 +239,7 @@ def _configure(
     if architecture == "gemma3":  # its local layers are never scaled
         config.rope_parameters = {**config.rope_parameters, "full_attention": rope}
     else:
-        config.rope_parameters = rope
+        config.rope_parameters = {**config.rope_parameters, **rope}
 
 
 def _rope(file: pathlib.Path, said: Mapping[str, Any], freqs: np.ndarray | None, head_dim: int) -> dict[str, Any]:
