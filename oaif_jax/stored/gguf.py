@@ -120,8 +120,10 @@ def convert(file: pathlib.Path, out: pathlib.Path) -> None:
         (made / ORIGIN).write_text(
             json.dumps(origin | {"transformers": metadata.version("transformers")}, indent=2) + "\n"
         )
-        for path in (*made.iterdir(), made):
+        for path in made.iterdir():
+            files.as_umask(path)
             files.fsync(path)
+        files.fsync(made)
         made.rename(out)
         files.fsync(out.parent)
 
