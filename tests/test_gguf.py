@@ -1,11 +1,13 @@
 """A GGUF file where a directory is wanted: the same model, converted once; whatever of it isn't read is refused."""
 
+import io
 import json
 import os
 import pathlib
 import re
 import sys
 
+import fakes
 import gguf_files
 import hf_dirs
 import hf_fakes
@@ -13,13 +15,17 @@ import jax
 import numpy as np
 import pytest
 import tokenizer_files
+from rich.console import Console
 
-from oaif_jax import config
+from oaif_jax import config, train
+from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
 from oaif_jax.data.records import Example, Message
 from oaif_jax.models import sharding
 from oaif_jax.run import inputs
+from oaif_jax.run.setup import stored_model
 from oaif_jax.stored import gguf, hf
+from oaif_jax.stored.checkpoint import Checkpoints
 from oaif_jax.stored.open import Source, home, open_model, voice_of
 
 pytest.importorskip("gguf")
@@ -274,3 +280,42 @@ def test_a_missing_library_is_one_line(both, monkeypatch, name):
 def test_a_path_that_is_not_there():
     with pytest.raises(UserError, match=r"config.policy.path='none.gguf': none.gguf: no such file, wanted one in GGUF"):
         home(Source("policy", "hf", "none.gguf"))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_a_run_began_with(both, tmp_path, rank):
+    """A run that goes on from another's checkpoint reads that one's tokenizer, and under LoRA its base, of the GGUF file."""
+    _, file = both
+    before, now = config.defaults(), config.defaults()
+    before.policy.init, before.policy.path, before.policy.lora.rank = "hf", str(file), rank
+    with Checkpoints(tmp_path / "run" / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(1, {"params": fakes.make_params()}, {"step": 1}, metric=0.0)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(before.to_dict()))
+    now.method, now.policy.init = "sft", str(tmp_path / "run")
+    now.data.name, now.data.path = "references", str(hf_dirs.write_references(tmp_path / "references.jsonl"))
+    found = inputs.of(config.parse(now), only="policy")
+    assert list(found) == ["policy.init", "policy.init base"]
+    assert found["policy.init base"].path == str(file)
+    assert found["policy.init base"].sha256 == inputs.digest(file)
+    assert home(Source("policy", str(tmp_path / "run"), "")) == gguf.directory(file)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_file(both, tmp_path):
+    """Trained under LoRA, exported, and opened again by the run's name."""
+    _, file = both
+    values = cli.load_config("experiments/own.py:sft")
+    small = {
+        "steps": "1", "data.batch": "8", "data.held_out": "8", "eval.prompts": "8", "eval.final_prompts": "8",
+        "data.prompt_tokens": "96", "data.response_tokens": "24", "policy.lora.rank": "2", "policy.path": str(file),
+        "data.path": str(hf_dirs.write_references(tmp_path / "references.jsonl")),
+    }  # fmt: skip
+    cli.override(values, small)
+    shown = io.StringIO()
+    train.run(values, tmp_path / "run", console=Console(file=shown, width=300))
+    assert f"{str(file)!r} was converted into" in shown.getvalue()
+    _, _, stored = stored_model(tmp_path / "run", "last")
+    exported = hf.read(tmp_path / "run" / "export")
+    assert exported.cfg == hf.read(gguf.directory(file)).cfg
+    assert stored.directory is not None
+    assert stored.directory.directory == gguf.directory(file)
