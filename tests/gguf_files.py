@@ -18,6 +18,7 @@ def write(
 
     config = model.config
     architecture = ARCHITECTURES.get(config.model_type, config.model_type)
+    pre = changed.pop("pre", "gpt-2")
     number = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     writer = gguf.GGUFWriter(path, changed.pop("architecture", architecture))
     tensors = {key.replace("__", "."): value for key, value in changed.items() if isinstance(value, np.ndarray)}
@@ -28,7 +29,7 @@ def write(
         name = key if key.startswith(("split.", "general.")) else f"{architecture}.{key}"
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
         add(name, value)
-    write_tokenizer(writer, tokenizer)
+    write_tokenizer(writer, tokenizer, pre)
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     for key, value in model.state_dict().items():
         name, weight = names.get_name(key, try_suffixes=(".weight", ".bias")), value.numpy()
@@ -81,7 +82,7 @@ def metadata(config) -> dict[str, int | float | str]:
     return said
 
 
-def write_tokenizer(writer, directory: pathlib.Path) -> None:
+def write_tokenizer(writer, directory: pathlib.Path, pre: str) -> None:
     """A byte-level tokenizer.json with what is beside it."""
     made = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
     config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -90,7 +91,7 @@ def write_tokenizer(writer, directory: pathlib.Path) -> None:
     tokens = sorted(ids, key=ids.__getitem__)
     assert [ids[token] for token in tokens] == list(range(len(tokens)))
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([NORMAL if t not in special else CONTROL if special[t] else USER_DEFINED for t in tokens])
     writer.add_token_merges([" ".join(merge) for merge in made["model"]["merges"]])

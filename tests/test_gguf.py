@@ -37,7 +37,7 @@ LLAMA3 = {**hf_fakes.LLAMA3, "original_max_position_embeddings": 8192}
 GEMMA = {"head_dim": 12, "sliding_window": 7, "query_pre_attn_scalar": 12, "final_logit_softcapping": 6.0}
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 100_000.0, "factor": 8.0},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
 }
 # Name -> model_type, what differs from SIZES, and what the file says beside what a config.json has.
 CASES: dict[str, tuple[str, dict, dict]] = {
@@ -56,7 +56,7 @@ CASES: dict[str, tuple[str, dict, dict]] = {
     "gemma3": (
         "gemma3_text",
         GEMMA | {"num_hidden_layers": 7, "rope_parameters": GEMMA3_ROPE, "tie_word_embeddings": True},
-        {"rope__scaling__type": "linear", "rope__scaling__factor": 8.0},
+        {"rope__scaling__type": "linear", "rope__scaling__factor": 8.0, "rope__freq_base_swa": 500.0},
     ),
 }
 
@@ -223,6 +223,7 @@ def test_a_cache_that_cannot_be_written(both, cache):
     [
         ({"architecture": "gptneox"}, "general.architecture is 'gptneox', wanted one of llama, "),
         ({"split__count": 2}, "is one of 2 parts of a model"),
+        ({"pre": "deepseek-llm"}, "tokenizer.ggml.pre is 'deepseek-llm', wanted one of default, "),
         ({"rope__freq_base": 1e4, "block_count": ...}, "llama.block_count isn't there"),
         ({"attention__sliding_window": 7}, "llama.attention.sliding_window is 7, wanted none such"),
         ({"expert_count": 8}, "llama.expert_count is 8, wanted none such"),

@@ -42,8 +42,10 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "qwen3": (),
     "phi3": ("attention.sliding_window",),
     "gemma2": ("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"),
-    "gemma3": ("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"),
-}
+    "gemma3": (
+        "attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "rope.freq_base_swa",
+    ),
+}  # fmt: skip
 NEEDED = (
     "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
     "attention.layer_norm_rms_epsilon",
@@ -61,6 +63,10 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }  # of all its versions
+
+
+# By tokenizer.ggml.pre, how a byte-level tokenizer cuts a text before it merges: transformers takes any other for GPT-2's.
+CUTS = ("default", "gpt-2", "smollm", "llama3", "llama-v3", "llama-bpe", "qwen2", "deepseek-r1-qwen", "tekken")
 
 
 def is_gguf(path: str | pathlib.Path) -> bool:
@@ -173,9 +179,10 @@ def _read(file: pathlib.Path) -> tuple[Any, Any]:
         there = fields.get(f"tokenizer.ggml.{key}_token_id")
         setattr(config, f"{name}_token_id", there and there())
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **of)
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent, config=config, dtype=torch.float32, output_loading_info=True, **of
     )
+    model, info = loaded
     number = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, said["block_count"])
     known = {names.get_name(key, try_suffixes=(".weight", ".bias")) for key in model.state_dict()}
@@ -202,6 +209,11 @@ def _metadata(file: pathlib.Path, fields: Mapping[str, Any]) -> tuple[str, dict[
         raise UserError(
             f"{file} is one of {fields['split.count']()} parts of a model, wanted them merged into one file"
         )
+    model, cut = (
+        fields[f"tokenizer.ggml.{key}"]() if f"tokenizer.ggml.{key}" in fields else "" for key in ("model", "pre")
+    )
+    if model == "gpt2" and cut and cut not in CUTS:
+        raise UserError(f"{file}: tokenizer.ggml.pre is {cut!r}, wanted one of {', '.join(CUTS)}")
     prefix = f"{architecture}."
     said = {name.removeprefix(prefix): _short(value()) for name, value in fields.items() if name.startswith(prefix)}
     for key in NEEDED:
@@ -239,7 +251,8 @@ def _configure(
         config.query_pre_attn_scalar = width // heads if by_width else config.head_dim
     rope = _rope(file, said, freqs, config.head_dim)
     if architecture == "gemma3":  # its local layers are never scaled
-        config.rope_parameters = {**config.rope_parameters, "full_attention": rope}
+        local = {"rope_type": "default", "rope_theta": said.get("rope.freq_base_swa", 10_000.0)}
+        config.rope_parameters = {"full_attention": rope, "sliding_attention": local}
     else:
         config.rope_parameters = {**config.rope_parameters, **rope}
 
