@@ -248,9 +248,10 @@ def test_what_is_not_read_is_refused(changes, said, tokenizer, tmp_path):
     [
         ("none.gguf", "new", "none.gguf: no such file, wanted one in GGUF"),
         ("text.gguf", "old", "old is there already, wanted a directory that isn't"),
-        ("text.gguf", "new", r"transformers can't read \S*text.gguf \(\w+: .+\)$"),
+        ("text.gguf", "new", "text.gguf begins with b'no m', wanted b'GGUF', as every GGUF file does"),
         ("half.gguf", "new", r"transformers can't read \S*half.gguf \(\w+: .+\)$"),
-        ("empty.gguf", "new", r"transformers can't read \S*empty.gguf \(\w+: .+\)$"),
+        ("empty.gguf", "new", "empty.gguf begins with b'', wanted b'GGUF'"),
+        ("head.gguf", "new", r"transformers can't read \S*head.gguf \(\w+: .+\)$"),
     ],
 )
 def test_a_file_that_is_no_model_is_one_line(tmp_path, tokenizer, file, out, said):
@@ -258,6 +259,7 @@ def test_a_file_that_is_no_model_is_one_line(tmp_path, tokenizer, file, out, sai
     (tmp_path / "half.gguf").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     (tmp_path / "text.gguf").write_text("no model")
     (tmp_path / "empty.gguf").touch()
+    (tmp_path / "head.gguf").write_bytes(whole.read_bytes()[:4])
     (tmp_path / "old").mkdir()
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=said) as error:

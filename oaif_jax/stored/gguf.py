@@ -31,6 +31,7 @@ from oaif_jax.base import files
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.phases import phase
 
+MAGIC = b"GGUF"
 FORM = 1  # another one where a conversion would write something else than it did
 KEPT = 30 * 24 * 3600  # seconds after which a directory that wasn't opened may go
 ORIGIN = "gguf.json"  # in such a directory: which file it was, and what read it
@@ -115,6 +116,13 @@ def convert(file: pathlib.Path, out: pathlib.Path) -> None:
         raise UserError(f"{out} is there already, wanted a directory that isn't")
     if not files.is_file(file):
         raise UserError(f"{file}: no such file, wanted one in GGUF")
+    try:
+        with files.open_file(file) as opened:
+            begins = opened.read(len(MAGIC))
+    except OSError as error:
+        raise files.unreadable(file, error) from error
+    if begins != MAGIC:
+        raise UserError(f"{file} begins with {begins!r}, wanted {MAGIC!r}, as every GGUF file does")
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         phase(f"converting {file.name}"),
