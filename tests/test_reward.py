@@ -94,7 +94,8 @@ def test_an_empty_response_is_read_at_the_prompt():
     rollout = given()
     empty = dataclasses.replace(rollout, mask=jnp.zeros_like(rollout.mask))
     found = scores(empty)
-    assert np.ptp(found, axis=1).max() == 0
+    last_bit = np.spacing(np.abs(found).max())  # jax 0.11 adds up each completion in its own order
+    assert np.ptp(found, axis=1).max() <= last_bit
     assert np.ptp(found[:, 0]) > 0.01
 
 
