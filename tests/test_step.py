@@ -417,7 +417,8 @@ def test_one_trace_in_three_steps_and_donation(mesh_name, parts):
         training, metrics, outputs = take(old, frozen, sharding.place_batch(prompts(number), mesh), KEY)
         drawn.append(np.asarray(outputs["tokens"]))
         after_one = after_one or len(traced)
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old)), "the old state's buffers are kept"
+        large = jax.tree.leaves((old.params, old.optimizer))  # jax 0.11 keeps the step's number, which was read here
+        assert all(leaf.is_deleted() for leaf in large), "the old state's buffers are kept"
         assert int(training.step) == number + 1
         assert np.isfinite(float(metrics["loss"]))
         assert float(metrics["changed"]) > 0.9

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and the digest that names a set of parameters. Imports no jax: readers use it too."""
+"""Files that are whole or absent, and the digests that name files and sets of parameters. Imports no jax: readers use it too."""
 
 import errno
 import fcntl
@@ -48,6 +48,12 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def user_cache() -> Path:
+    """Where this user keeps what can be made again: ~/.cache/oaif_jax, or below $XDG_CACHE_HOME; RuntimeError where there is no
+    home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "oaif_jax"
 
 
 def as_umask(path: Path) -> None:
@@ -180,6 +186,37 @@ def read_bytes(path: Path, most: int) -> bytes:
 def read_text(path: Path, most: int, encoding: str = "utf-8") -> str:
     """The same as text with "\n" at the ends of lines; also UnicodeDecodeError."""
     return io.TextIOWrapper(io.BytesIO(read_bytes(path, most)), encoding).read()
+
+
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """What a file is known by while nobody writes to it: size, mtime, ctime (nobody can set it), inode."""
+    there = path.stat()
+    return there.st_size, there.st_mtime_ns, there.st_ctime_ns, there.st_ino
+
+
+def digest(path: Path) -> str:
+    """A file's SHA-256; UserError where it can't be read."""
+    try:
+        with open_file(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}), wanted a file that can") from error
+
+
+_digests: dict[Path, tuple[tuple[int, ...], str]] = {}  # what this process has hashed: a start asks several times
+
+
+def digest_once(path: Path) -> tuple[str, tuple[int, ...]]:
+    """A file's SHA-256 and its stamp; one whose stamp is as it was isn't read again."""
+    now = stamp_of(path)  # before it is read: what is written meanwhile has another
+    if not is_digested(path, now):
+        _digests[path.absolute()] = (now, digest(path))
+    return _digests[path.absolute()][1], now
+
+
+def is_digested(path: Path, now: tuple[int, ...]) -> bool:
+    """Whether this process knows the SHA-256 of a file with this stamp."""
+    return _digests.get(path.absolute(), (None,))[0] == now
 
 
 def _leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:

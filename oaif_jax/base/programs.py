@@ -15,6 +15,8 @@ import pathlib
 import platform
 import zlib
 
+from oaif_jax.base.files import user_cache
+
 MOST = 2 * 2**30  # bytes, of one machine's programs
 LEAST_SECONDS = "0.3"  # of a compilation that is worth a file
 DIRECTORY, SECONDS = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
@@ -41,12 +43,11 @@ def keep() -> None:
 
 def place_of() -> pathlib.Path:
     """The directory; by the processor's features, since XLA compiles for these and a home may be many machines'."""
-    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     features = f"{platform.machine()} {platform.processor()}"
     with contextlib.suppress(OSError):
         lines = pathlib.Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
         features += "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-    return pathlib.Path(cache) / "oaif_jax" / "programs" / hashlib.sha256(features.encode()).hexdigest()[:12]
+    return user_cache() / "programs" / hashlib.sha256(features.encode()).hexdigest()[:12]
 
 
 def drop_broken(place: pathlib.Path, since: float) -> None:

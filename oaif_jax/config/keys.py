@@ -84,7 +84,7 @@ class Policy:
     """The model that is trained."""
 
     init: str = "tiny:sft"  # tiny:NAME (an asset), hf (path), scratch (shape), WORKDIR[@best | @last | @STEP] (a run)
-    path: str = ""  # hf: a directory with config.json, *.safetensors and the tokenizer's files
+    path: str = ""  # hf: a directory with config.json, *.safetensors and the tokenizer's files, or a .gguf file
     chat: str = "auto"  # hf: auto (the tokenizer's own chat template), none (plain text), or a .jinja file
     chat_args: Annotated[str, assignments] = ""  # hf: NAME=VALUE,... for the template, as enable_thinking=false
     shape: Shape = Shape()

@@ -3,14 +3,30 @@
 import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Mapping
-
-from tensorboardX import SummaryWriter
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
-from tensorboardX.writer import FileWriter
+import sys
+from collections.abc import Callable, Iterator, Mapping
 
 from oaif_jax.base.files import reason
+
+
+@contextlib.contextmanager
+def _as_if_absent(package: str) -> Iterator[None]:
+    """Who imports it in here, and does without it where there is none, does without it."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+
+
+with _as_if_absent("torch"):  # seconds of each start, for numbers of a kind that nobody here has
+    from tensorboardX import SummaryWriter
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+    from tensorboardX.writer import FileWriter
 
 Say = Callable[[str], None]
 

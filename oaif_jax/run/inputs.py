@@ -18,12 +18,24 @@ from importlib.machinery import PathFinder
 from oaif_jax import config, methods
 from oaif_jax.annotate import prompts, python
 from oaif_jax.base.errors import UserError
-from oaif_jax.base.files import open_file, read_json
+from oaif_jax.base.files import digest, digest_once, is_digested, read_json, stamp_of
 from oaif_jax.base.phases import phase
 from oaif_jax.config import Config
 from oaif_jax.data import chat, readers, special_tokens, splits, tokenizer
 from oaif_jax.stored.hf.tensors import INDEX, weight_files
-from oaif_jax.stored.open import NORMAL, POLICY, Source, chat_of, home, is_reward, run_config, run_of, source_of
+from oaif_jax.stored.open import (
+    NORMAL,
+    POLICY,
+    Source,
+    chat_of,
+    gguf_of,
+    home,
+    is_reward,
+    origin,
+    run_config,
+    run_of,
+    source_of,
+)
 from oaif_jax.stored.reader import Reader
 from oaif_jax.tiny import templates
 from oaif_jax.tiny.data import asset, file_of, policy_voice
@@ -93,7 +105,7 @@ def of(
     """
     known = known or {}
     found = {key: each for key, each in _found(cfg) if key.startswith(only)}
-    stamps = {key: {name: _stamp(path) for name, path in each.files.items()} for key, each in found.items()}
+    stamps = {key: {name: stamp_of(path) for name, path in each.files.items()} for key, each in found.items()}
     kept = {
         (key, name): file
         for key, each in known.items()
@@ -104,7 +116,7 @@ def of(
         stamp[0]
         for key, each in found.items()
         for name, stamp in stamps[key].items()
-        if (key, name) not in kept and _read.get(each.files[name].absolute(), (None,))[0] != stamp
+        if (key, name) not in kept and not is_digested(each.files[name], stamp)
     )
     if say is not None and unread > LARGE:
         say(f"hashing {unread / 1e9:.1f} GB of models and data, once: a later start reads what has changed since")
@@ -129,30 +141,8 @@ def _together(files: Mapping[str, File]) -> str:
     return hashlib.sha256("".join(f"{name} {files[name].sha256}\n" for name in sorted(files)).encode()).hexdigest()
 
 
-def _stamp(path: pathlib.Path) -> tuple[int, ...]:
-    there = path.stat()
-    return there.st_size, there.st_mtime_ns, there.st_ctime_ns, there.st_ino
-
-
 def _file(path: pathlib.Path) -> File:
-    stamp = _stamp(path)  # before it is read: what is written meanwhile has another
-    if _read.get(path.absolute(), (None,))[0] != stamp:
-        _read[path.absolute()] = (stamp, digest(path))
-    return File(_read[path.absolute()][1], stamp)
-
-
-_read: dict[
-    pathlib.Path, tuple[tuple[int, ...], str]
-] = {}  # what this process has hashed: a start compares several times
-
-
-def digest(path: pathlib.Path) -> str:
-    """A file's SHA-256."""
-    try:
-        with open_file(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}), wanted a file that can") from error
+    return File(*digest_once(path))
 
 
 def _text(path: pathlib.Path) -> str:
@@ -198,7 +188,11 @@ def _model(source: Source, template: str) -> Iterator[tuple[str, Found]]:
     if source.init == "hf":
         directory = home(source)
         assert directory is not None
-        yield f"{source.key}.path", Found("model", directory, _in_directory(source, directory))
+        file = gguf_of(source)
+        yield (
+            f"{source.key}.path",
+            _file_alone(file) if file else Found("model", directory, _in_directory(source, directory)),
+        )
     elif source.init.startswith("tiny:"):
         path = asset(source.init.removeprefix("tiny:"))
         yield f"{source.key}.init", Found("model", path, _there(path.parent, [path]))
@@ -209,6 +203,11 @@ def _model(source: Source, template: str) -> Iterator[tuple[str, Found]]:
     if template not in ("auto", "none"):
         path = pathlib.Path(template)
         yield f"{source.key}.chat", Found("chat template", path, _there(path.parent, [path]))
+
+
+def _file_alone(file: pathlib.Path) -> Found:
+    """A model that is one file, whatever it is converted into."""
+    return Found("model", file, _there(file.parent, [file]))
 
 
 def _in_directory(source: Source, directory: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -234,15 +233,20 @@ def _run(source: Source) -> Found:
 def _below(source: Source) -> Iterator[tuple[str, Found]]:
     """What a run's checkpoint is read with: its directory's tokenizer and chat template; under LoRA all that its base is made of,
     which may be another run's."""
-    first, directory = source_of(POLICY, run_config(source).policy), home(source)
+    first = source_of(POLICY, run_config(source).policy)
+    directory, came_from = home(source), origin(source)
     if is_reward(source):
         workdir, _ = run_of(source)
         yield f"{source.key}.init scores", Found("model", workdir, _there(workdir, [workdir / NORMAL]))
     if run_config(source).policy.lora.rank > 0:
         for key, found in _model(first, "none"):
             yield f"{source.key}.init base{key[len(key.partition(' ')[0]) :]}", found
-    elif directory is not None:
-        yield f"{source.key}.init base", Found("model", directory, _there(directory, [directory / n for n in BESIDE]))
+    elif directory is not None and came_from is not None:
+        file, beside = gguf_of(came_from), [directory / name for name in BESIDE]
+        yield (
+            f"{source.key}.init base",
+            _file_alone(file) if file else Found("model", directory, _there(directory, beside)),
+        )
 
 
 def _instruction(key: str, asked: Source, name: str) -> tuple[str, Found]:

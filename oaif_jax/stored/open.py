@@ -1,4 +1,4 @@
-"""Any origin -> Model: an asset of the tiny world, a Hugging Face directory, another run's checkpoint, or nothing."""
+"""Any origin -> Model: an asset of the tiny world, a Hugging Face directory or GGUF file, a run's checkpoint, or nothing."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from oaif_jax.data.tokenizer import Tokenizer, open_tokenizer
 from oaif_jax.data.voice import Voice
 from oaif_jax.models import lora, quant, sharding, transformer
 from oaif_jax.models.config import ModelConfig
-from oaif_jax.stored import finite, hf, reader, single
+from oaif_jax.stored import finite, gguf, hf, reader, single
 from oaif_jax.tiny.data import asset, plain_voice, policy_voice
 from oaif_jax.update.value import without_value
 
@@ -87,15 +87,36 @@ def source_of(key: str, section) -> Source:
     return Source(key, section.init, section.path)
 
 
-def home(source: Source) -> pathlib.Path | None:
-    """The Hugging Face directory that a model came from, through any number of runs; None in the tiny world."""
+def origin(source: Source) -> Source | None:
+    """The source with a path that a model came from, through any number of runs; None in the tiny world."""
     if source.init == "hf":
-        if not source.path or not is_dir(pathlib.Path(source.path)):
-            raise UserError(f"{source}: no such directory, wanted one with config.json, safetensors and a tokenizer")
-        return pathlib.Path(source.path)
+        return source
     if source.init == "scratch" or source.init.startswith("tiny:"):
         return None
-    return home(source_of(POLICY, run_config(source).policy))
+    return origin(source_of(POLICY, run_config(source).policy))
+
+
+def home(source: Source) -> pathlib.Path | None:
+    """The Hugging Face directory that a model came from, through any number of runs; None in the tiny world. A GGUF file is
+    converted into one."""
+    first = origin(source)
+    if first is None:
+        return None
+    if file := gguf_of(first):
+        try:
+            return gguf.directory(file)
+        except UserError as error:
+            raise UserError(f"{first}: {error}") from error
+    if not first.path or not is_dir(pathlib.Path(first.path)):
+        raise UserError(
+            f"{first}: no such directory, wanted one with config.json, safetensors and a tokenizer, or a .gguf file"
+        )
+    return pathlib.Path(first.path)
+
+
+def gguf_of(source: Source) -> pathlib.Path | None:
+    """The GGUF file that a source with a path names; None where that is a directory."""
+    return pathlib.Path(source.path) if source.init == "hf" and gguf.is_gguf(source.path) else None
 
 
 def is_reward(source: Source) -> bool:
@@ -187,7 +208,8 @@ def open_model(
     if source.init == "hf":
         found = _directory(source, voice.tokenizer, as_reward)
         _check_mesh(source, found.cfg, mesh)
-        return Model(found.cfg, hf.load(found, mesh, dtype), voice, source, found, normal=found.normal)
+        notes = (f"{source} was converted into {found.directory}",) if gguf_of(source) else ()
+        return Model(found.cfg, hf.load(found, mesh, dtype), voice, source, found, normal=found.normal, notes=notes)
     if source.init.startswith("tiny:"):
         path = asset(source.init.removeprefix("tiny:"))
         params, cfg = single.load(path)
