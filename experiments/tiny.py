@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from experiments import family
 
 LOSSES = ("dpo", "ipo", "slic")
-SMALLER = {"xs": 2, "s": 3}  # layers of smaller annotators
+# Smaller annotators: layers and width.
+SMALLER = {"xs": (3, 64), "s": (3, 96)}
 LARGER = 5  # layers of the policy S
 MEMBERS = {
     **{
@@ -35,7 +36,10 @@ MEMBERS = {
     "tldr,rlhf": "REINFORCE on the reward model of the offline pairs (annotator.init: a run of tldr,reward)",
     "tldr,rlaif": "REINFORCE on the annotator's reward model (annotator.init: a run of tldr,reward,ai)",
     "annotator": "the annotator: one model that judges pairs under several instructions",
-    **{f"annotator,{size}": f"the same with {layers} layers in place of 5" for size, layers in SMALLER.items()},
+    **{
+        f"annotator,{size}": f"the same with {layers} layers of width {width} in place of 5 of 96"
+        for size, (layers, width) in SMALLER.items()
+    },
     "judge": "the judge: as the annotator, trained apart with another seed, for evaluations only",
 }
 ONLINE_BETA = {"dpo": 0.03, "ipo": 0.05, "slic": 0.02}
@@ -80,7 +84,10 @@ def get_config(argument: str = "tldr,online,dpo") -> ConfigDict:
         case ["annotator"]:
             _judging(config, layers=5)
         case ["annotator", size]:
-            _judging(config, layers=SMALLER[size])
+            layers, width = SMALLER[size]
+            _judging(config, layers=layers)
+            shape = config.policy.shape
+            shape.width, shape.head_dim, shape.mlp = width, width // shape.heads, 3 * width
         case ["judge"]:
             _judging(config, layers=6)
             config.seed = 1

@@ -98,7 +98,7 @@ def test_annotators_learn_from_what_was_written_against_them(tmp_path, monkeypat
         assert single.load(tmp_path / f"{name}.safetensors")[1] == cfg
         assert (tmp_path / f"{name}_recipe.json").is_file()
     assert [name for name, _ in runs] == ["annotator_xs_0", "annotator_xs_1", "annotator_s_0", "annotator_s_1"]
-    assert [config.policy.shape.layers for _, config in runs] == [2, 2, 3, 3]
+    assert [config.policy.shape.width for _, config in runs] == [64, 64, 96, 96]
     assert dict(runs)["annotator_s_1"].policy.init == f"{tmp_path / 'runs' / 'annotator_s_0'}@best"
     assert not seeds & {config.seed for name, config in runs if name.endswith("_1")}
 
