@@ -59,7 +59,7 @@ from jax.sharding import Mesh
 from launch import plan_compile, plan_fit, plan_report, plan_search
 from launch.plan_compile import Compiled
 from launch.plan_fit import GIB
-from launch.plan_step import Planned, lower, parse
+from launch.plan_step import Planned, parse
 from launch.plan_tpus import devices_of, figures
 from oaif_jax import methods
 from oaif_jax.base.files import atomic_write_json
@@ -74,26 +74,16 @@ class Asked:
     topology: str
     search: int = 0  # choices to compile; 0: the config's own
     is_arithmetic: bool = False  # nothing is compiled
-    is_whole: bool = False  # the chips' code is made, too
+    codegen: bool = False  # the chips' code is made, too
     out: str = ""
     text_file: str = ""
 
 
-def compiled(planned: Planned, mesh: Mesh, asked: Asked) -> Compiled:
-    """The programs of a step, unless there are to be none."""
-    if asked.is_arithmetic:
-        return Compiled()
-    if not asked.is_whole:
-        return plan_compile.compiled(planned, asked.topology)
-    with phases.phase("tracing the step"):
-        lowered = lower(planned, mesh)
-    with phases.phase("compiling the step"):
-        return plan_compile.with_code(lowered)
-
-
 def reported(planned: Planned, mesh: Mesh, asked: Asked) -> dict[str, Any]:
     """The report of a step on a mesh."""
-    found = compiled(planned, mesh, asked)
+    found = Compiled()
+    if not asked.is_arithmetic:
+        found = plan_compile.compiled(planned, asked.topology, codegen=asked.codegen)
     if asked.text_file and found.programs:
         pathlib.Path(asked.text_file).write_text("\n\n".join(each.text for each in found.programs))
     with phases.phase("reading the program"):

@@ -1,9 +1,9 @@
-"""Compiles one program of a step: the process that launch.plan_compile starts, and ends before the chips' code is made.
+"""Compiles one program of a step: the process that launch.plan_compile starts, and may end before the chips' code is made.
 
     python -m launch.plan_child HOME TOPOLOGY NUMBER
 
-reads HOME/config.json, and writes HOME/refused.txt where the program is too large for the chip's memory; what else is written
-there is XLA's own.
+reads HOME/config.json. It writes HOME/step.code_bytes.txt at its end, or HOME/refused.txt where the program is too large for the
+chip's memory; what else is written there is XLA's own.
 """
 
 import json
@@ -26,11 +26,15 @@ def main() -> None:
     axes = planned.cfg.mesh
     mesh = sharding.make_mesh(axes.data, axes.fsdp, axes.tensor, devices_of(topology))
     try:
-        lower(planned, mesh)[number].compile()
+        program = lower(planned, mesh)[number].compile()
     except jax.errors.JaxRuntimeError as error:
-        if not plan_compile.is_refusal(error):
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         files.atomic_write_text(home / plan_compile.REFUSED, str(error))
+        return
+    stats = program.memory_analysis()
+    assert stats is not None
+    files.atomic_write_text(home / f"step.{plan_compile.CODE}", str(stats.generated_code_size_in_bytes))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """The programs of a step as a TPU's compiler makes them: their text, and what they take of a device.
 
-    found = compiled(planned, "v5e:4x4")  # without the chips' code, in a process of its own
-    found = with_code(lowered)  # the same to the end, in this one
+    found = compiled(planned, "v5e:4x4", codegen=False)
 
 Most of a compiler's time goes into the chips' code, of which a plan reads nothing. By then it has written down, where XLA's
---xla_dump_to asks for it, the optimised program in the order in which it runs, and each buffer with its place. So the process is
-ended as soon as these files are there.
+--xla_dump_to asks for it, the optimised program in the order in which it runs, and each buffer with its place. So it works in a
+process of its own, which is ended as soon as these files are there.
+
+Memory is read from these buffers, whether or not the code is made. Of a program for TPUs JAX's memory_analysis() counts the gaps
+between temporaries twice (libtpu 0.0.42.1, whose own log counts them once).
 """
 
 import contextlib
@@ -20,9 +22,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from typing import Any
-
-import jax
 
 from launch.plan_fit import GIB
 from launch.plan_step import Planned
@@ -35,7 +34,8 @@ BEGUN, TEXT, BUFFERS, USAGE, NEXT = (
     "before_optimizations.txt", "after_optimizations.txt", "after_optimizations-buffer-assignment.txt",
     "after_optimizations-memory-usage-report.txt", "after_optimizations_after_buffer_assignment.txt",
 )  # fmt: skip
-CONFIG, REFUSED, LOG = "config.json", "refused.txt", "log.txt"  # beside them, of plan_child
+CODE = "code_bytes.txt"  # when the code is there
+CONFIG, REFUSED, LOG = "config.json", "refused.txt", "log.txt"  # beside them; the first three files are plan_child's
 ALLOCATION = re.compile(r"^allocation \d+: size (\d+)((?:, .*)?):$", re.MULTILINE)
 TOTAL = re.compile(r"^Memory Space: \w+ \(color=0\)\nTotal bytes: (\d+) ", re.MULTILINE)
 OFTEN = 0.2  # seconds
@@ -60,11 +60,8 @@ class Compiled:
     whole: int = 0  # bytes that it takes, its arguments included
 
 
-# ------------------------------------------------------------------------------------------------ without the chips' code
-
-
-def compiled(planned: Planned, topology: str) -> Compiled:
-    """Compiles in another process, and ends it when all that is read here is there.
+def compiled(planned: Planned, topology: str, *, codegen: bool) -> Compiled:
+    """Compiles in another process, and ends it when all that is read here is there; with `codegen` when it has made the code.
 
     What is too large for the chip's memory is no error. UserError where the process was killed, and where its files aren't what
     this reads.
@@ -77,11 +74,11 @@ def compiled(planned: Planned, topology: str) -> Compiled:
             with phases.phase("tracing the step"):
                 _wait(process, home, BEGUN)
             with phases.phase("compiling the step"):
-                _wait(process, home, NEXT)
+                _wait(process, home, CODE if codegen else NEXT)
             if (home / REFUSED).exists():
                 words, whole = refusal((home / REFUSED).read_text())
                 return Compiled((), time.monotonic() - began, words, whole)
-            found.append(read(home))
+            found.append(read(home, codegen=codegen))
     return Compiled(found, time.monotonic() - began)
 
 
@@ -118,58 +115,38 @@ def _wait(process: subprocess.Popen, home: pathlib.Path, name: str) -> None:
         raise RuntimeError(f"the compiler's process has ended ({code}) without {name}:\n{log[-3000:]}")
 
 
-def read(home: pathlib.Path) -> Module:
+def read(home: pathlib.Path, *, codegen: bool) -> Module:
     """The module that a compiler has written down. UserError where that isn't of the form that is known here."""
 
     def text(name: str) -> str:
         files = list(home.glob(f"*.{name}"))
         if len(files) != 1:
-            raise UserError(f"{len(files)} files *.{name} by libtpu {version('libtpu')}, wanted one: {OTHERWISE}")
+            raise UserError(f"{len(files)} files *.{name} by libtpu {version('libtpu')}, wanted one: {INSTALL}")
         return files[0].read_text()
 
     program = text(TEXT)
-    gib = of_buffers(text(BUFFERS))
+    parts = of_buffers(text(BUFFERS))
     total = TOTAL.search(text(USAGE))
-    if "\nENTRY " not in program or total is None or int(total[1]) != round(gib["total"] * GIB):
+    if "\nENTRY " not in program or total is None or int(total[1]) != sum(parts.values()):
         raise UserError(
-            f"libtpu {version('libtpu')} has written down a program with {gib['total']:.3f} GiB of buffers, and a sum of "
-            f"{total[1] if total else 'no'} bytes, wanted the same: {OTHERWISE}"
+            f"libtpu {version('libtpu')} has written down a program with {sum(parts.values())} bytes of buffers, and a sum of "
+            f"{total[1] if total else 'no'} bytes, wanted the same: {INSTALL}"
         )
-    return Module(program, gib)
+    if codegen:
+        parts["code"] = int(text(CODE))
+    gib = {name: size / GIB for name, size in parts.items()}
+    return Module(program, gib | {"total": float(sum(gib.values()))})
 
 
-OTHERWISE = f"{INSTALL}, or --codegen, which needs no such files"
-
-
-def of_buffers(text: str) -> dict[str, float]:
-    """GiB of a device, from where a compiler has put each buffer. Those that have a color are in other memories."""
+def of_buffers(text: str) -> dict[str, int]:
+    """Bytes of a device, from where a compiler has put each buffer. Those that have a color are in other memories."""
     parts = {"arguments": 0, "results": 0, "temporary": 0}
     for size, said in ALLOCATION.findall(text):
         if ", color " in said:
             continue
         is_result = ", maybe-live-out" in said or ", output shape" in said
         parts["arguments" if ", parameter " in said else "results" if is_result else "temporary"] += int(size)
-    return _summed(parts)
-
-
-# ------------------------------------------------------------------------------------------------ to the end
-
-
-def with_code(lowered: Sequence[jax.stages.Lowered]) -> Compiled:
-    """Compiles; what is too large for the chip's memory is no error."""
-    began = time.monotonic()
-    try:
-        programs = [each.compile() for each in lowered]
-    except jax.errors.JaxRuntimeError as error:
-        if not is_refusal(error):
-            raise
-        return Compiled((), time.monotonic() - began, *refusal(str(error)))
-    return Compiled([module_of(each) for each in programs], time.monotonic() - began)
-
-
-def is_refusal(error: Exception) -> bool:
-    """Whether a program is too large for the chip's memory."""
-    return "RESOURCE_EXHAUSTED" in str(error)
+    return parts
 
 
 def refusal(text: str) -> tuple[str, int]:
@@ -178,31 +155,3 @@ def refusal(text: str) -> tuple[str, int]:
     size = re.search(r"temporaries \(([\d.]+)G\)", text)
     said = re.search(r"[^.:]*(?:Ran out of memory|xceeds).*?(?=\. |$)", text)
     return said[0].strip() if said else text[:300], int(float(size[1]) * GIB) if size else 0
-
-
-def module_of(program: jax.stages.Compiled) -> Module:
-    """A program as it was compiled. UserError where that is in a form which this jaxlib doesn't know: a newer libtpu's."""
-    try:
-        return Module(program.as_text() or "", of_stats(program.memory_analysis()))
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(
-            f"jaxlib {version('jaxlib')} can't read what libtpu {version('libtpu')} has compiled "
-            f"({' '.join(str(error).split())}), wanted: {INSTALL}"
-        ) from error
-
-
-def of_stats(stats: Any) -> dict[str, float]:
-    """GiB of a device, from a compiled program's memory_analysis()."""
-    return _summed(
-        {
-            "arguments": stats.argument_size_in_bytes,
-            "results": stats.output_size_in_bytes - stats.alias_size_in_bytes,
-            "temporary": stats.temp_size_in_bytes,
-            "code": stats.generated_code_size_in_bytes,
-        }
-    )
-
-
-def _summed(parts: dict[str, int]) -> dict[str, float]:
-    found = {name: size / GIB for name, size in parts.items()}
-    return found | {"total": float(sum(found.values()))}

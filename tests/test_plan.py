@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 from rich.console import Console
 
 from launch import bench_count, hlo, hlo_report, plan_compile, plan_report, plan_step, plan_tpus
+from launch.plan_fit import GIB
 from oaif_jax import collect, config
 from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
@@ -375,7 +376,15 @@ def reported(planned: plan_step.Planned) -> dict:
     quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # it isn't run
     mesh = sharding.make_mesh(1, 4, 2)
     programs = [each.compile(compiler_options=quickly) for each in plan_step.lower(planned, mesh)]
-    return plan_report.report(planned, plan_compile.Compiled([plan_compile.module_of(each) for each in programs]), mesh)
+    return plan_report.report(planned, plan_compile.Compiled([module_of(each) for each in programs]), mesh)
+
+
+def module_of(program: jax.stages.Compiled) -> plan_compile.Module:
+    """What a TPU's compiler writes down, of a CPU's program."""
+    stats = program.memory_analysis()
+    arguments, temporary = stats.argument_size_in_bytes / GIB, stats.temp_size_in_bytes / GIB
+    gib = {"arguments": arguments, "results": 0.0, "temporary": temporary, "total": arguments + temporary}
+    return plan_compile.Module(program.as_text() or "", gib)
 
 
 @pytest.fixture(scope="module")
