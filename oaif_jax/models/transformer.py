@@ -327,7 +327,7 @@ def _through_layers(
         sees = _choose(is_local, local, everywhere)
         x_BTD = _by_rows(_between_layers(x_BTD, compute), compute)
         x_BTD, y = Block(cfg, compute.kernel).apply(variables, x_BTD, sees, is_local, own, method=layer)  # type: ignore[misc]
-        return _between_layers(x_BTD, compute), y
+        return _between_layers(_by_rows(x_BTD, compute), compute) if compute.sequence_parallel else x_BTD, y
 
     xs = (layer_variables(params), _is_local(cfg), xs)
     x_BTD = _between_layers(_embed(params, tokens, cfg, compute), compute)
