@@ -119,6 +119,8 @@ def step(planned: Planned, mesh: Mesh) -> Trees:
     # Of a trained embedding and of the head, before they are summed over `fsdp`.
     of_head = 0 if planned.rank else 2 * policy.padded_vocab_size // tensor * policy.width * FLOAT
     update = residual * responses + inner * (prompts + responses) + 2 * (whole + head) + of_head
+    if planned.has_value:  # its rows are kept beside the policy's
+        update += (residual + inner) * (prompts + responses)
     working = {"reference": whole + head, "update": update}
     # The pass over the prompts, from which responses are drawn, is kept until the gradient is taken.
     training = {"gradients": gradients, "cache": 0, "temporaries": residual * prompts + max(working.values())}
@@ -126,8 +128,7 @@ def step(planned: Planned, mesh: Mesh) -> Trees:
         return training
     cache = rows * (prompts + sizes.sampled * sizes.response) * key_values(policy) * itemsize // tensor
     cache *= 1 + (REFERENCE in method_of(cfg).writers)
-    orders = sizes.completions * (sizes.completions - 1)
-    columns = sizes.question + orders * sizes.order
+    columns = sizes.question + planned.asked * sizes.order
     drawing = {
         "decode": decoding(planned, rows * shape["fsdp"], sizes.sampled, mesh),
         "annotate": working_set(planned.annotator.cfg, rows, columns, compute, shape),

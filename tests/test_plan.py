@@ -439,6 +439,29 @@ def test_operations_of_selms_step(models):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("baseline", ["value", "others"])
+def test_operations_of_reinforce(models, tmp_path, baseline):
+    """Completions are branches of a reward model's row; a value model goes through the update's passes without a head."""
+    changes = {"method": "reinforce", "reinforce.baseline": baseline, "reinforce.completions": "2", "steps": "3000",
+               "annotator.path": plan_models.write_reward(tmp_path / "reward"), "annotator.question_tokens": "0"}  # fmt: skip
+    planned = plan_step.parse(plan_models.values(models, **changes))
+    sizes, cfg = planned.sizes, planned.policy.cfg
+    assert (sizes.completions, sizes.sampled, sizes.question, sizes.order) == (2, 2, sizes.prompt, sizes.response)
+    said = reported(planned)
+    counted = said["operations"]
+    rows = sizes.prompts * dense(cfg, sizes.prompt, 2, sizes.response)
+    score = rows + sizes.prompts * 4 * sizes.response * bench_count.head(cfg)
+    updated = 3 * score + 3 * rows * (baseline == "value")
+    assert counted["annotate"]["program"] == pytest.approx(rows, rel=0.02)
+    assert counted["reference"]["program"] == pytest.approx(score, rel=0.01)
+    assert counted["update"]["program"] == pytest.approx(updated, rel=0.03)
+    for phase, row in counted.items():
+        assert phase in ("optimizer", "other") or 0.5 < row["ratio"] <= 1.0, phase
+    kept = said["trees_gib"]["kept"]
+    assert kept["policy"] / kept["reference"] == pytest.approx(2 if baseline == "value" else 1, rel=0.01)
+
+
+@pytest.mark.slow
 def test_operations_at_several_widths(models, found):
     """Of a step that the device cuts to its longest response, the widest is counted: what it needs at most."""
     cut = reported(plan_step.parse(plan_models.values(models, **{"compute.lengths": "2"})))["operations"]
@@ -548,7 +571,14 @@ def test_arguments_lie_as_in_training(planned):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method": "sft"}, "config.method='sft' can't be planned, wanted one of online, selm, xpo, offline"),
+        (
+            {"method": "sft"},
+            "config.method='sft' can't be planned, wanted one of online, selm, xpo, offline, reinforce",
+        ),
+        (
+            {"method": "reinforce", "steps": "3000"},
+            "is a language model, whose marks aren't planned, wanted a reward model",
+        ),
         ({"policy.init": "tiny:sft"}, "config.policy.init='tiny:sft' can't be planned, wanted 'hf'"),
         ({"policy.lora.rank": "65"}, "config.policy.lora.rank=65, wanted at most the model's width, 64"),
         ({"method": "offline", "async_steps": "1"}, "method offline collects no pairs, wanted 0"),
