@@ -149,7 +149,10 @@ def token_loop(planned: Planned, program: hlo.Program) -> dict[str, Any]:
 def show(said: Mapping[str, Any], console: Console) -> None:
     """The report as tables, the decision first."""
     axes = " x ".join(f"{name} {size}" for name, size in said["mesh"].items())
-    how = f"compiled in {said['compile_seconds']:.0f} s" if "operations" in said else "by arithmetic, not compiled"
+    how = "by arithmetic, not compiled"
+    if "operations" in said:
+        without = "" if "code" in said["memory_gib"] else ", without the chips' code (0.1 GiB or so)"
+        how = f"compiled in {said['compile_seconds']:.0f} s{without}"
     how = f"refused by the compiler ({said['refused']})" if said["refused"] else how
     console.print(f"{said['devices']} x {said['kind']}, {axes}; {how}", markup=False, highlight=False)
     if "verdict" in said:
