@@ -286,6 +286,19 @@ def test_the_fastest_of_those_that_fit_as_compiled(planned, mesh):
     assert plan_search.best([(found[0], {"fits": False, "step_seconds": [1.0]})]) is None
 
 
+def test_tokens_along_tensor_are_kept_in_parts(models, mesh):
+    """Of long rows each layer keeps its input, a part on each device along `tensor`; a kernel has no weights of attention."""
+    long = {"data.prompt_tokens": "4096", "annotator.question_tokens": "64", "compute.attention": "splash"}
+    planned = plan_step.parse(plan_models.values(models, **long))
+    split = plan_fit.changed(planned, {"compute.sequence_parallel": True})
+    whole, parts = (plan_memory.step(each, mesh)["temporaries"] for each in (planned, split))
+    policy, tensor = planned.policy.cfg, mesh.shape["tensor"]
+    kept = policy.layers * (16 // 2 // 4) * (4096 + 2 * 8) * policy.width * 4
+    assert whole - parts == kept - kept // tensor
+    by_parts = plan_fit.changed(planned, {"compute.attention": "parts"})
+    assert plan_memory.step(by_parts, mesh)["temporaries"] > whole
+
+
 # --- the report
 
 
