@@ -261,8 +261,8 @@ def _by_rows(x_BTD: Array, compute: ComputeConfig) -> Array:
 
 def _between_layers(x_BTD: Array, compute: ComputeConfig) -> Array:
     """What the backward pass keeps of a layer whose products are computed again: whole on each device of `tensor`, or a part of
-    its tokens (Korthikanti et al. 2022). A layer then gathers tokens at its start, and sums and scatters them at its end, in
-    place of a sum alone; the bytes that are moved are the same."""
+    its tokens (Korthikanti et al. 2022). The layer itself works on whole rows: with nothing said of its end XLA had the MLP's
+    tokens along `tensor`, too, and gathered all of its weights for that (v5e:4x4, 2 fsdp x 8 tensor)."""
     if compute.mesh is None or not compute.sequence_parallel:
         return x_BTD
     spec = PartitionSpec(("data", "fsdp"), "tensor")
