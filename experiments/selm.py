@@ -83,6 +83,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.compute.frozen = "bfloat16"
     config.compute.decode = "scanned"
     config.compute.remat = "layer"
+    config.compute.head_chunk = 8192  # each chunk gathers its part of the head anew, from the other devices along fsdp
     config.eval.every = 20
     config.eval.prompts = 64
     config.eval.final_prompts = 256

@@ -124,6 +124,28 @@ def annotate(cfg: ModelConfig, sizes: Sizes, dtype: str) -> Work:
     return Work(operations, weights, sizes.prompts * (sizes.question + orders * sizes.order), weights)
 
 
+def reward(cfg: ModelConfig, sizes: Sizes, dtype: str) -> Work:
+    """A reward model's scores of all responses: questions, and responses as branches."""
+    count = sizes.completions
+    operations = sizes.prompts * (rows(cfg, sizes.question, count, sizes.order) + 2 * count * cfg.width)
+    weights = int(BYTES[dtype] * matrices(cfg))
+    return Work(operations, weights, sizes.prompts * (sizes.question + count * sizes.order), weights)
+
+
+def value(cfg: ModelConfig, sizes: Sizes, dtype: str, trained: str, additions: int = 0) -> Work:
+    """What a value model adds to the update: the same passes without a language-model head."""
+    head_tokens = sizes.prompts * sizes.completions * sizes.response
+    of_policy = update(cfg, sizes, dtype, trained, additions)
+    passes = 2 if additions else 3
+    head_weights = 2 * int(BYTES[dtype] * head(cfg)) + (
+        0 if additions else int(BYTES[trained] * head(cfg) * (not cfg.tied))
+    )
+    return Work(
+        of_policy.operations - passes * 2 * head_tokens * head(cfg), of_policy.bytes - head_weights, of_policy.tokens,
+        of_policy.weights - head_weights,
+    )  # fmt: skip
+
+
 def score(cfg: ModelConfig, sizes: Sizes, dtype: str) -> Work:
     """Log-probabilities of all responses: rows with branches, and the head at each response token."""
     count = sizes.completions

@@ -24,10 +24,12 @@ from typing import Any
 from absl import flags
 
 from launch.topologies import check_topology
-from launch.tpus import KINDS, MOUNT, NAMED, RESTARTED, accelerator_type, carry_out, check_arguments
+from launch.tpus import KINDS, MOUNT, NAMED, RESTARTED, carry_out, check_arguments
 from oaif_jax.base import cli, files, options
+from oaif_jax.base.errors import UserError
 
 CHIPS = 4  # of a host in a slice of several
+NOT_XPKS = ("v5e:1x1", "v5e:2x2", "v4:1x1x1", "v5p:1x1x1")  # slices that xpk 1.16 doesn't know
 
 
 def job_set(
@@ -112,10 +114,14 @@ def commands(
 
 def xpk_command(*, name: str, cluster: str, project: str, zone: str, topology: str, slices: int, image: str, restarts: int,
                 grace: int, command: Sequence[str]) -> list[str]:  # fmt: skip
-    """The same run by xpk."""
+    """The same run by xpk. UserError for a slice that xpk doesn't have."""
+    if topology in NOT_XPKS:
+        raise UserError(f"--topology={topology}: xpk has no such slice, wanted it without --xpk, or another one")
+    kind, shape = topology.split(":")
     return [
         "xpk", "workload", "create", f"--workload={name}", f"--cluster={cluster}", f"--project={project}", f"--zone={zone}",
-        f"--tpu-type={accelerator_type(topology)}", f"--num-slices={slices}", f"--docker-image={image}",
+        # With the shape, since of several shapes of so many chips xpk takes the one it likes best (v5p-512: 4x8x8, not 4x4x16).
+        f"--tpu-type={KINDS[kind][1]}-{shape}", f"--num-slices={slices}", f"--docker-image={image}",
         f"--max-restarts={restarts}",
         f"--termination-grace-period-seconds={grace}", f"--command={shlex.join(command)}",
     ]  # fmt: skip

@@ -208,9 +208,7 @@ def _bounds(program: Program, computation: str, loop: Instruction, condition: st
     if start.opcode != "tuple":
         return None
     index = int(counter.attribute("index"))
-    first = body[start.operands[index]]
-    while first.opcode in MOVES:
-        first = body[first.operands[0]]
+    first = _before_moves(body, body[start.operands[index]])
     step = _step(program, loop, index)
     return (_constant(first), _constant(end), step) if first.opcode == "constant" and step else None
 
@@ -221,9 +219,7 @@ def _step(program: Program, loop: Instruction, index: int) -> int:
     body, root = program.computations[name], program.root(name)
     if root.opcode != "tuple":
         return 0
-    grown = body[root.operands[index]]
-    while grown.opcode in MOVES:
-        grown = body[grown.operands[0]]
+    grown = _before_moves(body, body[root.operands[index]])
     inside, read = body, {}
     if grown.opcode == "fusion":
         inside = program.computations[grown.called[0]]
@@ -232,8 +228,16 @@ def _step(program: Program, loop: Instruction, index: int) -> int:
         assert len(read) == len(outer)
     if grown.opcode != "add":
         return 0
-    added = (body[read[each]] if each in read else inside[each] for each in grown.operands)
-    return sum(_constant(each) for each in added if each.opcode == "constant")
+    added = [(body, body[read[each]]) if each in read else (inside, inside[each]) for each in grown.operands]
+    settled = [_before_moves(where, each) for where, each in added]
+    return sum(_constant(each) for each in settled if each.opcode == "constant")
+
+
+def _before_moves(body: Mapping[str, Instruction], instruction: Instruction) -> Instruction:
+    """Where an instruction's number comes from, before it was copied or renamed."""
+    while instruction.opcode in MOVES:
+        instruction = body[instruction.operands[0]]
+    return instruction
 
 
 def _through(

@@ -11,7 +11,7 @@ from launch.hlo import Array, Executed, Instruction, Program, executed
 # Scopes of step.py and sample.py -> phase; of several in an op_name the first here counts.
 SCOPES = {
     "decode": "decode", "sample": "prefill", "annotate": "annotate", "reference": "reference", "policy": "update",
-    "optimizer": "optimizer",
+    "value": "update", "optimizer": "optimizer",
 }  # fmt: skip
 PHASES = ("prefill", "decode", "annotate", "reference", "update", "optimizer", "other")
 TOKEN_LOOP = "decode/while"

@@ -20,6 +20,9 @@ The program is that of oaif_jax.train, compiled from shapes with the same shardi
     collectives         bytes that a device receives, by phase; and in the token loop, for each token
     copies              of the caches, in the token loop
 
+The compiler is stopped where it has placed all buffers of the optimised program, half a minute or so after its start: the chips'
+code takes many times as long, and none of the above is read from it. --codegen waits for it, and adds its bytes.
+
 --search=3 tries all meshes of these devices with the largest micro-batches that fit, by arithmetic, compiles the three fastest,
 and reports the best. --arithmetic compiles nothing: it takes seconds.
 
@@ -45,6 +48,7 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
     )
     options.define("search", 0, options.integer(least=0), "compiles so many of the best meshes; 0: only the config's")
     options.define_switch("arithmetic", "compiles nothing")
+    options.define_switch("codegen", "makes the chips' code as well: many minutes, and nothing else is said")
     options.define("out", None, options.FILE, "a file for the report as JSON")
     options.define("hlo", None, options.FILE, "a file for the compiled programs' text")
     cli.parse()
@@ -52,10 +56,10 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
 
 from jax.sharding import Mesh
 
-from launch import plan_fit, plan_report, plan_search
+from launch import plan_compile, plan_fit, plan_report, plan_search
+from launch.plan_compile import Compiled
 from launch.plan_fit import GIB
-from launch.plan_report import Compiled
-from launch.plan_step import Planned, lower, parse
+from launch.plan_step import Planned, parse
 from launch.plan_tpus import devices_of, figures
 from oaif_jax import methods
 from oaif_jax.base.files import atomic_write_json
@@ -70,25 +74,18 @@ class Asked:
     topology: str
     search: int = 0  # choices to compile; 0: the config's own
     is_arithmetic: bool = False  # nothing is compiled
+    codegen: bool = False  # the chips' code is made, too
     out: str = ""
     text_file: str = ""
 
 
-def compiled(planned: Planned, mesh: Mesh, asked: Asked) -> Compiled:
-    """The programs of a step, unless there are to be none."""
-    if asked.is_arithmetic:
-        return Compiled()
-    with phases.phase("tracing the step"):
-        lowered = lower(planned, mesh)
-    with phases.phase("compiling the step"):
-        return plan_report.compiled(lowered)
-
-
 def reported(planned: Planned, mesh: Mesh, asked: Asked) -> dict[str, Any]:
     """The report of a step on a mesh."""
-    found = compiled(planned, mesh, asked)
+    found = Compiled()
+    if not asked.is_arithmetic:
+        found = plan_compile.compiled(planned, asked.topology, codegen=asked.codegen)
     if asked.text_file and found.programs:
-        pathlib.Path(asked.text_file).write_text("\n\n".join(map(plan_report.text_of, found.programs)))
+        pathlib.Path(asked.text_file).write_text("\n\n".join(each.text for each in found.programs))
     with phases.phase("reading the program"):
         return {"topology": asked.topology} | plan_report.report(planned, found, mesh)
 
@@ -145,7 +142,7 @@ def search(planned: Planned, devices: Sequence[Any], asked: Asked, console: Cons
 def main() -> None:
     """Compiles what the command line asks for."""
     given = flags.FLAGS
-    asked = Asked(given.topology, given.search, given.arithmetic, given.out or "", given.hlo or "")
+    asked = Asked(given.topology, given.search, given.arithmetic, given.codegen, given.out or "", given.hlo or "")
     run(given.config, asked, Console())
 
 

@@ -119,6 +119,8 @@ def candidates(planned: Planned, mesh: Mesh) -> Iterator[tuple[str, Changes]]:
             yield "optimizer.accumulate", {"optimizer.accumulate": more}
     if cfg.compute.remat != "layer":
         yield "compute.remat", {"compute.remat": "layer"}
+    if not cfg.compute.sequence_parallel and shape["tensor"] > 1:
+        yield "compute.sequence_parallel", {"compute.sequence_parallel": True}
     if cfg.compute.frozen == "float32":
         yield "compute.frozen", {"compute.frozen": "bfloat16"}
     chunk = math.gcd(cfg.eval.prompts, cfg.eval.final_prompts)

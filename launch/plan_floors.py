@@ -63,18 +63,22 @@ def works(planned: Planned) -> dict[str, Work]:
         of_policy = (whole if planned.is_ahead else Work(first)) if POLICY in method.writers else Work()
         found["prefill"] = of_policy + (whole if REFERENCE in method.writers else Work())
         found["decode"] = bench_count.decode(policy, sizes, compute.dtype)
-        found["annotate"] = bench_count.annotate(planned.annotator.cfg, sizes, compute.dtype)
+        scored = bench_count.reward if planned.is_rewarded else bench_count.annotate
+        found["annotate"] = scored(planned.annotator.cfg, sizes, compute.dtype)
     if method.uses_reference:
         found["reference"] = bench_count.score(policy, sizes, compute.dtype)
     own = additions(planned)
     found["update"] = bench_count.update(policy, sizes, compute.dtype, compute.trained, own)
+    if planned.has_value:
+        found["update"] += bench_count.value(policy, sizes, compute.dtype, compute.trained, own)
     for phase, work in found.items():
         found[phase] = in_fewer_bits(
             work, cfg.annotator.quant if phase == "annotate" else cfg.policy.quant, compute.dtype
         )
     steps = {phase: work.times(parts) for phase, work in found.items()}
     optimizer = cfg.optimizer
-    return steps | {"optimizer": bench_count.optimizer(policy, optimizer.name, compute.trained, optimizer.moments, own)}
+    moved = bench_count.optimizer(policy, optimizer.name, compute.trained, optimizer.moments, own)
+    return steps | {"optimizer": moved.times(1 + planned.has_value)}
 
 
 def in_fewer_bits(work: Work, bits: str, dtype: str) -> Work:
@@ -106,7 +110,8 @@ def interconnect(planned: Planned, shape: Shape) -> dict[str, float]:
 
     def summed(model, columns: int) -> float:
         rows = sizes.prompts / parts / (data * fsdp)
-        return 2 * model.layers * rows * columns * model.width * itemsize * 2 * others(tensor)
+        each = 2 * 2 + cfg.compute.sequence_parallel  # two sums, and tokens that are gathered from along `tensor`
+        return model.layers * rows * columns * model.width * itemsize * each * others(tensor)
 
     columns = sizes.prompt + sizes.completions * sizes.response
     base, writers = cfg.policy.quant, method_of(cfg).writers
@@ -117,11 +122,14 @@ def interconnect(planned: Planned, shape: Shape) -> dict[str, float]:
     of_gradients = trained * others(fsdp) + trained / fsdp * 2 * others(data)
     passes = 3 if cfg.compute.remat == "layer" else 2  # over activations; weights are gathered as often
     found = {"update": passes * one_pass + of_gradients}
+    if planned.has_value:
+        found["update"] += passes * (gathered(policy, base) + summed(policy, columns)) + of_gradients
     if method_of(cfg).uses_reference:
         found["reference"] = one_pass
     if planned.annotator is not None:
-        model, orders = planned.annotator.cfg, sizes.completions * (sizes.completions - 1)
-        found["annotate"] = gathered(model, cfg.annotator.quant) + summed(model, sizes.question + orders * sizes.order)
+        model = planned.annotator.cfg
+        asked = sizes.question + planned.asked * sizes.order
+        found["annotate"] = gathered(model, cfg.annotator.quant) + summed(model, asked)
         whole = gathered(policy, base) + summed(policy, sizes.prompt)
         found["prefill"] = whole * ((POLICY in writers and planned.is_ahead) + (REFERENCE in writers))
         tokens = sizes.sampled * sizes.prompts / parts / data * (sizes.response - 1)
@@ -161,7 +169,7 @@ def by_width(planned: Planned, chip: Chip, shape: Shape) -> dict[int, float]:
     bytes of the interconnect are those of the arithmetic."""
     full, found = planned.sizes.response, {}
     for width in sorted({-(-full // 2**number) for number in range(planned.cfg.compute.lengths)}, reverse=True):
-        order = planned.sizes.order - 2 * (full - width)
+        order = planned.sizes.order - (1 if planned.is_rewarded else 2) * (full - width)
         cut = dataclasses.replace(planned, sizes=dataclasses.replace(planned.sizes, response=width, order=order))
         found[width] = total(floors(cut, chip, shape, interconnect(cut, shape)))
     return {width: seconds / found[full] for width, seconds in found.items()}

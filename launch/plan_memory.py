@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from launch.bench_count import key_values, matrices
 from launch.plan_step import Planned, annotators_mesh, frozen_models, method_of, parameters, trained
-from oaif_jax.config.keys import Eval
+from oaif_jax.config.keys import Compute, Eval
 from oaif_jax.config.keys import Mesh as Axes
 from oaif_jax.models import sharding
 from oaif_jax.models.attention import blocks
@@ -112,13 +112,15 @@ def step(planned: Planned, mesh: Mesh) -> Trees:
     # The sum of all micro-batches' gradients beside those of one; at the end they are float32.
     gradients = in_float32 + own if parts > 1 else max(own, in_float32)
     prompts, responses = sizes.prompt, sizes.completions * sizes.response
-    residual = policy.layers * rows * policy.width * itemsize
+    residual = policy.layers * rows * policy.width * itemsize // (tensor if compute.sequence_parallel else 1)
     inner = _inner(policy, compute.remat) * policy.layers * rows * itemsize // tensor
-    whole = working_set(policy, rows, prompts + responses, itemsize, shape)
+    whole = working_set(policy, rows, prompts + responses, compute, shape)
     head = head_chunk(policy, compute.head_chunk, rows, itemsize, shape)
     # Of a trained embedding and of the head, before they are summed over `fsdp`.
     of_head = 0 if planned.rank else 2 * policy.padded_vocab_size // tensor * policy.width * FLOAT
     update = residual * responses + inner * (prompts + responses) + 2 * (whole + head) + of_head
+    if planned.has_value:  # its rows are kept beside the policy's
+        update += (residual + inner) * (prompts + responses)
     working = {"reference": whole + head, "update": update}
     # The pass over the prompts, from which responses are drawn, is kept until the gradient is taken.
     training = {"gradients": gradients, "cache": 0, "temporaries": residual * prompts + max(working.values())}
@@ -126,11 +128,10 @@ def step(planned: Planned, mesh: Mesh) -> Trees:
         return training
     cache = rows * (prompts + sizes.sampled * sizes.response) * key_values(policy) * itemsize // tensor
     cache *= 1 + (REFERENCE in method_of(cfg).writers)
-    orders = sizes.completions * (sizes.completions - 1)
-    columns = sizes.question + orders * sizes.order
+    columns = sizes.question + planned.asked * sizes.order
     drawing = {
         "decode": decoding(planned, rows * shape["fsdp"], sizes.sampled, mesh),
-        "annotate": working_set(planned.annotator.cfg, rows, columns, itemsize, shape),
+        "annotate": working_set(planned.annotator.cfg, rows, columns, compute, shape),
     }
     if planned.is_ahead:  # one program after the other
         before = {"gradients": 0, "cache": cache, "temporaries": max(drawing.values())}
@@ -145,11 +146,12 @@ def _inner(cfg: ModelConfig, remat: str) -> int:
     return {"layer": 0, "dots": products, "none": 2 * products}[remat]
 
 
-def working_set(cfg: ModelConfig, rows: int, columns: int, itemsize: int, shape: Mapping[str, int]) -> int:
+def working_set(cfg: ModelConfig, rows: int, columns: int, compute: Compute, shape: Mapping[str, int]) -> int:
     """Bytes of one layer at work on whole rows: the residual stream beside the larger one of attention, with the weights of a
-    block of queries, and the MLP; and the parameters of two layers, gathered over `fsdp`."""
+    block of queries unless a kernel computes it, and the MLP; and the parameters of two layers, gathered over `fsdp`."""
+    itemsize = jnp.dtype(compute.dtype).itemsize
     tensor, tokens = shape["tensor"], rows * columns * itemsize
-    block = max(end - first for first, end in blocks(columns))
+    block = max(end - first for first, end in blocks(columns)) if compute.attention == "parts" else 0
     weights = 3 * rows * (cfg.heads // tensor) * block * columns * FLOAT // 2
     attention = 2 * tokens * (cfg.heads + cfg.kv_heads) * cfg.head_dim // tensor + weights
     mlp = 2 * tokens * cfg.mlp // tensor
@@ -184,16 +186,16 @@ def evaluation(planned: Planned, mesh: Mesh) -> Trees:
     columns = sizes.prompt + 2 * sizes.response
     cache = rows * columns * key_values(policy) * itemsize // shape["tensor"]
     chunk = cfg.compute.head_chunk
-    scoring = working_set(policy, rows, columns, itemsize, shape) + head_chunk(policy, chunk, rows, itemsize, shape)
+    scoring = working_set(policy, rows, columns, cfg.compute, shape) + head_chunk(policy, chunk, rows, itemsize, shape)
     working = {
         "drawing": cache + decoding(planned, rows * shape["fsdp"], 2, mesh),
-        "prefill": cache + working_set(policy, rows, sizes.prompt, itemsize, shape),
+        "prefill": cache + working_set(policy, rows, sizes.prompt, cfg.compute, shape),
         "log-ratios": scoring,
     }
     judge = planned.judge or (planned.annotator if cfg.judge.init == "annotator" else None)
     for name, model in {"judge": judge, "annotator": planned.annotator}.items():
         if model is not None:
-            asked = working_set(model.cfg, rows, sizes.question + 2 * sizes.order, itemsize, shape)
+            asked = working_set(model.cfg, rows, sizes.question + 2 * sizes.order, cfg.compute, shape)
             working[name] = asked + head_chunk(model.cfg, chunk, rows, itemsize, shape)
     largest = max(working, key=lambda name: working[name])
     has_cache = largest in ("drawing", "prefill")

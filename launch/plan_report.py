@@ -2,63 +2,22 @@
 
 import dataclasses
 import math
-import re
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Column, Table
 
 from launch import hlo, hlo_report, plan_floors
+from launch.plan_compile import Compiled
 from launch.plan_fit import GIB, fit
 from launch.plan_memory import Memory, memory
 from launch.plan_step import Planned
-from launch.plan_tpus import INSTALL, figures
-from oaif_jax.base.errors import UserError
+from launch.plan_tpus import figures
 from oaif_jax.stored.hf.directory import abstract_params
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """The programs of a step; none where the compiler refused one, and why."""
-
-    programs: Sequence[jax.stages.Compiled] = ()
-    seconds: float = 0.0
-    refused: str = ""  # the compiler's words
-    whole: int = 0  # bytes that it takes, its arguments included
-
-
-def compiled(lowered: Sequence[jax.stages.Lowered]) -> Compiled:
-    """Compiles; what is too large for the chip's memory is no error here."""
-    began = time.monotonic()
-    try:
-        programs = [each.compile() for each in lowered]
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        text = " ".join(str(error).split())
-        size = re.search(r"temporaries \(([\d.]+)G\)", text)
-        said = re.search(r"[^.:]*(?:Ran out of memory|xceeds).*?(?=\. |$)", text)
-        words = said[0].strip() if said else text[:300]
-        return Compiled((), time.monotonic() - began, words, int(float(size[1]) * GIB) if size else 0)
-    return Compiled(programs, time.monotonic() - began)
-
-
-def text_of(program: jax.stages.Compiled) -> str:
-    """A program as it was compiled. UserError where that is in a form which this jaxlib doesn't know: a newer libtpu's."""
-    try:
-        return program.as_text() or ""
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(
-            f"jaxlib {version('jaxlib')} can't read what libtpu {version('libtpu')} has compiled "
-            f"({' '.join(str(error).split())}), wanted: {INSTALL}"
-        ) from error
 
 
 def report(planned: Planned, found: Compiled, mesh: Mesh) -> dict[str, Any]:
@@ -74,10 +33,10 @@ def report(planned: Planned, found: Compiled, mesh: Mesh) -> dict[str, Any]:
     said |= {"compile_seconds": found.seconds, "refused": found.refused}
     received = plan_floors.interconnect(planned, shape)
     if found.programs:
-        programs = [hlo.parse(text_of(each)) for each in found.programs]
+        programs = [hlo.parse(each.text) for each in found.programs]
         received = collective_bytes(planned, programs)
         said |= {
-            "memory_gib": of_program(found.programs[-1].memory_analysis()),
+            "memory_gib": found.programs[-1].gib,
             "operations": operations(planned, programs, mesh.size),
             "collective_bytes": received,
         }
@@ -137,26 +96,13 @@ def collective_bytes(planned: Planned, programs: Sequence[hlo.Program]) -> dict[
     return dict(total)
 
 
-def of_program(stats: Any) -> dict[str, float]:
-    """GiB of a device, from a compiled program's memory_analysis()."""
-    parts = {
-        "arguments": stats.argument_size_in_bytes,
-        "results": stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        "temporary": stats.temp_size_in_bytes,
-        "code": stats.generated_code_size_in_bytes,
-    }
-    found = {name: size / GIB for name, size in parts.items()}
-    return found | {"total": float(sum(found.values()))}
-
-
 def corrected(trees: Memory, found: Compiled) -> Memory:
     """A step's temporaries as the compiler has them: what its largest program takes beside its arguments, less the gradients and
     the cache that are among them. Of a program that it refused it says how much that takes with its arguments."""
     arguments = sum(size for name, size in trees.kept.items() if name != "judge")
     beside = max(found.whole - arguments, 0)
     for each in found.programs:
-        of = of_program(each.memory_analysis())
-        beside = max(beside, int(GIB * (of["total"] - of["arguments"])))
+        beside = max(beside, int(GIB * (each.gib["total"] - each.gib["arguments"])))
     if not beside:
         return trees
     gradients = min(trees.step["gradients"], beside)
@@ -203,7 +149,10 @@ def token_loop(planned: Planned, program: hlo.Program) -> dict[str, Any]:
 def show(said: Mapping[str, Any], console: Console) -> None:
     """The report as tables, the decision first."""
     axes = " x ".join(f"{name} {size}" for name, size in said["mesh"].items())
-    how = f"compiled in {said['compile_seconds']:.0f} s" if "operations" in said else "by arithmetic, not compiled"
+    how = "by arithmetic, not compiled"
+    if "operations" in said:
+        without = "" if "code" in said["memory_gib"] else ", without the chips' code (0.1 GiB or so)"
+        how = f"compiled in {said['compile_seconds']:.0f} s{without}"
     how = f"refused by the compiler ({said['refused']})" if said["refused"] else how
     console.print(f"{said['devices']} x {said['kind']}, {axes}; {how}", markup=False, highlight=False)
     if "verdict" in said:

@@ -22,6 +22,7 @@ from launch.asked import TemplateAnnotator
 from oaif_jax import collect, config, methods
 from oaif_jax.annotate.orders import Template
 from oaif_jax.annotate.prompts import read_instruction
+from oaif_jax.annotate.reward import RewardAnnotator
 from oaif_jax.base.errors import UserError
 from oaif_jax.config import Config
 from oaif_jax.data.dataset import DataSet
@@ -39,9 +40,10 @@ from oaif_jax.tiny.data import plain_voice
 from oaif_jax.types import DATA, REFERENCE, Batch, Prompts, Rollout, Scores
 from oaif_jax.update import optim, state
 from oaif_jax.update.state import TrainState
+from oaif_jax.update.value import with_value
 
 Shape = jax.ShapeDtypeStruct
-PLANNED = ("online", "selm", "xpo", "offline")
+PLANNED = ("online", "selm", "xpo", "offline", "reinforce")
 BYTES_A_TOKEN = 4  # of English text, about
 
 
@@ -51,7 +53,7 @@ class Planned:
 
     cfg: Config
     policy: hf.HFModel
-    annotator: hf.HFModel | None  # online
+    annotator: hf.HFModel | None  # online; a reward model where it has labels
     sizes: bench_count.Sizes
     template: Template
     judge: hf.HFModel | None = None  # a model of its own, that compares in evaluations
@@ -60,6 +62,22 @@ class Planned:
     def rank(self) -> int:
         """LoRA's; 0: all parameters are trained."""
         return self.cfg.policy.lora.rank
+
+    @property
+    def is_rewarded(self) -> bool:
+        """Whether a reward model scores the completions."""
+        return self.annotator is not None and bool(self.annotator.labels)
+
+    @property
+    def asked(self) -> int:
+        """Branches of an annotator's row: presentation orders, or completions of which each has a score."""
+        count = self.sizes.completions
+        return count if self.is_rewarded else count * (count - 1)
+
+    @property
+    def has_value(self) -> bool:
+        """Whether a value model is trained beside the policy."""
+        return methods.named(self.cfg.method).trains_value(self.cfg)
 
     @property
     def is_ahead(self) -> bool:
@@ -93,8 +111,13 @@ def parse(values: Any) -> Planned:
             f"config.annotator.path={cfg.annotator.path!r} is of family {annotator.family}, whose tokens aren't those of the "
             f"policy's, {policy.family}: such a step is taken apart, wanted one family"
         )
+    is_rewarded = annotator is not None and bool(annotator.labels)
+    if cfg.method == "reinforce" and not is_rewarded:
+        raise UserError(
+            f"config.annotator.path={cfg.annotator.path!r} is a language model, whose marks aren't planned, wanted a reward model"
+        )
     judge = model_of(cfg.judge.path) if cfg.judge.init == "hf" and cfg.judge.path else None
-    return Planned(cfg, policy, annotator, *lengths(cfg), judge)
+    return Planned(cfg, policy, annotator, *lengths(cfg, is_rewarded=is_rewarded), judge)
 
 
 def model_of(path: str) -> hf.HFModel:
@@ -111,19 +134,22 @@ def model_of(path: str) -> hf.HFModel:
             raise UserError(str(error).replace(str(copied), path)) from error
 
 
-def lengths(cfg: Config) -> tuple[bench_count.Sizes, Template]:
-    """Columns of questions and of presentation orders, by the length of the instruction's texts."""
+def lengths(cfg: Config, *, is_rewarded: bool) -> tuple[bench_count.Sizes, Template]:
+    """Columns of questions and of presentation orders, by the length of the instruction's texts; a reward model, which has none,
+    reads prompts and responses."""
+    data, writers = cfg.data, method_of(cfg).writers
+    sampled = len(writers) - writers.count(DATA)
+    sizes = bench_count.Sizes(
+        data.batch, data.prompt_tokens, data.response_tokens, cfg.annotator.question_tokens or data.prompt_tokens,
+        data.response_tokens, len(writers), sampled,
+    )  # fmt: skip
+    if is_rewarded:
+        return sizes, Template((), (), (), answers=(0, 1))
     tokens = lambda text: (0,) * -(-len(text.encode()) // BYTES_A_TOKEN)  # noqa: E731
     asked = read_instruction(cfg.annotator.instruction)
     template = Template(tokens(asked.first), tokens(asked.second), tokens(asked.closing), answers=(0, 1))
-    data = cfg.data
     question = cfg.annotator.question_tokens or data.prompt_tokens + len(tokens(asked.trunk))
-    order, writers = template.width(data.response_tokens), method_of(cfg).writers
-    sampled = len(writers) - writers.count(DATA)
-    sizes = bench_count.Sizes(
-        data.batch, data.prompt_tokens, data.response_tokens, question, order, len(writers), sampled
-    )
-    return sizes, template
+    return dataclasses.replace(sizes, question=question, order=template.width(data.response_tokens)), template
 
 
 def method_of(cfg: Config) -> Method:
@@ -140,14 +166,23 @@ def on(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 @functools.lru_cache(maxsize=16)
-def parameters(cfg: ModelConfig, dtype: str, bits: str = "none") -> PyTree:
-    """A model's, all of one type; or with projections quantised."""
-    tree = jax.tree.map(lambda leaf: Shape(leaf.shape, dtype), abstract_params(cfg, 0))
+def parameters(cfg: ModelConfig, dtype: str, bits: str = "none", labels: int = 0) -> PyTree:
+    """A model's, all of one type; or with projections quantised. A reward model has labels."""
+    tree = jax.tree.map(lambda leaf: Shape(leaf.shape, dtype), abstract_params(cfg, labels))
     return tree if bits == "none" else jax.eval_shape(functools.partial(quant.quantise, kind=bits), tree)
 
 
 def trained(planned: Planned) -> PyTree:
-    """What is trained: all of the policy's parameters, or the additions to them."""
+    """What is trained: all of the policy's parameters, or the additions to them; and a value model's beside them."""
+    own = of_policy(planned)
+    if not planned.has_value:
+        return own
+    both = jax.eval_shape(functools.partial(with_value, width=planned.policy.cfg.width), own)
+    return jax.tree.map(lambda leaf: Shape(leaf.shape, planned.cfg.compute.trained), both)
+
+
+def of_policy(planned: Planned) -> PyTree:
+    """What is trained of the policy."""
     policy, dtype, section = planned.policy.cfg, planned.cfg.compute.trained, planned.cfg.policy.lora
     if not section.rank:
         return parameters(policy, dtype)
@@ -166,9 +201,9 @@ def frozen_models(planned: Planned) -> Frozen:
         if not planned.rank:
             found["reference"] = parameters(planned.policy.cfg, dtype)
         elif moves_reference(cfg):
-            found["reference"] = jax.tree.map(lambda leaf: Shape(leaf.shape, dtype), trained(planned))
+            found["reference"] = jax.tree.map(lambda leaf: Shape(leaf.shape, dtype), of_policy(planned))
     if planned.annotator is not None:
-        found["annotator"] = parameters(planned.annotator.cfg, dtype, cfg.annotator.quant)
+        found["annotator"] = parameters(planned.annotator.cfg, dtype, cfg.annotator.quant, planned.annotator.labels)
     return found
 
 
@@ -202,6 +237,9 @@ def step_of(planned: Planned, mesh: Mesh) -> Step:
     if planned.annotator is not None:
         on_its_mesh = compute_of(cfg, annotators_mesh(planned, mesh))
         asked = TemplateAnnotator(planned.template, planned.annotator.cfg, on_its_mesh, sampler.stop_ids)
+        if planned.is_rewarded:
+            given = (planned.annotator.cfg, None, on_its_mesh, planned.annotator.normal)
+            asked = RewardAnnotator(plain_voice(), planned.sizes.question, *given)
     own = sampled.reference_temperature
     return Step(
         method_of(cfg),

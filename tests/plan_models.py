@@ -33,6 +33,16 @@ def write(root: pathlib.Path) -> dict[str, str]:
     return found
 
 
+def write_reward(directory: pathlib.Path) -> str:
+    """A reward model of the same family, as config.json."""
+    directory.mkdir()
+    released = ROOT / "tests" / "hf_configs" / "gemma-2-2b.released.json"
+    (directory / "config.json").write_text(released.read_text())
+    scores = {"architectures": ["Gemma2ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    hf_fakes.edit(directory / "config.json", **SMALL | scores)
+    return str(directory)
+
+
 def values(models: dict[str, str], **changes: str) -> dict:
     """A config file's values, with these models."""
     loaded = cli.load_config(FILE)

@@ -1,13 +1,16 @@
 """A run's JobSet: by JobSet's own types, beside what xpk makes of the same run, and what it is started again on."""
 
 import json
+import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
+import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
 from launch import gke, topologies, tpus
@@ -15,20 +18,89 @@ from oaif_jax.base.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMAND = ["python", "-m", "oaif_jax.train", "--distributed", "--config=c.py", "--workdir=/runs/a"]
-# What `xpk workload create --dry-run --output-manifest-file` of xpk 1.16.0 says of the same slices: --tpu-type, GKE's two labels,
-# pods, and chips of each.
+# Of slices that xpk 1.16.0 has, GKE's two labels, pods, and chips of each.
 XPK = {
-    "v4:2x2x1": ("v4-8", "tpu-v4-podslice", "2x2x1", 1, 4),
-    "v4:2x2x2": ("v4-16", "tpu-v4-podslice", "2x2x2", 2, 4),
-    "v5e:2x4": ("v5litepod-8", "tpu-v5-lite-podslice", "2x4", 2, 4),
-    "v5e:4x4": ("v5litepod-16", "tpu-v5-lite-podslice", "4x4", 4, 4),
-    "v5p:2x2x1": ("v5p-8", "tpu-v5p-slice", "2x2x1", 1, 4),
-    "v5p:4x4x4": ("v5p-128", "tpu-v5p-slice", "4x4x4", 16, 4),
-    "v6e:4x4": ("v6e-16", "tpu-v6e-slice", "4x4", 4, 4),
-    "v6e:16x16": ("v6e-256", "tpu-v6e-slice", "16x16", 64, 4),
-    "7x:1x1x1": ("tpu7x-2", "tpu7x", "1x1x1", 1, 1),
-    "7x:2x2x2": ("tpu7x-16", "tpu7x", "2x2x2", 2, 4),
+    "v4:2x2x1": ("tpu-v4-podslice", "2x2x1", 1, 4),
+    "v4:2x2x2": ("tpu-v4-podslice", "2x2x2", 2, 4),
+    "v5e:2x4": ("tpu-v5-lite-podslice", "2x4", 2, 4),
+    "v5e:4x4": ("tpu-v5-lite-podslice", "4x4", 4, 4),
+    "v5p:2x2x1": ("tpu-v5p-slice", "2x2x1", 1, 4),
+    "v5p:4x4x4": ("tpu-v5p-slice", "4x4x4", 16, 4),
+    "v5p:4x4x16": ("tpu-v5p-slice", "4x4x16", 64, 4),
+    "v6e:1x1": ("tpu-v6e-slice", "1x1", 1, 1),
+    "v6e:4x4": ("tpu-v6e-slice", "4x4", 4, 4),
+    "v6e:16x16": ("tpu-v6e-slice", "16x16", 64, 4),
+    "7x:1x1x1": ("tpu7x", "1x1x1", 1, 1),
+    "7x:2x2x2": ("tpu7x", "2x2x2", 2, 4),
 }
+
+
+def facts(topology: str, slices: int = 2) -> dict[str, object]:
+    """What both manifests of a run must say: xpk's, and ours."""
+    accelerator, shape, pods, chips = XPK[topology]
+    pod = {
+        "restartPolicy": "Never", "terminationGracePeriodSeconds": 30, "hostNetwork": True,
+        "dnsPolicy": "ClusterFirstWithHostNet", "tolerations": [{"key": "google.com/tpu", "operator": "Exists"}],
+        "accelerator": accelerator, "topology": shape, "in memory": "/dev/shm",
+        "container": {"name": "jax-tpu", "image": "i", "privileged": True, "limits": {"google.com/tpu": chips}},
+    }  # fmt: skip
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "name": "tldr-2b",
+        "exclusive": "cloud.google.com/gke-nodepool", "ttlSecondsAfterFinished": 12 * 3600,
+        "failurePolicy": {
+            "maxRestarts": 5, "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+        },
+        "job": ("slice-job", slices), "parallelism": pods, "completions": pods, "backoffLimit": 0,
+        "rule": {"action": "FailJob", "onPodConditions": [], "containerName": "jax-tpu", "operator": "NotIn"},
+        "pod": pod,
+    }  # fmt: skip
+
+
+def said(manifest: dict) -> dict[str, object]:
+    """The same of a manifest. Not among them: the codes on which it is started again, and how the trainer is called."""
+    spec = manifest["spec"]
+    (replicated,) = spec["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    (rule,) = job["podFailurePolicy"]["rules"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    labels = {name.removeprefix("cloud.google.com/gke-tpu-"): value for name, value in pod["nodeSelector"].items()}
+    in_memory = [each["name"] for each in pod["volumes"] if each.get("emptyDir") == {"medium": "Memory"}]
+    names = ("restartPolicy", "terminationGracePeriodSeconds", "hostNetwork", "dnsPolicy", "tolerations")
+    on_exit = {name: value for name, value in rule["onExitCodes"].items() if name != "values"}
+    (mounted,) = (each["mountPath"] for each in container["volumeMounts"] if each["name"] in in_memory)
+    return {
+        "apiVersion": manifest["apiVersion"], "kind": manifest["kind"], "name": manifest["metadata"]["name"],
+        "exclusive": manifest["metadata"]["annotations"]["alpha.jobset.sigs.k8s.io/exclusive-topology"],
+        "ttlSecondsAfterFinished": spec["ttlSecondsAfterFinished"], "failurePolicy": spec["failurePolicy"],
+        "job": (replicated["name"], replicated["replicas"]),
+        **{name: job[name] for name in ("parallelism", "completions", "backoffLimit")},
+        "rule": {name: value for name, value in rule.items() if name != "onExitCodes"} | on_exit,
+        "pod": {name: pod[name] for name in names} | {
+            "accelerator": labels["accelerator"], "topology": labels["topology"], "in memory": mounted,
+            "container": {
+                "name": container["name"], "image": container["image"],
+                "privileged": container["securityContext"]["privileged"], "limits": container["resources"]["limits"],
+            },
+        },
+    }  # fmt: skip
+
+
+def by_xpk(topology: str, file: pathlib.Path) -> subprocess.CompletedProcess[str]:
+    """Lets xpk write its manifest: it needs no cluster for that."""
+    place = {"cluster": "c", "project": "p", "zone": "us-central1-a"}
+    run = {"name": "tldr-2b", "image": "i", "slices": 2, "restarts": 5, "grace": 30, "command": COMMAND}
+    command = gke.xpk_command(topology=topology, **run, **place)
+    environment = {"HOME": str(file.parent), "TELEMETRY_ENABLED": "false", "PATH": os.environ["PATH"]}
+    command += ["--dry-run", f"--output-manifest-file={file}"]
+    return subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+
+
+with_xpk = pytest.mark.skipif(
+    shutil.which("xpk") is None, reason="no xpk on PATH (a virtual environment of its own with xpk==1.16.0)"
+)
 
 
 def made(topology: str = "v5e:4x4", slices: int = 1) -> dict:
@@ -60,18 +132,38 @@ def test_it_is_a_job_set():
 
 @pytest.mark.parametrize("topology", list(XPK))
 def test_slices_as_xpk_has_them(topology):
-    kind, accelerator, shape, pods, chips = XPK[topology]
-    job = made(topology)["spec"]["replicatedJobs"][0]["template"]["spec"]
-    pod = job["template"]["spec"]
-    assert (job["parallelism"], job["completions"], job["backoffLimit"]) == (pods, pods, 0)
-    assert pod["nodeSelector"] == {
-        "cloud.google.com/gke-tpu-accelerator": accelerator,
-        "cloud.google.com/gke-tpu-topology": shape,
-    }
-    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": chips}
-    place = {"cluster": "c", "project": "p", "zone": "z"}
-    given = {"name": "n", "image": "i", "slices": 1, "restarts": 5, "grace": 30, "command": COMMAND}
-    assert f"--tpu-type={kind}" in gke.xpk_command(topology=topology, **place, **given)
+    assert said(made(topology, slices=2)) == facts(topology)
+
+
+@with_xpk
+@pytest.mark.parametrize("topology", list(XPK))
+def test_xpk_says_so(topology, tmp_path):
+    """The facts are those of xpk's own manifest; what else is in it is an xpk cluster's: queue, priority, placement policy."""
+    file = tmp_path / "manifest.yaml"
+    found = by_xpk(topology, file)
+    assert found.returncode == 0, found.stdout[-500:] + found.stderr[-500:]
+    manifest = yaml.safe_load(file.read_text())
+    assert said(manifest) == facts(topology)
+    (replicated,) = manifest["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    codes = set(job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"])
+    assert codes - {*tpus.RESTARTED} == {42, 127}  # 127 is no such program: again it would be as little there
+    assert {*tpus.RESTARTED} <= codes
+    (container,) = job["template"]["spec"]["containers"]
+    assert shlex.join(COMMAND) in container["command"][-1]
+
+
+@pytest.mark.parametrize("topology", gke.NOT_XPKS)
+def test_slices_that_xpk_does_not_have(topology, tmp_path):
+    with pytest.raises(UserError, match=re.escape(f"--topology={topology}: xpk has no such slice")):
+        by_xpk(topology, tmp_path / "manifest.yaml")
+
+
+@with_xpk
+@pytest.mark.parametrize("topology", gke.NOT_XPKS)
+def test_xpk_does_not_have_them(topology, tmp_path, monkeypatch):
+    monkeypatch.setattr(gke, "NOT_XPKS", ())
+    assert "invalid choice" in by_xpk(topology, tmp_path / "manifest.yaml").stderr
 
 
 def test_restarts_as_xpk_has_them():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from oaif_jax.methods.online import Online
 from oaif_jax.methods.pairs import best_and_worst
 from oaif_jax.models import lora, sharding, transformer
 from oaif_jax.models.config import ModelConfig
+from oaif_jax.models.rows import trunk
 from oaif_jax.rollout import Sampler, named_key, sample, score
 from oaif_jax.step import Contribution, Step
 from oaif_jax.types import Batch, Prompts, Rollout, Scores
@@ -63,12 +65,12 @@ def place(tree, mesh: Mesh):
 
 
 @functools.cache
-def online(mesh_name: str = "one device", parts: int = 1, decode: str = "scanned") -> Contribution:
+def online(mesh_name: str = "one device", parts: int = 1, **compute: Any) -> Contribution:
     """What the online step adds up, on the host."""
     mesh = mesh_of(mesh_name)
     params, frozen = models()
     take = dataclasses.replace(
-        ONLINE, models=dataclasses.replace(MODELS, compute=dataclasses.replace(COMPUTE, mesh=mesh, decode=decode))
+        ONLINE, models=dataclasses.replace(MODELS, compute=dataclasses.replace(COMPUTE, mesh=mesh, **compute))
     )
 
     @jax.jit
@@ -168,6 +170,29 @@ def test_a_token_loop_layer_by_layer(mesh_name):
     """Where a mesh has two parts of the rows, each has few, and its weights lie output by output."""
     assert transformer.are_few(2 * ROWS, dataclasses.replace(COMPUTE, mesh=mesh_of("2x2x2"), decode="unrolled"))
     assert_same_step(online(mesh_name, decode="unrolled"), online())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh_name", ["2x2x2", "2x1x4"])
+def test_tokens_along_tensor(mesh_name):
+    """Rows of 19 columns, which `tensor` doesn't divide."""
+    assert_same_step(online(mesh_name, remat="layer", sequence_parallel=True), online())
+
+
+def test_what_is_kept_of_tokens_along_tensor():
+    """A quarter of what the layers keep otherwise: 8 rows of 64 tokens, on two devices along fsdp and four along tensor."""
+    mesh = sharding.make_mesh(1, 2, 4)
+    cfg = dataclasses.replace(MODEL, layers=32, width=64)
+    params = place(make_params(cfg, 0), mesh)
+    rows = trunk(jnp.ones((8, 64), jnp.int32), jnp.ones((8, 64), bool))
+
+    def taken(sequence_parallel: bool) -> int:
+        compute = dataclasses.replace(COMPUTE, mesh=mesh, remat="layer", sequence_parallel=sequence_parallel)
+        loss = lambda params: jnp.sum(transformer.forward(params, rows, cfg=cfg, compute=compute)[0] ** 2)  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    kept = cfg.layers * (8 // 2) * 64 * cfg.width * 4
+    assert taken(False) - taken(True) == pytest.approx(0.75 * kept, rel=0.15)
 
 
 @pytest.mark.slow

@@ -198,6 +198,7 @@ class Compute:
     frozen: Annotated[str, one_of(*DTYPES)] = "float32"  # of reference, annotator and judge, as dtype
     remat: Annotated[str, one_of("none", "dots", "layer")] = "none"  # computed again backward: all but products, or all
     attention: Annotated[str, one_of("parts", "cudnn", "splash")] = "parts"  # XLA's products; a kernel of GPUs, of TPUs
+    sequence_parallel: bool = False  # between layers tokens lie along mesh.tensor: keeps less of long rows
     decode: Annotated[str, one_of("scanned", "unrolled")] = "unrolled"  # layers in the token loop (CPU: unrolled)
     lengths: Annotated[int, within(1, 3)] = 1  # response widths (R, R/2, R/4) to annotate and update at
     head_chunk: Annotated[int, at_least(1)] = 1024  # tokens whose logits exist at a time

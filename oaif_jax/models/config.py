@@ -139,6 +139,7 @@ class ComputeConfig:
 
     dtype: str = "float32"  # of activations; softmax, norms and log-probabilities are float32 whatever it is
     remat: str = "none"  # activations computed again in the backward pass: none, dots (all but products), layer (all)
+    sequence_parallel: bool = False  # what is kept between layers lies along `tensor`, by tokens
     decode: str = "scanned"  # layers in the token loop: scanned, or unrolled (a copy of the weights, layer by layer)
     mesh: Mesh | None = None  # where activations are told where to lie; None: nowhere
     kernel: Kernel | None = None  # of an accelerator for attention; None: by parts, with XLA's products
