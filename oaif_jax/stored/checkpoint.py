@@ -1,7 +1,8 @@
 """Saves the checkpoints of a run: Orbax writes the arrays asynchronously, a manifest of SHA-256 sums vouches for them.
 
 All of a checkpoint (reader.py has its files) is written to <step>.unfinished, the manifest last, brought to the disk, and then
-renamed to <step>. So a kill leaves <step>.unfinished, which doesn't count, and never a step without its manifest.
+renamed to <step>. So a kill leaves <step>.unfinished, which doesn't count, and never a step without its manifest. Of a run in a
+bucket <step>.unfinished is brought there, the manifest last (remote.py), and of <step> only meta and manifest stay here.
 
 A run that is interrupted leaves an interim checkpoint between the regular ones, which goes with the next of these.
 """
@@ -83,6 +84,8 @@ class Checkpoints(Reader):
             for path in self.directory.iterdir():
                 if _LEFTOVER.fullmatch(path.name):
                     _remove(path)
+            if self._remote is not None:
+                self._remote.clean()
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         registry.add(None, ocp.args.PyTreeSave, handler())  # None: for every item
         # Directories made asynchronously that can't be made leave threads behind, for which the process waits minutes.
@@ -115,7 +118,7 @@ class Checkpoints(Reader):
         began = time.monotonic()
         path = self.directory / str(step)
         if os.path.lexists(path) and not replaces:
-            raise CheckpointError(f"{path}: exists already; a step is saved once")
+            raise CheckpointError(f"{self._named_path(step)}: exists already; a step is saved once")
         if metric is not None and not math.isfinite(metric):
             raise ValueError(f"metric={metric} of step {step}: wanted a finite number")
         leaves = {name: describe(tree) for name, tree in items.items()}
@@ -131,7 +134,7 @@ class Checkpoints(Reader):
         try:
             self._orbax.save(self._place / f"{step}.unfinished", args=args, force=True)
         except OSError as error:
-            raise CheckpointError(f"{path}: can't be saved: {one_line(error)}") from error
+            raise CheckpointError(f"{self._named_path(step)}: can't be saved: {one_line(error)}") from error
         self._pending = self._thread.submit(self._finish, path, text, began)
         self.times.saves += 1
         self.times.waited_seconds += time.monotonic() - began
@@ -153,7 +156,7 @@ class Checkpoints(Reader):
         if isinstance(error, CheckpointError):  # the save is complete, an older checkpoint is damaged
             raise error
         if error is not None:
-            raise CheckpointError(f"{self.directory}: a save failed and doesn't count: {one_line(error)}") from error
+            raise CheckpointError(f"{self._shown}: a save failed and doesn't count: {one_line(error)}") from error
 
     def close(self) -> None:
         """`wait`, and the end of the threads."""
@@ -179,10 +182,16 @@ class Checkpoints(Reader):
         (unfinished / META).write_text(record)
         manifest = {name: digest(file) for name, file in files_of(unfinished).items()}
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for written in (*unfinished.rglob("*"), unfinished):
-            fsync(written)
+        if self._remote is None:
+            for written in (*unfinished.rglob("*"), unfinished):
+                fsync(written)
         if os.path.lexists(path):
             self._delete(int(path.name))
+        if self._remote is not None:
+            files = files_of(unfinished)
+            self._remote.publish(int(path.name), {**files, MANIFEST: unfinished / MANIFEST})
+            for name in files.keys() - {META}:
+                files[name].unlink()
         unfinished.rename(path)
         fsync(self.directory)
         self.times.written_seconds += time.monotonic() - began
@@ -193,6 +202,8 @@ class Checkpoints(Reader):
             self._delete(step)
 
     def _delete(self, step: int) -> None:
+        if self._remote is not None:
+            self._remote.delete(step)
         deleted = self.directory / f"{step}.deleted"  # renamed first: a kill must not leave a step in parts
         _remove(deleted)
         (self.directory / str(step)).rename(deleted)

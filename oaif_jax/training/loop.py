@@ -20,6 +20,7 @@ from oaif_jax import collect, export, step
 from oaif_jax.base import cli
 from oaif_jax.base.errors import Interrupted, UserError
 from oaif_jax.base.files import atomic_write_json
+from oaif_jax.base.mirror import shown
 from oaif_jax.base.phases import phase
 from oaif_jax.collect import Batches, Ready
 from oaif_jax.config import Config
@@ -126,7 +127,7 @@ class Loop:
         self._seconds_before, self.history = meta["seconds"], meta["history"]
         self._checkpoints.times.add(meta.get("checkpoints", {}))
         self._checkpoints.times.restores += 1
-        self._say(f"going on from step {at} in {self._workdir}")
+        self._say(f"going on from step {at} in {shown(self._workdir)}")
         for difference in resume.differences(meta["environment"], self.environment):
             self._say(f"not bit for bit what an uninterrupted run gives: {difference}")
         number = jax.device_put(np.asarray(at, np.int32), sharding.replicated(mesh))
@@ -408,7 +409,7 @@ class Loop:
         self._checkpoints.wait()
         last = self._checkpoints.latest()
         found = f"the checkpoint of step {last} is good" if last is not None else "there is no checkpoint yet"
-        return f"{found} ({self._workdir})"
+        return f"{found} ({shown(self._workdir)})"
 
     def _left(self, error: Interrupted) -> Interrupted:
         """A signal, with what goes on from where, after a checkpoint of all steps taken; UserError where there can be none."""
