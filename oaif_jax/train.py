@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags
 from rich.console import Console
 
-from oaif_jax.base import cli, options
+from oaif_jax.base import cli, mirror, options
 from oaif_jax.base.errors import UserError
 
 if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
@@ -82,6 +82,8 @@ def _run(cfg: Config, workdir: pathlib.Path, console: Console) -> dict[str, Any]
     collect.host_batch(setup, 0)
     if cfg.export.at_end or cfg.export.adapter:
         export.check(setup.policy)
+    if cfg.export.check and hosts.are_several() and mirror.of(workdir) is not None:
+        raise UserError("config.export.check=True: in a bucket only the first of several processes has the export")
     sharding.param_shardings(setup.policy.params, mesh)
 
     # ------------------------------------------------------------------------------------------ from here on it is ours

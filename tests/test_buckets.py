@@ -2,27 +2,15 @@
 
 import io
 import json
-import os
 import pathlib
-import signal
-import subprocess
-import sys
-import time
 
-import numpy as np
 import pytest
 from bucket_fake import Storage
 from rich.console import Console
-from test_resume import CLOCK, StopError, stop_at, wait_for
-from test_train import ROOT, base_of, run, sft_config, sft_run, summary_of
+from test_resume import CLOCK
+from test_train import base_of, sft_config, sft_run, summary_of
 
-from oaif_jax import evaluate, report, train
-from oaif_jax.base import mirror
-from oaif_jax.base.bucket import Bucket, BucketError
-from oaif_jax.base.errors import UserError
-from oaif_jax.run import in_bucket
-from oaif_jax.run.log import MetricsLog
-from oaif_jax.stored.reader import CheckpointError, Reader, load_params
+from oaif_jax import train
 
 URL = "gs://bucket/runs/sft"
 

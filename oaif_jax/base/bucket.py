@@ -142,6 +142,24 @@ class Bucket:
             for future in [store.write(name, None) for name in names]:
                 future.result()
 
+    def merge(self, place: str, parts: Iterable[str], config: Mapping[str, Any]) -> None:
+        """Makes an OCDBT database below `place` that refers to all that databases below it hold."""
+        import tensorstore
+
+        # One context: a database refers to another only where both lie in the same store.
+        context = tensorstore.Context({"gcs_request_retries": {"max_retries": PATIENT}})
+
+        def opened(inside: str, **more: Any) -> Any:
+            base = {**self._spec, "path": f"{self._spec['path']}{place}{inside}"}
+            return tensorstore.KvStore.open({"driver": "ocdbt", "base": base, **more}, context=context).result()
+
+        with self._errors():
+            transaction = tensorstore.Transaction(atomic=True)
+            made = opened("", config=dict(config), assume_config=True).with_transaction(transaction)
+            for future in [opened(f"{part}/").experimental_copy_range_to(made) for part in parts]:
+                future.result()
+            transaction.commit_sync()
+
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:

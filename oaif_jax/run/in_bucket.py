@@ -1,9 +1,9 @@
 """A workdir in a bucket, as the run that trains there has it: held for its processes alone, and mirrored on this machine.
 
 What holds it is an object, "lock", that its owner writes anew every BEAT seconds, each time only if it is still as the owner
-wrote it. Whoever finds one watches it: if it changes, the run is refused; if it doesn't for EXPIRY seconds, its owner is taken for
-dead, and the object is replaced, again only if it is still the same. No clock is compared with another machine's. An owner that
-couldn't write for EXPIRY seconds, or that was replaced, brings nothing to the bucket any more.
+wrote it. Whoever finds one watches it: if it changes, the run is refused; if it doesn't for EXPIRY seconds, its owner is taken
+for dead, and the object is replaced, again only if it is still the same. No clock is compared with another machine's. An owner
+that couldn't write for EXPIRY seconds, or that was replaced, brings nothing to the bucket any more.
 """
 
 import contextlib

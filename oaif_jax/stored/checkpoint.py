@@ -37,6 +37,7 @@ from oaif_jax.stored.reader import (
     one_line,
     without_wildcards,
 )
+from oaif_jax.stored.remote import Written
 
 _LEFTOVER = re.compile(r"\d+\.(unfinished|deleted).*")  # Orbax appends to "unfinished" while it writes
 
@@ -79,20 +80,23 @@ class Checkpoints(Reader):
             raise ValueError(f"keep={keep}: at least 1 checkpoint must be kept")
         self._keep = keep
         self._pending: Future[None] | None = None
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 or self._remote is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
             for path in self.directory.iterdir():
                 if _LEFTOVER.fullmatch(path.name):
                     _remove(path)
-            if self._remote is not None:
-                self._remote.clean()
+        if jax.process_index() == 0 and self._remote is not None:
+            self._remote.clean()
+        # On its own disk each process is a first one.
+        has_own_disk = self._remote is not None and jax.process_count() > 1
+        among = ocp.options.MultiprocessingOptions(primary_host=None if has_own_disk else 0)
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        registry.add(None, ocp.args.PyTreeSave, handler())  # None: for every item
+        registry.add(None, ocp.args.PyTreeSave, handler(among))  # None: for every item
         # Directories made asynchronously that can't be made leave threads behind, for which the process waits minutes.
         made_first = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-        options = ocp.CompositeOptions(async_options=made_first)
+        options = ocp.CompositeOptions(async_options=made_first, multiprocessing_options=among)
         composite = ocp.CompositeCheckpointHandler(handler_registry=registry, composite_options=options)
-        self._orbax = ocp.AsyncCheckpointer(composite, async_options=made_first)
+        self._orbax = ocp.AsyncCheckpointer(composite, async_options=made_first, multiprocessing_options=among)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._links = contextlib.ExitStack()
         self._place = self._links.enter_context(without_wildcards(self.directory))
@@ -130,6 +134,8 @@ class Checkpoints(Reader):
             "leaves": leaves,
         }
         text = json.dumps(record | {"meta": meta})  # now: meta may change
+        if self._remote is not None and os.path.lexists(path) and jax.process_index() == 0:
+            self._delete(step)  # now: other processes' parts come as soon as Orbax has written them
         args = ocp.args.Composite(**{name: ocp.args.PyTreeSave(tree) for name, tree in items.items()})
         try:
             self._orbax.save(self._place / f"{step}.unfinished", args=args, force=True)
@@ -151,7 +157,10 @@ class Checkpoints(Reader):
             return
         with self.times.of("waited_seconds"):
             error = pending.exception()
-        if jax.process_count() > 1:
+        is_lost = self._remote is not None and not isinstance(
+            error, CheckpointError | None
+        )  # the others may wait for it
+        if jax.process_count() > 1 and not is_lost:
             multihost_utils.sync_global_devices("checkpoint")  # else others might not see process 0's rename yet
         if isinstance(error, CheckpointError):  # the save is complete, an older checkpoint is damaged
             raise error
@@ -176,22 +185,28 @@ class Checkpoints(Reader):
     def _finish(self, path: Path, record: str, began: float) -> None:
         """Waits for Orbax, writes the manifest, makes all of it durable, then lets it count by renaming it."""
         self._orbax.wait_until_finished()
-        if jax.process_index() != 0:
+        is_first, unfinished, step = jax.process_index() == 0, path.with_suffix(".unfinished"), int(path.name)
+        if is_first:
+            (unfinished / META).write_text(record)
+        elif self._remote is None:
             return
-        unfinished = path.with_suffix(".unfinished")
-        (unfinished / META).write_text(record)
-        manifest = {name: digest(file) for name, file in files_of(unfinished).items()}
-        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        files = files_of(unfinished)
+        entries = {name: digest(file) for name, file in files.items()}
         if self._remote is None:
+            (unfinished / MANIFEST).write_text(json.dumps(entries, indent=1))
             for written in (*unfinished.rglob("*"), unfinished):
                 fsync(written)
-        if os.path.lexists(path):
-            self._delete(int(path.name))
-        if self._remote is not None:
-            files = files_of(unfinished)
-            self._remote.publish(int(path.name), {**files, MANIFEST: unfinished / MANIFEST})
+            if os.path.lexists(path):
+                self._delete(step)
+        elif is_first:
+            manifest = self._remote.publish(step, Written(files, entries), jax.process_count())
+            (unfinished / MANIFEST).write_text(manifest)
             for name in files.keys() - {META}:
                 files[name].unlink()
+        else:
+            self._remote.hand_in(step, Written(files, entries), jax.process_index())
+            _remove(unfinished)
+            return
         unfinished.rename(path)
         fsync(self.directory)
         self.times.written_seconds += time.monotonic() - began

@@ -77,14 +77,17 @@ def _restore_args(leaf: Any) -> ocp.RestoreArgs:
     return ocp.RestoreArgs(restore_type=np.ndarray)
 
 
-def handler() -> ocp.PyTreeCheckpointHandler:
-    """Orbax's handler of trees, less two defaults that cost time and files.
+def handler(among: ocp.options.MultiprocessingOptions | None = None) -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler of trees, less two defaults that cost time and files. `among`: which process writes what all share.
 
     Small replicated arrays aren't cut up between their devices (hundreds of slices, dispatched while training waits),
     and the mesh isn't stored: `restore` is told the shardings.
     """
+    among = among or ocp.options.MultiprocessingOptions()
     arrays = ocp.type_handlers.ArrayHandler(
-        min_slice_bytes_for_replica_parallel=2**24, enable_write_sharding_file=False
+        primary_host=among.primary_host,
+        min_slice_bytes_for_replica_parallel=2**24,
+        enable_write_sharding_file=False,
     )
     numbers = ocp.type_handlers.ScalarHandler()
     registry = ocp.type_handlers.create_type_handler_registry(
@@ -92,7 +95,15 @@ def handler() -> ocp.PyTreeCheckpointHandler:
         (np.ndarray, ocp.type_handlers.NumpyHandler()),
         (jax.Array, arrays),
     )
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    made = ocp.PyTreeCheckpointHandler if among.primary_host is not None else _PartsHandler
+    return made(type_handler_registry=registry, multiprocessing_options=among)
+
+
+class _PartsHandler(ocp.PyTreeCheckpointHandler):
+    """Of several processes, each of which has its own disk: their parts become one database elsewhere."""
+
+    def finalize(self, directory: Any) -> None:
+        """Nothing: Orbax would make one of this process's parts."""
 
 
 def files_of(directory: Path) -> dict[str, Path]:

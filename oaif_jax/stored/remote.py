@@ -1,17 +1,42 @@
 """Checkpoints of a run in a bucket: objects there, and here of each its meta and manifest, with which a Reader does what it does.
 
 A checkpoint counts by its manifest, which is written last and deleted first. Its arrays come here for as long as they are read.
+
+Of several processes each writes its parts of the arrays, as Orbax has left them on its own disk, and a list of them; the first
+makes one OCDBT database of them there, as Orbax does on a disk that all see.
 """
 
+import dataclasses
+import hashlib
+import json
 import pathlib
 import re
 import shutil
+import time
 from collections.abc import Mapping
 
 from oaif_jax.base.mirror import CHECKPOINTS, Mirror
 
 META, MANIFEST = "meta.json", "MANIFEST.json"
 STEP = re.compile(r"0|[1-9]\d*")
+MERGED = re.compile(r"[^/]+/(?:manifest\.ocdbt|d/.*)")  # an item's database of all processes' parts
+PART = re.compile(r"([^/]+)/(?:(ocdbt\.process_\d+)/.*|array_metadatas/process_\d+)")
+DATABASE = {
+    "max_inline_value_bytes": 1024,
+    "max_decoded_node_bytes": 10**8,
+    "manifest_kind": "single",
+}  # as Orbax has it
+POLL = 0.5  # seconds
+
+Entries = dict[str, dict[str, int | str]]  # of a manifest: bytes and sha256 by file
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What this process has written of a checkpoint: files by their names in it, and what the manifest will say of them."""
+
+    files: Mapping[str, pathlib.Path]
+    entries: Entries
 
 
 class Remote:
@@ -60,14 +85,53 @@ class Remote:
         self._bucket.read_files(files)
         return [path for _, path in files.values()]
 
-    def publish(self, step: int, files: Mapping[str, pathlib.Path]) -> None:
-        """Writes a checkpoint's objects; from the manifest on, the last, it counts. What is recorded of the run comes first."""
+    def publish(self, step: int, written: Written, processes: int) -> str:
+        """Writes a checkpoint's objects, as the first of so many processes; from the manifest on, the last, it counts. What is
+        recorded of the run comes first. Returns the manifest."""
         self._mirror.push()
-        names = {f"{CHECKPOINTS}/{step}/{name}": path for name, path in files.items()}
-        manifest = f"{CHECKPOINTS}/{step}/{MANIFEST}"
-        self._bucket.write_files({name: path for name, path in names.items() if name != manifest})
+        place = f"{CHECKPOINTS}/{step}"
+        entries = written.entries
+        self._bucket.write_files({f"{place}/{name}": path for name, path in written.files.items()})
+        if processes > 1:
+            entries = entries | self._handed_in(step, processes)
+            entries |= self._merged(step, entries)
+        manifest = json.dumps(entries, indent=1)
         self._mirror.guard()
-        self._bucket.write_files({manifest: names[manifest]})
+        self._bucket.write(f"{place}/{MANIFEST}", manifest.encode())
+        return manifest
+
+    def hand_in(self, step: int, written: Written, process: int) -> None:
+        """Writes this process's parts of a checkpoint, which isn't the first, and last a list of them for that one."""
+        entries = {name: entry for name, entry in written.entries.items() if PART.fullmatch(name)}
+        self._bucket.write_files({f"{CHECKPOINTS}/{step}/{name}": written.files[name] for name in entries})
+        self._bucket.write(f"{CHECKPOINTS}/{step}/.part_{process}", json.dumps(entries).encode())
+
+    def _handed_in(self, step: int, processes: int) -> Entries:
+        """What the other processes have written. JAX ends this one where one of them is dead."""
+        found: Entries = {}
+        parts = [f"{CHECKPOINTS}/{step}/.part_{process}" for process in range(1, processes)]
+        for part in parts:
+            while (text := self._bucket.read(part)) is None:
+                time.sleep(POLL)
+            found |= json.loads(text)
+        self._bucket.delete(parts)
+        return found
+
+    def _merged(self, step: int, entries: Entries) -> Entries:
+        """Makes one database of each item's parts, which refers to them; its own files."""
+        parts: dict[str, set[str]] = {}
+        for match in filter(None, map(PART.fullmatch, entries)):
+            if match[2]:
+                parts.setdefault(match[1], set()).add(match[2])
+        for item, databases in parts.items():
+            self._bucket.merge(f"{CHECKPOINTS}/{step}/{item}/", sorted(databases), DATABASE)
+        found: Entries = {}
+        for name in self._names()[str(step)]:
+            inside = name.partition("/")[2]
+            if MERGED.fullmatch(inside):
+                value = self._bucket.read(f"{CHECKPOINTS}/{name}") or b""
+                found[inside] = {"bytes": len(value), "sha256": hashlib.sha256(value).hexdigest()}
+        return found
 
     def delete(self, step: int | str) -> None:
         """Deletes a checkpoint, or what a kill has left of one."""
