@@ -20,7 +20,7 @@ PAGE = 7  # names of a list in one answer; the real one's are 1,000
 OBJECT = re.compile(r"(?:/upload)?/storage/v1/b/([^/]+)/o(?:/(.+))?")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Object:
     """A name's content, and which of its writes it is."""
 
@@ -29,15 +29,17 @@ class Object:
 
 
 class Storage:
-    """Buckets by name; `log` has each request that changed something, as ("POST" | "DELETE", name), in their order."""
+    """Buckets by name; `log` has each request that changed something, as ("POST" | "DELETE", name), in their order, and `states`
+    the objects before each of them: all that a kill of whoever wrote them could have left."""
 
     def __init__(self, *buckets: str):
         self.buckets: dict[str, dict[str, Object]] = {name: {} for name in buckets}
         self.log: list[tuple[str, str]] = []
+        self.states: list[dict[str, Object]] = []
         self.refuses: Callable[[str, str], bool] = lambda method, name: False  # with 403, as for who has no rights
         self.lock = threading.Lock()
         self._generation = 0
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = _Server(("127.0.0.1", 0), _handler(self))
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -76,6 +78,7 @@ class Storage:
         if method == "GET":
             return _read(there, asked, headers.get("Range", ""))
         self.log.append((method, name))
+        self.states.append(dict(objects))
         if method == "POST":
             return 200, json.dumps(_described(name, self.write(match[1], name, body))).encode(), {}
         return (204, b"", {}) if objects.pop(name, None) else (404, b"{}", {})
@@ -105,6 +108,10 @@ def _read(there: Object | None, asked: dict[str, str], span: str) -> tuple[int, 
     assert first is not None, span
     value = there.value[first : None if last is None else last + 1]
     return 206, value, own | {"Content-Range": f"bytes {first}-{first + len(value) - 1}/{len(there.value)}"}
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128  # connections at once; one that finds no place tries again after a second
 
 
 def _handler(storage: Storage) -> type[http.server.BaseHTTPRequestHandler]:

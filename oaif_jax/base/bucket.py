@@ -54,13 +54,17 @@ class Bucket:
             raise BucketError(f"{url}: wanted {SCHEME}BUCKET/RUN")
         self.url = f"{SCHEME}{match[1]}/{match[2]}"
         self._spec = {"driver": "gcs", "bucket": match[1], "path": f"{match[2]}/"}
+        self._stores: dict[int, Any] = {}
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019  # a process has few buckets
     def _store(self, tries: int) -> Any:
+        """TensorStore's view of them, opened once for each number of tries."""
         import tensorstore  # not at the top: a program's --help doesn't wait for it
 
         with self._errors():
-            return tensorstore.KvStore.open({**self._spec, "gcs_request_retries": {"max_retries": tries}}).result()
+            if tries not in self._stores:
+                spec = {**self._spec, "gcs_request_retries": {"max_retries": tries}}
+                self._stores[tries] = tensorstore.KvStore.open(spec).result()
+        return self._stores[tries]
 
     def names(self, known: str) -> list[str]:
         """All objects, sorted. `known` is one that is there if anything is: TensorStore takes the answer that a list is refused

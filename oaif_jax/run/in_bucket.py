@@ -48,10 +48,13 @@ def workdir(url: str, say: inputs.Say) -> Iterator[pathlib.Path]:
         hosts.in_first(lambda: _begin(mirror))
         try:
             yield mirror.directory
-        finally:
-            if hosts.is_first():
-                with phase(f"writing to {bucket.url}"):
-                    mirror.push(is_end=True)
+        except BaseException:
+            try:
+                _end(mirror)
+            except UserError as error:  # what ended the run is more
+                say(str(error))
+            raise
+        _end(mirror)
 
 
 def _begin(mirror: Mirror) -> None:
@@ -62,6 +65,12 @@ def _begin(mirror: Mirror) -> None:
         )
     with phase(f"reading {mirror.bucket.url}"):
         mirror.pull()
+
+
+def _end(mirror: Mirror) -> None:
+    if hosts.is_first():
+        with phase(f"writing to {mirror.bucket.url}"):
+            mirror.push(is_end=True)
 
 
 def _emptied(directory: pathlib.Path) -> None:
@@ -186,7 +195,8 @@ class _Lock:
             raise UserError(f"{self._bucket.url}/{LOCK}: {lost}; what is new here isn't brought there")
 
     def release(self) -> None:
-        """Deletes the object, if it is still this process's."""
+        """Deletes the object, if it is still this process's; where that can't be done it runs out."""
         self._ends.set()
         self._thread.join()
-        self._bucket.write_if(LOCK, None, self._generation)
+        with contextlib.suppress(BucketError):
+            self._bucket.write_if(LOCK, None, self._generation)
