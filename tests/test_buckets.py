@@ -19,6 +19,7 @@ from rich.console import Console
 from test_resume import CLOCK
 from test_train import ROOT, base_of, run, sft_config, sft_run, summary_of
 
+from launch import soak
 from oaif_jax import evaluate, export, sample, train
 from oaif_jax.base import mirror
 from oaif_jax.base.bucket import Bucket, BucketError
@@ -153,17 +154,16 @@ def moments(storage: Storage) -> dict[str, int]:
     }
 
 
-SLOW = pytest.mark.slow
-MOMENTS = (
-    pytest.param("before the first checkpoint counts", None, marks=SLOW),
-    ("amid a later checkpoint", 2),
-    pytest.param("once it counts", 4, marks=SLOW),
-    pytest.param("amid a deletion", 4, marks=SLOW),
-    pytest.param("amid the end", 6, marks=SLOW),
-)
+MOMENTS = {
+    "before the first checkpoint counts": None,
+    "amid a later checkpoint": 2,
+    "once it counts": 4,
+    "amid a deletion": 4,
+    "amid the end": 6,
+}
 
 
-@pytest.mark.parametrize(("moment", "step"), MOMENTS)
+@pytest.mark.parametrize(("moment", "step"), MOMENTS.items())
 def test_a_killed_run_goes_on_elsewhere_to_the_same_end(whole, storage, moment, step):
     """The bucket is all that is left of it; a lock is part of that."""
     storage.buckets["bucket"] |= whole[2].states[moments(whole[2])[moment]]
@@ -177,29 +177,76 @@ def test_a_killed_run_goes_on_elsewhere_to_the_same_end(whole, storage, moment, 
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed(whole, storage, tmp_path):
-    """SIGKILL, while it writes a checkpoint; then the same command on the same machine, which needn't wait for the lock."""
+def test_a_run_that_is_killed_at_any_moment(whole, storage):
+    """At twelve of its hundred or so changes, evenly spread."""
+    states = [state for state in whole[2].states if f"{BELOW}lock" in state]
+    for state in states[:: len(states) // 12]:
+        storage.buckets["bucket"] = dict(state)
+        run_in(URL)
+        assert_same_end(inside(storage.buckets["bucket"]), inside(whole[2].buckets["bucket"]))
+
+
+def started(values: dict, workdir: object, tmp_path: pathlib.Path, *program: str) -> subprocess.Popen:
+    """A program of its own that trains; its output is in `tmp_path`/log."""
     experiment = tmp_path / "experiment.py"
     text = "import json\nfrom ml_collections import ConfigDict\ndef get_config(): return ConfigDict(json.loads({}))\n"
-    experiment.write_text(text.format(repr(json.dumps(sft_config(**KEPT)))))
-    command = [sys.executable, "-m", "oaif_jax.train", f"--config={experiment}", f"--workdir={URL}"]
+    experiment.write_text(text.format(repr(json.dumps(values))))
     with (tmp_path / "log").open("ab") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        command = [sys.executable, "-m", *program, f"--config={experiment}", f"--workdir={workdir}"]
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 
-        def kills(method: str, name: str) -> bool:
-            if method == "POST" and name.startswith(f"{BELOW}checkpoints/4/"):
-                process.send_signal(signal.SIGKILL)
-            return False
 
-        storage.refuses = kills
-        assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
-        storage.refuses = lambda method, name: False
-        assert f"{BELOW}lock" in storage.buckets["bucket"]
-        assert subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode == 0, (tmp_path / "log").read_text()
+def killed_at(storage: Storage, end: str, process: subprocess.Popen, pids) -> None:
+    """Waits for a process whose `pids()` are ended by SIGKILL when an object whose name ends so is about to be written."""
+
+    def kill(method: str, name: str) -> bool:
+        if method == "POST" and name.endswith(end):
+            storage.refuses = lambda method, name: False
+            for pid in pids():
+                os.kill(pid, signal.SIGKILL)
+            return True
+        return False
+
+    storage.refuses = kill
+    assert process.wait() != 0
+    assert f"{BELOW}lock" in storage.buckets["bucket"]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed(whole, storage, tmp_path):
+    """SIGKILL, while it writes a checkpoint; then the same command on the same machine, which needn't wait for the lock."""
+    asked = (sft_config(**KEPT), URL, tmp_path, "oaif_jax.train")
+    process = started(*asked)
+    killed_at(storage, "checkpoints/4/params/_METADATA", process, lambda: [process.pid])
+    assert started(*asked).wait() == 0, (tmp_path / "log").read_text()
     shown = (tmp_path / "log").read_text()
     assert f"going on from step 2 in {URL}" in shown
     assert "taken for dead" not in shown
     assert_same_end(inside(storage.buckets["bucket"]), inside(whole[2].buckets["bucket"]))
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_disk_each(storage, tmp_path):
+    """They leave what they leave on a disk that both see, also when they are killed while one has written its parts of a
+    checkpoint and the other hasn't made one of all. Arrays lie on both."""
+    values = sft_config(**KEPT, mesh__fsdp=4, mesh__tensor=2)
+    two = ("launch.local", "--processes=2", "--devices-per-process=4", "--")
+    process = started(values, URL, tmp_path, *two)
+    killed_at(storage, "checkpoints/4/.part_1", process, lambda: soak.children(process.pid))
+    assert started(values, URL, tmp_path, *two).wait() == 0, (tmp_path / "log").read_text()
+    assert f"going on from step 2 in {URL}" in (tmp_path / "log").read_text()
+    assert started(values, tmp_path / "run", tmp_path, *two).wait() == 0, (tmp_path / "log").read_text()
+    wanted = {
+        path.relative_to(tmp_path / "run").as_posix(): path for path in (tmp_path / "run").rglob("*") if path.is_file()
+    }
+    found = inside(storage.buckets["bucket"])
+    assert_same_end(found, {name: path.read_bytes() for name, path in wanted.items()})
+    data = {
+        part: sum(len(found[name]) for name in found if f"/params/ocdbt.process_{part}/d/" in name) for part in (0, 1)
+    }
+    assert 0.5 < data[0] / data[1] < 2
+    trees = [load_params(each / "checkpoints", "6")[0] for each in (mirror.local(URL), tmp_path / "run")]
+    assert sha256_of_tree(trees[0]) == sha256_of_tree(trees[1]) == json.loads(found["summary.json"])["params_sha256"]
 
 
 # ------------------------------------------------------------------------------------------------ who may write
@@ -400,6 +447,22 @@ def test_a_bucket_that_cannot_be_reached(storage, monkeypatch):
     monkeypatch.setattr("oaif_jax.base.bucket.QUICK", 1)
     with pytest.raises(BucketError, match=f"{URL}: ABORTED: .*Could not connect"):
         mirror.local(URL)
+
+
+def test_another_meta_of_a_checkpoint(storage):
+    """It is the one of the step's evaluation, for which no array is written again; what was recorded meanwhile comes before."""
+    with in_bucket.workdir(URL, print) as directory, Checkpoints(directory / "checkpoints", keep=2) as checkpoints:
+        checkpoints.save(1, {"params": {"w": jax.numpy.ones(3)}}, {"of": "before"}, is_interim=True)
+        checkpoints.wait()
+        before = len(storage.log)
+        (directory / "metrics.jsonl").write_text("")
+        checkpoints.save(1, {"params": {"w": jax.numpy.ones(3)}}, {"of": "now"}, metric=0.5, replaces=True)
+        checkpoints.wait()
+        assert (checkpoints.best(), checkpoints.meta(1)) == (1, {"of": "now"})
+        checkpoints.verify(1)
+        names = [name.removeprefix(BELOW) for _, name in storage.log[before:]]
+        manifest, meta = "checkpoints/1/MANIFEST.json", "checkpoints/1/meta.json"
+        assert [name for name in names if name != "lock"] == ["metrics.jsonl", manifest, meta, manifest]
 
 
 def test_a_save_that_fails_says_so(storage):

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 from oaif_jax.base.bucket import SCHEME, WANTED, Bucket, is_url
-from oaif_jax.base.files import is_stranger, no_url
+from oaif_jax.base.files import is_locked, is_stranger, no_url
 
 LOCK, CHECKPOINTS = "lock", "checkpoints"
 CONFIG, SUMMARY = "config.json", "summary.json"
@@ -146,6 +146,12 @@ def local(path: str | os.PathLike[str]) -> pathlib.Path:
         _mirrors[mirror.directory] = mirror
     mirror.pull()
     return mirror.directory
+
+
+def is_running(workdir: pathlib.Path) -> bool:
+    """Whether a process trains there: in a bucket, as far as its lock says, which a kill leaves."""
+    mirror = of(workdir)
+    return is_locked(workdir / LOCK) if mirror is None else mirror.bucket.read(LOCK) is not None
 
 
 def push(directory: pathlib.Path) -> None:

@@ -39,6 +39,7 @@ from oaif_jax.stored.reader import (
 )
 from oaif_jax.stored.remote import Written
 
+_FILE = 400 * 2**20  # bytes of a file of arrays in a bucket, as Orbax has it: it is read and written whole
 _LEFTOVER = re.compile(r"\d+\.(unfinished|deleted).*")  # Orbax appends to "unfinished" while it writes
 
 
@@ -116,7 +117,8 @@ class Checkpoints(Reader):
 
         items: trees of jax or numpy arrays and Python numbers, none of size 0. meta: what JSON can hold.
         metric: higher is better; measured_on: only metrics with an equal one are compared. is_interim: deleted with the next
-        save. replaces: there may be a checkpoint of this step. Waits for the save before this one, and raises its error.
+        save. replaces: there may be a checkpoint of this step, which the run went on from: of the same items. Waits for the save
+        before this one, and raises its error.
         """
         self.wait()
         began = time.monotonic()
@@ -134,9 +136,12 @@ class Checkpoints(Reader):
             "leaves": leaves,
         }
         text = json.dumps(record | {"meta": meta})  # now: meta may change
-        if self._remote is not None and os.path.lexists(path) and jax.process_index() == 0:
-            self._delete(step)  # now: other processes' parts come as soon as Orbax has written them
-        args = ocp.args.Composite(**{name: ocp.args.PyTreeSave(tree) for name, tree in items.items()})
+        if self._remote is not None and replaces:
+            self._pending = self._thread.submit(self._describe_anew, step, text)
+            return
+        size = None if self._remote is None else _FILE
+        args = {name: ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=size) for name, tree in items.items()}
+        args = ocp.args.Composite(**args)
         try:
             self._orbax.save(self._place / f"{step}.unfinished", args=args, force=True)
         except OSError as error:
@@ -157,9 +162,8 @@ class Checkpoints(Reader):
             return
         with self.times.of("waited_seconds"):
             error = pending.exception()
-        is_lost = self._remote is not None and not isinstance(
-            error, CheckpointError | None
-        )  # the others may wait for it
+        # What failed before a checkpoint in a bucket counts, other processes may wait for as long as this one lives.
+        is_lost = self._remote is not None and not isinstance(error, CheckpointError | None)
         if jax.process_count() > 1 and not is_lost:
             multihost_utils.sync_global_devices("checkpoint")  # else others might not see process 0's rename yet
         if isinstance(error, CheckpointError):  # the save is complete, an older checkpoint is damaged
@@ -210,6 +214,16 @@ class Checkpoints(Reader):
         unfinished.rename(path)
         fsync(self.directory)
         self.times.written_seconds += time.monotonic() - began
+        self._drop()
+
+    def _describe_anew(self, step: int, record: str) -> None:
+        """Another meta for a checkpoint in a bucket whose arrays stay: a kill amid their replacement would leave none."""
+        if jax.process_index() == 0 and self._remote is not None:
+            self._remote.describe(step, record, self._manifest(step))
+            self._drop()
+
+    def _drop(self) -> None:
+        """Deletes what needn't be kept."""
         steps = self.steps()
         interim = [step for step in steps if self._record(step).get("is_interim", False)]
         regular = [step for step in steps if step not in interim]

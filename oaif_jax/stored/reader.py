@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 
 from oaif_jax.base import mirror
 from oaif_jax.base.errors import UserError
-from oaif_jax.base.files import MOST_JSON, is_locked, open_file, read_bytes, reason
+from oaif_jax.base.files import MOST_JSON, open_file, read_bytes, reason
 from oaif_jax.stored.remote import MANIFEST, META, STEP, Remote
 
 
@@ -310,13 +310,12 @@ class Reader:
         if self._is_gone(step):
             return self._gone(step)
         path = self._named_path(step, name)
-        if not self._is_own and self._is_running():  # nobody but the run itself knows what is wrong there
+        if not self._is_own and mirror.is_running(
+            self.directory.parent
+        ):  # nobody but the run itself knows what is wrong there
             return CheckpointError(f"{path}: {fault}; a run goes on there: wanted another checkpoint")
         begin = f"go on from step {max(others)}" if others else "start from the beginning"
         return CheckpointError(f"{path}: {fault}; {then or f'delete {self._named_path(step)} to {begin}'}")
-
-    def _is_running(self) -> bool:
-        return is_locked(self.directory.parent / "lock") if self._remote is None else self._remote.is_running()
 
     def _manifest(self, step: int) -> dict[str, dict[str, int | str]]:
         directory = self.directory / str(step)

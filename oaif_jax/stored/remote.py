@@ -70,10 +70,6 @@ class Remote:
                 path.write_bytes(each.value)
                 self._generations[name] = each.generation
 
-    def is_running(self) -> bool:
-        """Whether a process trains in the run, as far as its lock says."""
-        return self._bucket.read("lock") is not None
-
     def bring(self, step: int, manifest: Mapping[str, Mapping]) -> list[pathlib.Path]:
         """Brings a checkpoint's files that aren't here; which."""
         here = self._directory / str(step)
@@ -82,8 +78,14 @@ class Remote:
             for name, entry in manifest.items()
             if not (here / name).exists()
         }
-        self._bucket.read_files(files)
-        return [path for _, path in files.values()]
+        brought = [path for _, path in files.values()]
+        try:
+            self._bucket.read_files(files)
+        except BaseException:
+            for path in brought:  # one of them may be there in part
+                path.unlink(missing_ok=True)
+            raise
+        return brought
 
     def publish(self, step: int, written: Written, processes: int) -> str:
         """Writes a checkpoint's objects, as the first of so many processes; from the manifest on, the last, it counts. What is
@@ -99,6 +101,16 @@ class Remote:
         self._mirror.guard()
         self._bucket.write(f"{place}/{MANIFEST}", manifest.encode())
         return manifest
+
+    def describe(self, step: int, meta: str, manifest: Entries) -> None:
+        """Another meta for a checkpoint; it counts again once both are written."""
+        self._mirror.push()
+        self._mirror.guard()
+        value, place = meta.encode(), f"{CHECKPOINTS}/{step}"
+        entries = manifest | {META: {"bytes": len(value), "sha256": hashlib.sha256(value).hexdigest()}}
+        self._bucket.delete([f"{place}/{MANIFEST}"])
+        self._bucket.write(f"{place}/{META}", value)
+        self._bucket.write(f"{place}/{MANIFEST}", json.dumps(entries, indent=1).encode())
 
     def hand_in(self, step: int, written: Written, process: int) -> None:
         """Writes this process's parts of a checkpoint, which isn't the first, and last a list of them for that one."""
