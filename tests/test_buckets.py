@@ -19,7 +19,7 @@ from rich.console import Console
 from test_resume import CLOCK
 from test_train import ROOT, base_of, run, sft_config, sft_run, summary_of
 
-from launch import soak
+from launch import local, soak, tpus
 from oaif_jax import evaluate, export, sample, train
 from oaif_jax.base import mirror
 from oaif_jax.base.bucket import Bucket, BucketError
@@ -373,6 +373,17 @@ def test_an_object_that_is_damaged_is_named(whole, storage, fault, kind):
     assert f"; delete {URL}/checkpoints/6 to " in str(said.value)
 
 
+@pytest.mark.parametrize("name", ["../../stolen", "/tmp/stolen", "params/../../../stolen"])
+def test_a_manifest_that_names_what_lies_elsewhere(whole, storage, name):
+    """A stranger's run may be read: none of its files goes anywhere but to its directory."""
+    storage.buckets["bucket"] = dict(whole[2].buckets["bucket"])
+    place = f"{BELOW}checkpoints/6/MANIFEST.json"
+    manifest = json.loads(storage.buckets["bucket"][place].value)
+    storage.write("bucket", place, json.dumps(manifest | {name: {"bytes": 0, "sha256": ""}}).encode())
+    with pytest.raises(CheckpointError, match=f"{URL}/checkpoints/6/MANIFEST.json: is unreadable"):
+        load_params(mirror.local(URL) / "checkpoints", "6")
+
+
 @pytest.mark.slow
 def test_programs_that_read_a_run(whole, storage, base, tmp_path):
     """What they say of a run in a bucket they say of one on this machine."""
@@ -418,6 +429,14 @@ def test_what_is_no_workdir(storage, url, said, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"^{said}"):
         run_in(url)
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
+
+
+def test_launchers_take_a_workdir_in_a_bucket(storage, tmp_path):
+    """What processes print lies on this machine, beside its copy of the small files."""
+    assert local.workdir_of([f"--workdir={URL}/"]) == mirror.cache_of(URL)
+    assert mirror.cache_of(URL).is_relative_to(tmp_path / "cache")
+    assert mirror.cache_of(URL) != mirror.cache_of("gs://bucket/runs_sft")
+    tpus.check_arguments([f"--config={ROOT}/experiments/tiny.py:tldr,sft", f"--workdir={URL}"])
 
 
 def test_a_place_that_is_not_a_runs(storage):

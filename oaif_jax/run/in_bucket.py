@@ -98,8 +98,8 @@ def _lock(mirror: Mirror, cache: pathlib.Path, say: inputs.Say) -> Iterator[None
 
 @contextlib.contextmanager
 def _alive(url: str, cache: pathlib.Path) -> Iterator[str]:
-    """Holds a file of this machine, of which a kill lets go; a name of that file that no other has. So a lock in the bucket under
-    that name is a dead process's."""
+    """Holds a file of this machine, of which a kill lets go; a name of that file that no other has, nor a copy of it. So a lock in
+    the bucket under that name is a dead process's."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         file = (cache / LOCK).open("a+")
@@ -116,7 +116,8 @@ def _alive(url: str, cache: pathlib.Path) -> Iterator[str]:
             name = str(uuid.uuid4())
             file.write(name)
             file.flush()
-        yield name
+        there = os.fstat(file.fileno())
+        yield f"{name} {socket.gethostname()} {there.st_dev} {there.st_ino}"
 
 
 def _free(bucket: Bucket, machine: str, say: inputs.Say) -> bytes:

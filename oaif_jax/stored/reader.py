@@ -328,6 +328,8 @@ class Reader:
             if not any(directory.iterdir()):
                 raise self._damaged(step, "", "is an empty directory")
             manifest = json.loads(read_bytes(directory / MANIFEST, MOST_JSON))
+            if any(name.startswith("/") or ".." in name.split("/") for name in manifest):  # they would be brought there
+                raise ValueError(manifest)
             return {META: manifest[META]} | {name: {**entry} for name, entry in manifest.items()}
         except FileNotFoundError as error:
             raise self._damaged(step, "", f"has no {MANIFEST}") from error
