@@ -134,10 +134,29 @@ def test_a_checkpoint_counts_after_what_is_recorded_of_its_steps(whole):
 
 def test_what_is_done_is_shown_on_any_machine(whole, storage):
     storage.buckets["bucket"] |= whole[2].buckets["bucket"]
+    storage.write("bucket", f"{BELOW}export/config.json", b"{}")
     summary, shown = run_in(URL)
     assert summary == whole[0]
     assert f"finished before, in {URL}" in shown
-    assert {name for _, name in storage.log} == {f"{BELOW}lock"}
+    assert {name for _, name in storage.log} == {f"{BELOW}lock"}, "nothing else is written or deleted"
+
+
+def test_an_export_of_an_earlier_end_goes(storage):
+    """A later end may have none; what the run itself has written comes and goes with it."""
+    storage.write("bucket", f"{BELOW}config.json", b"{}")
+    storage.write("bucket", f"{BELOW}export/config.json", b"{}")
+    storage.write("bucket", f"{BELOW}exported.json", b"{}")
+    with in_bucket.workdir(URL, print) as directory:
+        assert not (directory / "export").exists()
+        mirror.remove(directory, "export")
+        assert set(inside(storage.buckets["bucket"])) == {"config.json", "exported.json", "lock"}
+        for name in ("export/model.safetensors", "samples/final.jsonl"):
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_text("new")
+        mirror.push(directory)
+        assert inside(storage.buckets["bucket"])["export/model.safetensors"] == b"new"
+        (directory / "samples/final.jsonl").unlink()
+    assert set(inside(storage.buckets["bucket"])) == {"config.json", "exported.json", "export/model.safetensors"}
 
 
 def moments(storage: Storage) -> dict[str, int]:

@@ -14,14 +14,13 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 
 from oaif_jax.base.bucket import SCHEME, WANTED, Bucket, is_url
 from oaif_jax.base.files import is_locked, is_stranger, no_url
 
 LOCK, CHECKPOINTS = "lock", "checkpoints"
 CONFIG, SUMMARY = "config.json", "summary.json"
-EXPORTS = ("export/", "adapter/")
 # What is read of a run beside its checkpoints: not what only people or other programs read, which may be large.
 READ = re.compile(r"[^/]+\.(?:json|jsonl|damaged)|curve\.png|report\.html|(?:samples|evaluations)/[^/]+\.jsonl?")
 
@@ -50,7 +49,7 @@ class Mirror:
         there = {name for name, each in found.items() if each.value is not None or each.is_same}
         for name in self._generations.keys() - there:
             (self.directory / name).unlink(missing_ok=True)
-            self._forget(name)
+            del self._generations[name], self._stamps[name]
         for name, each in found.items():
             if each.value is not None:
                 path = self.directory / name
@@ -58,17 +57,11 @@ class Mirror:
                 path.write_bytes(each.value)
                 self._keep(name, each.generation, _stamp(path))
 
-    def push(self, *, is_end: bool = False) -> None:
-        """Brings to the bucket what was written or deleted here since. summary.json last, since a run that has one is done; at a
-        run's end also exports, and none of an earlier end stays."""
+    def push(self) -> None:
+        """Brings to the bucket what was written or deleted here since. summary.json last, since a run that has one is done."""
         self.guard()
-        here = {name: path for name, path in self._files().items() if is_end or not name.startswith(EXPORTS)}
-        gone = {name for name in self._generations if name not in here and not name.startswith(EXPORTS)}
-        if is_end:
-            gone |= {name for name in self.names() if name.startswith(EXPORTS)} - here.keys()
-        self.bucket.delete(sorted(gone, key=lambda name: name != SUMMARY))
-        for name in gone:
-            self._forget(name)
+        here = self._files()
+        self._delete(self._generations.keys() - here.keys())
         stamps = {name: _stamp(path) for name, path in here.items()}
         changed = {name: here[name] for name in here if self._stamps.get(name) != stamps[name]}
         last = [name for name in (CONFIG, SUMMARY) if name in changed]
@@ -78,6 +71,18 @@ class Mirror:
         ):
             for name, generation in self.bucket.write_files(group).items():
                 self._keep(name, generation, stamps[name])
+
+    def remove(self, name: str) -> None:
+        """Deletes a directory here and there, of which nothing may have come here."""
+        self.guard()
+        shutil.rmtree(self.directory / name, ignore_errors=True)
+        self._delete({each for each in self.names() if each.startswith(f"{name}/")})
+
+    def _delete(self, names: Set[str]) -> None:
+        self.bucket.delete(sorted(names, key=lambda name: name != SUMMARY))
+        for name in names:
+            self._generations.pop(name, None)
+            self._stamps.pop(name, None)
 
     def _files(self) -> dict[str, pathlib.Path]:
         """The files here that are the run's, but for its checkpoints."""
@@ -91,10 +96,6 @@ class Mirror:
 
     def _keep(self, name: str, generation: bytes, stamp: tuple[int, int]) -> None:
         self._generations[name], self._stamps[name] = generation, stamp
-
-    def _forget(self, name: str) -> None:
-        self._generations.pop(name, None)
-        self._stamps.pop(name, None)
 
 
 def _stamp(path: pathlib.Path) -> tuple[int, int]:
@@ -158,6 +159,14 @@ def push(directory: pathlib.Path) -> None:
     """Brings what was written in a directory to the bucket that it mirrors, if it does."""
     if (mirror := of(directory)) is not None:
         mirror.push()
+
+
+def remove(directory: pathlib.Path, name: str) -> None:
+    """Deletes what is below a name in a directory, and in the bucket that it mirrors, if it does."""
+    if (mirror := of(directory)) is not None:
+        mirror.remove(name)
+    else:
+        shutil.rmtree(directory / name, ignore_errors=True)
 
 
 def cache_of(url: str) -> pathlib.Path:

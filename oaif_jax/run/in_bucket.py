@@ -70,7 +70,7 @@ def _begin(mirror: Mirror) -> None:
 def _end(mirror: Mirror) -> None:
     if hosts.is_first():
         with phase(f"writing to {mirror.bucket.url}"):
-            mirror.push(is_end=True)
+            mirror.push()
 
 
 def _emptied(directory: pathlib.Path) -> None:
@@ -98,8 +98,8 @@ def _lock(mirror: Mirror, cache: pathlib.Path, say: inputs.Say) -> Iterator[None
 
 @contextlib.contextmanager
 def _alive(url: str, cache: pathlib.Path) -> Iterator[str]:
-    """Holds a file of this machine, of which a kill lets go; a name of that file that no other has, nor a copy of it. So a lock in
-    the bucket under that name is a dead process's."""
+    """Holds a file of this machine, of which a kill lets go; a name of that file that no other has, nor a copy of it. So a lock
+    in the bucket under that name is a dead process's."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         file = (cache / LOCK).open("a+")

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -20,7 +19,7 @@ from oaif_jax import collect, export, step
 from oaif_jax.base import cli
 from oaif_jax.base.errors import Interrupted, UserError
 from oaif_jax.base.files import atomic_write_json
-from oaif_jax.base.mirror import shown
+from oaif_jax.base.mirror import remove, shown
 from oaif_jax.base.phases import phase
 from oaif_jax.collect import Batches, Ready
 from oaif_jax.config import Config
@@ -234,7 +233,7 @@ class Loop:
             metrics |= {"reward_mean": mean, "reward_scale": scale}
         self._doing = "the export"
         for name in ("export", "adapter"):  # of fewer steps, or of a run that was killed since
-            hosts.in_first(functools.partial(shutil.rmtree, self._workdir / name, ignore_errors=True))
+            hosts.in_first(functools.partial(remove, self._workdir, name))
         if cfg.export.at_end:
             self._say(work(export.save, policy, params, self._workdir / "export", cfg.export.dtype))
         if cfg.export.adapter:
