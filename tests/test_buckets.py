@@ -62,7 +62,7 @@ def storage(monkeypatch, tmp_path):
 def whole(tmp_path_factory):
     """A run in a bucket that nobody disturbed: its summary, what it printed, and the storage, with all its states."""
     with pytest.MonkeyPatch.context() as patched, serving(patched, tmp_path_factory.mktemp("cache")) as storage:
-        yield *run_in(URL), storage
+        return *run_in(URL), storage
 
 
 def run_in(url: str) -> tuple[dict, str]:
