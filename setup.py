@@ -23,6 +23,7 @@ REQUIRES = (
     "sentencepiece",
     "tensorboardX",
     "tensorflow-datasets>=4.9.10",  # reads and writes array_record without TensorFlow
+    "tensorstore",  # which Orbax brings along: buckets
     "tokenizers",
 )
 

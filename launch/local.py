@@ -24,8 +24,10 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 
 from oaif_jax.base import cli, options
+from oaif_jax.base.bucket import WANTED, Bucket, is_url
 from oaif_jax.base.errors import Interrupted, UserError
-from oaif_jax.base.files import local
+from oaif_jax.base.files import no_url
+from oaif_jax.base.mirror import cache_of
 from oaif_jax.base.processes import SIGNALS, following, last_line
 
 PATIENCE = 10.0  # seconds that processes have to end after one of them did, before they are killed
@@ -172,11 +174,14 @@ def shown(path: pathlib.Path) -> Iterator[None]:
 
 
 def workdir_of(arguments: Sequence[str]) -> pathlib.Path:
-    """The --workdir among a trainer's arguments."""
+    """The --workdir among a trainer's arguments; of one in a bucket, where this machine keeps what it has of it."""
     given = cli.given(arguments, "workdir")
     if len(given) != 1:
         raise UserError("behind -- stand the trainer's arguments, wanted --workdir=DIR among them, once")
-    return local(given[0])
+    if is_url(given[0]):
+        return cache_of(Bucket(given[0]).url)
+    no_url(given[0], WANTED)
+    return pathlib.Path(given[0]).expanduser()
 
 
 def main() -> None:

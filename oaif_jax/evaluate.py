@@ -31,7 +31,8 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
     cli.parse()
     cli.import_jax()
 
-from oaif_jax.base.files import atomic_write_json, atomic_write_text, finite, local
+from oaif_jax.base.files import atomic_write_json, atomic_write_text, finite
+from oaif_jax.base.mirror import local, push, shown
 from oaif_jax.data import open as open_data
 from oaif_jax.evals.of_run import Evaluations, described
 from oaif_jax.models import hosts, sharding
@@ -73,7 +74,7 @@ def run(
     if count > MOST:
         raise UserError(f"--prompts={count}: wanted at most {MOST}, since all samples are kept until the end")
     asked = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, final_prompts=count, final_split=split))
-    directory = local(out or workdir / "evaluations")
+    directory = pathlib.Path(out).expanduser() if out else workdir / "evaluations"
     hosts.in_first(lambda: _make(directory))
     name = f"{split}_{count}_step_{step:06d}"
 
@@ -90,6 +91,7 @@ def run(
     def write() -> None:
         atomic_write_json(directory / f"{name}.json", {"step": step, **found})
         atomic_write_text(directory / f"{name}.jsonl", json_lines(records))
+        push(workdir)
 
     hosts.in_first(write)
     if console is not None:
@@ -97,7 +99,7 @@ def run(
         report = Run(workdir, resume.nested(cfg), (), (), samples, found)
         console.print(results.final_table(report))
         console.print(results.side_by_side(report))
-        console.print(Text(f"{directory / name}.json, {name}.jsonl"), soft_wrap=True)
+        console.print(Text(f"{shown(directory / name)}.json, {name}.jsonl"), soft_wrap=True)
     return {"step": step, **found}
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags
 from rich.console import Console
 
-from oaif_jax.base import cli, options
+from oaif_jax.base import cli, mirror, options
 from oaif_jax.base.errors import UserError
 
 if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
@@ -30,13 +30,15 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
     cli.import_jax()
 
 from oaif_jax import collect, config, export, report
-from oaif_jax.base.files import atomic_write_json, finite, local, sha256_of_tree
+from oaif_jax.base.bucket import is_url
+from oaif_jax.base.files import atomic_write_json, finite, sha256_of_tree
+from oaif_jax.base.mirror import local, push, shown
 from oaif_jax.base.output import Lasting
 from oaif_jax.base.phases import Watch
 from oaif_jax.config import Config
 from oaif_jax.evals.summary import summarise
 from oaif_jax.models import hosts, sharding
-from oaif_jax.run import resume, sizes
+from oaif_jax.run import in_bucket, resume, sizes
 from oaif_jax.run.inputs import Say
 from oaif_jax.run.schedule import total_steps
 from oaif_jax.run.setup import Setup, open_setup
@@ -50,13 +52,17 @@ def run(values: Any, workdir: str | pathlib.Path, *, console: Console | None = N
     Raises UserError for what can't be run, before anything is computed or written; Interrupted, a KeyboardInterrupt, after
     Ctrl-C, SIGTERM or SIGHUP, with a checkpoint of all steps taken.
     """
-    cfg, directory = config.parse(values), local(workdir)
+    cfg = config.parse(values)
+    directory = str(workdir) if is_url(workdir) else local(workdir)
     sharding.use_cpu_devices(cfg.mesh.cpu_devices)  # before anything asks JAX, which starts it
     hosts.check()
     console = console or Console(file=Lasting.stdout())
     if not hosts.is_first():
         console = Console(file=io.StringIO())  # the first process says what there is to say
-    with Watch(console):
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    with Watch(console), contextlib.ExitStack() as held:
+        if isinstance(directory, str):
+            directory = held.enter_context(in_bucket.workdir(directory, say))
         return _run(cfg, directory, console)
 
 
@@ -76,6 +82,8 @@ def _run(cfg: Config, workdir: pathlib.Path, console: Console) -> dict[str, Any]
     collect.host_batch(setup, 0)
     if cfg.export.at_end or cfg.export.adapter:
         export.check(setup.policy)
+    if cfg.export.check and hosts.are_several() and mirror.of(workdir) is not None:
+        raise UserError("config.export.check=True: in a bucket only the first of several processes has the export")
     sharding.param_shardings(setup.policy.params, mesh)
 
     # ------------------------------------------------------------------------------------------ from here on it is ours
@@ -100,7 +108,7 @@ def finished_before(cfg: Config, workdir: pathlib.Path, console: Console) -> dic
         return None
     for note in resume.stored_config(workdir)[1]:
         say(note)
-    say(f"finished before, in {workdir}")
+    say(f"finished before, in {shown(workdir)}")
     report.show(report.drawn(done), console)
     return dict(done.summary)
 
@@ -111,11 +119,12 @@ def claim(cfg: Config, workdir: pathlib.Path, say: Say) -> None:
     reader = Reader(workdir / "checkpoints", is_own=True)
     taken = reader.latest()
     if taken is not None and taken > total_steps(cfg):
-        raise UserError(f"config.steps={cfg.steps}, but {taken} were taken in {workdir}; wanted at least that")
+        raise UserError(f"config.steps={cfg.steps}, but {taken} were taken in {shown(workdir)}; wanted at least that")
     if changes and taken is not None:  # what the run before left is given up now: not for one that can't go on
         reader.verify(taken)
     for line in resume.claim(workdir, cfg, say):
         say(line)
+    push(workdir)
 
 
 def _train(setup: Setup, workdir: pathlib.Path, console: Console, say: Say, began: float) -> dict[str, Any]:

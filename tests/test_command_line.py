@@ -347,15 +347,22 @@ def test_responses_reach_the_terminal_as_text(monkeypatch, capsys):
     assert capsys.readouterr().out == "\\x1b[2Jred\\x07\\u202e\none\ntwo\\r\n"
 
 
+@pytest.mark.parametrize("kind", [options.DIR, options.RUN], ids=["DIR", "RUN"])
 @pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run", "gs:/bucket/run"])
-def test_a_workdir_in_a_bucket_is_one_line_and_makes_no_directory(path, tmp_path, monkeypatch):
-    """pathlib would make a directory named "gs:" of it."""
+def test_a_path_in_a_bucket_is_one_line_and_makes_no_directory(path, kind, tmp_path, monkeypatch):
+    """pathlib would make a directory named "gs:" of it. A run's workdir may be gs://BUCKET/RUN."""
     monkeypatch.chdir(tmp_path)
     said = r".*:// is no file system, wanted a directory"
     values = flags.FlagValues()
-    options.define("workdir", None, options.DIR, "a directory", values=values)
+    options.define("workdir", None, kind, "a directory", values=values)
+    if kind is options.RUN and path.startswith("gs://"):
+        cli.parse_flags([f"--workdir={path}/"], values)
+        assert values.workdir == path
+        return
     with pytest.raises(UserError, match=said):
         cli.parse_flags([f"--workdir={path}"], values)
+    if path.startswith("gs://"):
+        return
     for call in (
         lambda: train.run({}, path),
         lambda: evaluate.run(path),

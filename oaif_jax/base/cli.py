@@ -44,7 +44,7 @@ flags.disclaim_key_flags()  # the flags below belong to the program that asks fo
 
 HELP = ("-h", "-help", "--help", "-?", "--?", "-helpshort", "--helpshort")
 _CONFIG = "an experiment's file, such as --config=experiments/tiny.py:tldr,online,dpo"
-_WORKDIR = "the directory of the run, such as --workdir=runs/online_dpo"
+_WORKDIR = "the directory of the run, such as --workdir=runs/online_dpo or --workdir=gs://BUCKET/RUN"
 _PARSERS = {
     bool: (flags.BooleanParser(), "true or false"),
     int: (flags.IntegerParser(), "a whole number"),
@@ -63,8 +63,8 @@ def define_config() -> flags.FlagHolder:
 
 
 def define_workdir(wanted: str = _WORKDIR) -> flags.FlagHolder:
-    """Defines --workdir=DIR, required."""
-    return options.define("workdir", None, options.DIR, wanted, required=True)
+    """Defines --workdir=DIR, required; it may be gs://BUCKET/RUN."""
+    return options.define("workdir", None, options.RUN, wanted, required=True)
 
 
 def define_checkpoint() -> flags.FlagHolder:

@@ -21,24 +21,10 @@ from oaif_jax.base.errors import UserError
 URL = re.compile(r"([a-z][a-z0-9+.-]*):/")  # of "gs://bucket/x", and of "gs:/bucket/x", which pathlib makes of it
 
 
-def no_url(path: str | os.PathLike[str]) -> None:
-    """UserError for a path in a bucket (gs://, s3://), of which pathlib would make a directory named "gs:", on each host its own.
-
-    A run relies on what buckets don't have. A rename of a directory, by which a checkpoint counts, is there a copy of each
-    object, which a kill leaves in parts; files aren't appended to, as metrics.jsonl is; there are no locks (flock), by which a
-    second process is kept out of a workdir, and no links. What they do have: an object is there whole or not at all, and once a
-    write has returned it is durable and all see it, so that fsync has nothing to do.
-    """
+def no_url(path: str | os.PathLike[str], wanted: str = "a directory, mounted or shared (docs/pods.md)") -> None:
+    """UserError for a URL (gs://, s3://), of which pathlib would make a directory named "gs:", on each host its own."""
     if found := URL.match(os.fspath(path)):
-        raise UserError(
-            f"{path}: {found[1]}:// is no file system, wanted a directory, mounted or shared (docs/pods.md)"
-        )
-
-
-def local(path: str | os.PathLike[str]) -> Path:
-    """The path, with the home directory for "~"; UserError as of `no_url`."""
-    no_url(path)
-    return Path(path).expanduser()
+        raise UserError(f"{path}: {found[1]}:// is no file system, wanted {wanted}")
 
 
 def fsync(path: Path) -> None:

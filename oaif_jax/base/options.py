@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from oaif_jax.base import files
+from oaif_jax.base import bucket, files
 from oaif_jax.base.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -43,8 +43,16 @@ def _directory(text: str) -> str:
     return _path(text)
 
 
+def _run(text: str) -> str:
+    if not bucket.is_url(text):
+        files.no_url(text, bucket.WANTED)
+        return _path(text)
+    return bucket.Bucket(text).url
+
+
 TEXT = Kind("TEXT", "a text in UTF-8", str)
 DIR = Kind("DIR", "", _directory)
+RUN = Kind("DIR", "", _run)  # of a run: also gs://BUCKET/RUN
 FILE = Kind("FILE", "", _path)
 
 

@@ -9,6 +9,7 @@ import pathlib
 from rich.console import Console
 from rich.text import Text
 
+from oaif_jax.base.mirror import shown
 from oaif_jax.base.phases import phase
 from oaif_jax.report import drawing, html, plots, results, setting, writing
 from oaif_jax.report.read import ReportError, Run, Sample, load, summary
@@ -53,6 +54,6 @@ def show(run: Run, console: Console | None = None) -> None:
         said, style = (f"warning: {line}", "bold red") if run.health else (line, "green")
         console.print(Text(said, style=style), soft_wrap=True)
     for name, path in (("curve ", run.workdir / CURVE), ("report", run.workdir / PAGE)):
-        console.print(Text(f"{name}  {path}"), soft_wrap=True)
+        console.print(Text(f"{name}  {shown(path)}"), soft_wrap=True)
     if run.finished:
         console.print(Text(f"longer  {setting.longer(run)}"), soft_wrap=True)

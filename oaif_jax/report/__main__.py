@@ -4,8 +4,8 @@
     python -m oaif_jax.report runs/a runs/b            # also runs/comparison.png, runs/comparison.html
     python -m oaif_jax.report runs/sweep               # of all runs of a sweep
 
-A DIR is the workdir of a run, finished or not, or of a sweep. A comparison is written in the directory that all runs share, or in
---out; then the runs' own directories stay as they are.
+A DIR is the workdir of a run, finished or not, also gs://BUCKET/RUN, or of a sweep. A comparison is written in the directory that
+all runs share, or in --out; then the runs' own directories stay as they are.
 """
 
 import os
@@ -17,7 +17,9 @@ from absl import flags
 
 from oaif_jax import report
 from oaif_jax.base import cli, files, options
+from oaif_jax.base.bucket import is_url
 from oaif_jax.base.errors import UserError
+from oaif_jax.base.mirror import local, push, shown
 from oaif_jax.base.text import printable
 from oaif_jax.report import results, several
 
@@ -27,20 +29,20 @@ WANTED = "the workdir of a run, finished or not, or of a sweep"
 def parse_flags(arguments: Sequence[str]) -> tuple[list[str], bool, pathlib.Path | None]:
     """The workdirs, whether their tables are wanted in Markdown, and where the report of one is written, if not there."""
     values = flags.FlagValues()
-    options.define("workdir", [], options.DIR, f"{WANTED}, as DIR is", repeatable=True, values=values)
+    options.define("workdir", [], options.RUN, f"{WANTED}, as DIR is", repeatable=True, values=values)
     options.define_switch("markdown", "print the final tables in Markdown, for a README", values=values)
     options.define(
         "out", None, options.DIR, "where to write the report of one run, or the comparison of several", values=values
     )
     words = cli.parse_flags(arguments, values, "DIR ...")
-    for word in words:
-        files.no_url(word)
-    workdirs = [*map(os.path.expanduser, words), *values.workdir]
-    if not all(workdirs):
+    workdirs = [*map(options.RUN.convert, filter(None, words)), *values.workdir]
+    if not all(words):
         raise UserError(f"DIR is '', wanted {WANTED}")
     if not workdirs:
         raise UserError(f"DIR is missing, wanted {WANTED}, such as runs/online_dpo")
-    return workdirs, values.markdown, _made(values.out)
+    if len(workdirs) > 1 and any(map(is_url, workdirs)) and values.out is None:
+        raise UserError("--out is missing, wanted a directory for the comparison of runs in buckets")
+    return [str(local(each)) for each in workdirs], values.markdown, _made(values.out)
 
 
 def _made(out: str | None) -> pathlib.Path | None:
@@ -64,8 +66,9 @@ def draw(workdirs: Sequence[str], markdown: bool, out: pathlib.Path | None = Non
         try:
             if is_one or out is None:
                 run = report.write(workdir, finished=False, out=out)
+                push(run.workdir)
                 for name in (report.CURVE, report.PAGE):
-                    print((out or run.workdir) / name, file=printed)
+                    print(shown((out or run.workdir) / name), file=printed)
             else:
                 run = report.load(workdir, finished=False)
         except report.ReportError as error:

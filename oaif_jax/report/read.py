@@ -15,6 +15,7 @@ from typing import Any
 
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.files import MOST_JSON, open_file, read_bytes, reason
+from oaif_jax.base.mirror import shown
 
 KINDS = ("train", "eval", "health")
 RENAMED = {"kl": "log_ratio"}  # keys of earlier versions' files
@@ -140,10 +141,10 @@ def load(workdir: str | pathlib.Path, *, finished: bool = True) -> Run:
         raise ReportError(f"{workdir}: {reason(error)}; wanted the workdir of a run") from error
     config_path = workdir / "config.json"
     if not config_path.exists():
-        raise ReportError(f"{config_path}: no such file; wanted the workdir of a run")
+        raise ReportError(f"{shown(config_path)}: no such file; wanted the workdir of a run")
     found = summary(workdir)
     if finished and found is None:
-        raise ReportError(f"{workdir / 'summary.json'}: no such file; the run has not finished")
+        raise ReportError(f"{shown(workdir / 'summary.json')}: no such file; the run has not finished")
     metrics = _metrics(workdir / "metrics.jsonl", is_live=found is None)
     return Run(
         workdir=workdir,

@@ -3,6 +3,7 @@
 import math
 import shlex
 
+from oaif_jax.base.mirror import shown
 from oaif_jax.report.read import Run
 from oaif_jax.report.text import NONE, one_line, plain
 
@@ -121,5 +122,5 @@ def longer(run: Run) -> str:
     if schedule == "constant" and rounds == 1 and not run.key("async_steps", 0) and isinstance(steps, int):
         return f"the same command with --config.steps={2 * steps} goes on from step {steps}"
     ended = f"the {schedule} schedule is at its end" if schedule not in (None, "constant") else "its steps are fixed"
-    workdir = shlex.quote(str(run.workdir))
+    workdir = shlex.quote(shown(run.workdir))
     return f"{ended}; --config.policy.init={workdir}@last begins another run, in a workdir of its own, with what this one made"

@@ -19,6 +19,7 @@ from oaif_jax import config, methods
 from oaif_jax.annotate import prompts, python
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.files import digest, digest_once, is_digested, read_json, stamp_of
+from oaif_jax.base.mirror import shown
 from oaif_jax.base.phases import phase
 from oaif_jax.config import Config
 from oaif_jax.data import chat, readers, special_tokens, splits, tokenizer
@@ -88,7 +89,7 @@ class Found:
     """An input before it is hashed: files by name, or the hash that stands for them."""
 
     kind: str
-    path: pathlib.Path
+    path: pathlib.Path | str
     files: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
     sha256: str = ""
     rule: str = ""  # what this version makes of the files, where another one may make something else of them
@@ -225,7 +226,7 @@ def _run(source: Source) -> Found:
     reader = Reader(workdir / "checkpoints")
     try:
         step = reader.named(which)
-        return Found("run", workdir / "checkpoints" / str(step), sha256=reader.sha256_of(step, "params"))
+        return Found("run", shown(workdir / "checkpoints" / str(step)), sha256=reader.sha256_of(step, "params"))
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
 

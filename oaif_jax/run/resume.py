@@ -17,6 +17,7 @@ import jax
 from oaif_jax import config
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.files import atomic_write_json, is_locked, is_stranger, reason
+from oaif_jax.base.mirror import shown
 from oaif_jax.config import Config
 from oaif_jax.run import inputs
 
@@ -151,7 +152,7 @@ def _check(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None) -> dict[s
             raise UserError(f"--workdir={workdir} holds files but no config.json: wanted an empty directory or a run's")
         return {}
     changes = _changes(workdir / "config.json", cfg)
-    begun = f"wanted what the run in {workdir} began with; put it back, or take another --workdir"
+    begun = f"wanted what the run in {shown(workdir)} began with; put it back, or take another --workdir"
     _same_inputs(workdir, cfg, begun, say=say)
     return changes
 
@@ -165,7 +166,10 @@ def check_data(workdir: pathlib.Path, cfg: Config) -> None:
     """UserError where data from files aren't what the run began with: what is held out of others, it may have been trained on."""
     if cfg.data.name != "tiny":
         _same_inputs(
-            workdir, cfg, f"wanted the data of the run in {workdir}, of which it hasn't seen what is held out", "data."
+            workdir,
+            cfg,
+            f"wanted the data of the run in {shown(workdir)}, of which it hasn't seen what is held out",
+            "data.",
         )
 
 
@@ -184,7 +188,7 @@ def claim(workdir: pathlib.Path, cfg: Config, say: inputs.Say | None = None) -> 
         else:
             notes = (
                 *notes,
-                f"{workdir} has no {inputs.FILE} yet: what the config names now counts as what it began with",
+                f"{shown(workdir)} has no {inputs.FILE} yet: what the config names now counts as what it began with",
             )
     now = inputs.of(cfg, known, say)
     if is_other(changes):
@@ -238,7 +242,7 @@ def _changes(path: pathlib.Path, cfg: Config) -> dict[str, str]:
     if refused:
         listed = ", ".join(f"{name} ({before[name]!r} there, {now[name]!r} now)" for name in refused)
         raise UserError(
-            f"--workdir={path.parent} is another config's run: {listed}; take another --workdir or the same config"
+            f"--workdir={shown(path.parent)} is another config's run: {listed}; take another --workdir or the same config"
         )
     effects = {"eval.prompts": "; evaluations before don't compete for the best one"}
     moved = "; the same run from here on, but for its last bits"  # sums are taken in another order

@@ -1,7 +1,8 @@
 """Saves the checkpoints of a run: Orbax writes the arrays asynchronously, a manifest of SHA-256 sums vouches for them.
 
 All of a checkpoint (reader.py has its files) is written to <step>.unfinished, the manifest last, brought to the disk, and then
-renamed to <step>. So a kill leaves <step>.unfinished, which doesn't count, and never a step without its manifest.
+renamed to <step>. So a kill leaves <step>.unfinished, which doesn't count, and never a step without its manifest. Of a run in a
+bucket <step>.unfinished is brought there, the manifest last (remote.py), and of <step> only meta and manifest stay here.
 
 A run that is interrupted leaves an interim checkpoint between the regular ones, which goes with the next of these.
 """
@@ -36,7 +37,9 @@ from oaif_jax.stored.reader import (
     one_line,
     without_wildcards,
 )
+from oaif_jax.stored.remote import Written
 
+_FILE = 400 * 2**20  # bytes of a file of arrays in a bucket, as Orbax has it: it is read and written whole
 _LEFTOVER = re.compile(r"\d+\.(unfinished|deleted).*")  # Orbax appends to "unfinished" while it writes
 
 
@@ -78,18 +81,23 @@ class Checkpoints(Reader):
             raise ValueError(f"keep={keep}: at least 1 checkpoint must be kept")
         self._keep = keep
         self._pending: Future[None] | None = None
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 or self._remote is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
             for path in self.directory.iterdir():
                 if _LEFTOVER.fullmatch(path.name):
                     _remove(path)
+        if jax.process_index() == 0 and self._remote is not None:
+            self._remote.clean()
+        # On its own disk each process is a first one.
+        has_own_disk = self._remote is not None and jax.process_count() > 1
+        among = ocp.options.MultiprocessingOptions(primary_host=None if has_own_disk else 0)
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        registry.add(None, ocp.args.PyTreeSave, handler())  # None: for every item
+        registry.add(None, ocp.args.PyTreeSave, handler(among))  # None: for every item
         # Directories made asynchronously that can't be made leave threads behind, for which the process waits minutes.
         made_first = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-        options = ocp.CompositeOptions(async_options=made_first)
+        options = ocp.CompositeOptions(async_options=made_first, multiprocessing_options=among)
         composite = ocp.CompositeCheckpointHandler(handler_registry=registry, composite_options=options)
-        self._orbax = ocp.AsyncCheckpointer(composite, async_options=made_first)
+        self._orbax = ocp.AsyncCheckpointer(composite, async_options=made_first, multiprocessing_options=among)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._links = contextlib.ExitStack()
         self._place = self._links.enter_context(without_wildcards(self.directory))
@@ -109,13 +117,14 @@ class Checkpoints(Reader):
 
         items: trees of jax or numpy arrays and Python numbers, none of size 0. meta: what JSON can hold.
         metric: higher is better; measured_on: only metrics with an equal one are compared. is_interim: deleted with the next
-        save. replaces: there may be a checkpoint of this step. Waits for the save before this one, and raises its error.
+        save. replaces: there may be a checkpoint of this step, which the run went on from: of the same items. Waits for the save
+        before this one, and raises its error.
         """
         self.wait()
         began = time.monotonic()
         path = self.directory / str(step)
         if os.path.lexists(path) and not replaces:
-            raise CheckpointError(f"{path}: exists already; a step is saved once")
+            raise CheckpointError(f"{self._named_path(step)}: exists already; a step is saved once")
         if metric is not None and not math.isfinite(metric):
             raise ValueError(f"metric={metric} of step {step}: wanted a finite number")
         leaves = {name: describe(tree) for name, tree in items.items()}
@@ -127,11 +136,16 @@ class Checkpoints(Reader):
             "leaves": leaves,
         }
         text = json.dumps(record | {"meta": meta})  # now: meta may change
-        args = ocp.args.Composite(**{name: ocp.args.PyTreeSave(tree) for name, tree in items.items()})
+        if self._remote is not None and replaces:
+            self._pending = self._thread.submit(self._describe_anew, step, text)
+            return
+        size = None if self._remote is None else _FILE
+        args = {name: ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=size) for name, tree in items.items()}
+        args = ocp.args.Composite(**args)
         try:
             self._orbax.save(self._place / f"{step}.unfinished", args=args, force=True)
         except OSError as error:
-            raise CheckpointError(f"{path}: can't be saved: {one_line(error)}") from error
+            raise CheckpointError(f"{self._named_path(step)}: can't be saved: {one_line(error)}") from error
         self._pending = self._thread.submit(self._finish, path, text, began)
         self.times.saves += 1
         self.times.waited_seconds += time.monotonic() - began
@@ -148,12 +162,14 @@ class Checkpoints(Reader):
             return
         with self.times.of("waited_seconds"):
             error = pending.exception()
-        if jax.process_count() > 1:
+        # What failed before a checkpoint in a bucket counts, other processes may wait for as long as this one lives.
+        is_lost = self._remote is not None and not isinstance(error, CheckpointError | None)
+        if jax.process_count() > 1 and not is_lost:
             multihost_utils.sync_global_devices("checkpoint")  # else others might not see process 0's rename yet
         if isinstance(error, CheckpointError):  # the save is complete, an older checkpoint is damaged
             raise error
         if error is not None:
-            raise CheckpointError(f"{self.directory}: a save failed and doesn't count: {one_line(error)}") from error
+            raise CheckpointError(f"{self._shown}: a save failed and doesn't count: {one_line(error)}") from error
 
     def close(self) -> None:
         """`wait`, and the end of the threads."""
@@ -173,19 +189,41 @@ class Checkpoints(Reader):
     def _finish(self, path: Path, record: str, began: float) -> None:
         """Waits for Orbax, writes the manifest, makes all of it durable, then lets it count by renaming it."""
         self._orbax.wait_until_finished()
-        if jax.process_index() != 0:
+        is_first, unfinished, step = jax.process_index() == 0, path.with_suffix(".unfinished"), int(path.name)
+        if is_first:
+            (unfinished / META).write_text(record)
+        elif self._remote is None:
             return
-        unfinished = path.with_suffix(".unfinished")
-        (unfinished / META).write_text(record)
-        manifest = {name: digest(file) for name, file in files_of(unfinished).items()}
-        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for written in (*unfinished.rglob("*"), unfinished):
-            fsync(written)
-        if os.path.lexists(path):
-            self._delete(int(path.name))
+        files = files_of(unfinished)
+        entries = {name: digest(file) for name, file in files.items()}
+        if self._remote is None:
+            (unfinished / MANIFEST).write_text(json.dumps(entries, indent=1))
+            for written in (*unfinished.rglob("*"), unfinished):
+                fsync(written)
+            if os.path.lexists(path):
+                self._delete(step)
+        elif is_first:
+            manifest = self._remote.publish(step, Written(files, entries), jax.process_count())
+            (unfinished / MANIFEST).write_text(manifest)
+            for name in files.keys() - {META}:
+                files[name].unlink()
+        else:
+            self._remote.hand_in(step, Written(files, entries), jax.process_index())
+            _remove(unfinished)
+            return
         unfinished.rename(path)
         fsync(self.directory)
         self.times.written_seconds += time.monotonic() - began
+        self._drop()
+
+    def _describe_anew(self, step: int, record: str) -> None:
+        """Another meta for a checkpoint in a bucket whose arrays stay: a kill amid their replacement would leave none."""
+        if jax.process_index() == 0 and self._remote is not None:
+            self._remote.describe(step, record, self._manifest(step))
+            self._drop()
+
+    def _drop(self) -> None:
+        """Deletes what needn't be kept."""
         steps = self.steps()
         interim = [step for step in steps if self._record(step).get("is_interim", False)]
         regular = [step for step in steps if step not in interim]
@@ -193,6 +231,8 @@ class Checkpoints(Reader):
             self._delete(step)
 
     def _delete(self, step: int) -> None:
+        if self._remote is not None:
+            self._remote.delete(step)
         deleted = self.directory / f"{step}.deleted"  # renamed first: a kill must not leave a step in parts
         _remove(deleted)
         (self.directory / str(step)).rename(deleted)

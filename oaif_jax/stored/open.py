@@ -12,8 +12,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from oaif_jax import config
+from oaif_jax.base.bucket import is_url
 from oaif_jax.base.errors import UserError
-from oaif_jax.base.files import is_dir, is_file, local, no_url, read_json, reason
+from oaif_jax.base.files import is_dir, is_file, no_url, read_json, reason
+from oaif_jax.base.mirror import local, shown
 from oaif_jax.config import Config
 from oaif_jax.data.chat import open_template
 from oaif_jax.data.tokenizer import Tokenizer, open_tokenizer
@@ -377,9 +379,13 @@ def _directory(source: Source, tokenizer: Tokenizer, as_reward: bool) -> hf.HFMo
 def run_of(source: Source) -> tuple[pathlib.Path, str]:
     """The run that a source names, and which of its checkpoints; a workdir may have an @ in its path.
 
-    In: "runs/sft@40", "runs/sft" -> Out: ("runs/sft", "40"), ("runs/sft", "best").
+    In: "runs/sft@40", "runs/sft" -> Out: ("runs/sft", "40"), ("runs/sft", "best"). Of a run in a bucket: a mirror's directory.
     """
-    no_url(source.init)
+    if is_url(source.init):
+        parent, _, name = source.init.rpartition("/")
+        name, _, which = name.partition("@")
+        return local(f"{parent}/{name}"), which or "best"
+    no_url(source.init, WANTED)
     workdir, _, which = source.init.rpartition("@")
     is_whole = not workdir or (pathlib.Path(source.init) / "config.json").is_file()
     return (pathlib.Path(source.init), "best") if is_whole else (pathlib.Path(workdir), which or "best")
@@ -390,7 +396,7 @@ def run_config(source: Source) -> Config:
     workdir, _ = run_of(source)
     path = workdir / "config.json"
     if not is_dir(workdir / "checkpoints") or not is_file(path):
-        raise UserError(f"{source}: no run there ({workdir / 'checkpoints'} doesn't exist), {WANTED}")
+        raise UserError(f"{source}: no run there ({shown(workdir / 'checkpoints')} doesn't exist), {WANTED}")
     return config.read(path)[0]
 
 
@@ -405,17 +411,18 @@ def read_run(workdir: str | pathlib.Path, which: str) -> tuple[Config, PyTree, S
     except OSError as error:
         is_absent = isinstance(error, FileNotFoundError)
         raise UserError(
-            f"--workdir={workdir}: no run there ({'no config.json' if is_absent else reason(error)})"
+            f"--workdir={shown(workdir)}: no run there ({'no config.json' if is_absent else reason(error)})"
         ) from error
     if not is_dir(workdir / "checkpoints"):
-        raise UserError(f"--workdir={workdir}: this run has no checkpoint yet")
+        raise UserError(f"--workdir={shown(workdir)}: this run has no checkpoint yet")
     cfg, notes = config.read(path)
     if notes:  # on stderr: what a program is asked for goes to stdout
         print("; ".join(notes), file=sys.stderr)
     sharding.use_cpu_devices(cfg.mesh.cpu_devices)  # as the run had them: JAX starts when a checkpoint is read
     params, meta = reader.load_params(workdir / "checkpoints", which)
-    finite.check(params, workdir / "checkpoints" / str(meta["step"]))
-    return cfg, params, Source(POLICY, f"{workdir}@{meta['step']}", "")
+    place = shown(workdir)
+    finite.check(params, f"{place}/checkpoints/{meta['step']}")
+    return cfg, params, Source(POLICY, f"{place}@{meta['step']}", "")
 
 
 def checkpoint_step(source: Source) -> int:

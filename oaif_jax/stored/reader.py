@@ -7,7 +7,7 @@
 
 A directory of that name counts (checkpoint.py says how it comes to be), and one without its manifest is damaged: an error. Orbax
 alone doesn't notice damage: it restores wrong values from a flipped byte. Files that the manifest doesn't list are nobody's, and
-aren't read.
+aren't read. Of a run in a bucket the same lies there, and here what of it is being read (remote.py).
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,11 +24,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from oaif_jax.base import mirror
 from oaif_jax.base.errors import UserError
-from oaif_jax.base.files import MOST_JSON, is_locked, open_file, read_bytes, reason
-
-META, MANIFEST = "meta.json", "MANIFEST.json"
-STEP = re.compile(r"0|[1-9]\d*")
+from oaif_jax.base.files import MOST_JSON, open_file, read_bytes, reason
+from oaif_jax.stored.remote import MANIFEST, META, STEP, Remote
 
 
 class CheckpointError(UserError):
@@ -79,14 +77,17 @@ def _restore_args(leaf: Any) -> ocp.RestoreArgs:
     return ocp.RestoreArgs(restore_type=np.ndarray)
 
 
-def handler() -> ocp.PyTreeCheckpointHandler:
-    """Orbax's handler of trees, less two defaults that cost time and files.
+def handler(among: ocp.options.MultiprocessingOptions | None = None) -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler of trees, less two defaults that cost time and files. `among`: which process writes what all share.
 
     Small replicated arrays aren't cut up between their devices (hundreds of slices, dispatched while training waits),
     and the mesh isn't stored: `restore` is told the shardings.
     """
+    among = among or ocp.options.MultiprocessingOptions()
     arrays = ocp.type_handlers.ArrayHandler(
-        min_slice_bytes_for_replica_parallel=2**24, enable_write_sharding_file=False
+        primary_host=among.primary_host,
+        min_slice_bytes_for_replica_parallel=2**24,
+        enable_write_sharding_file=False,
     )
     numbers = ocp.type_handlers.ScalarHandler()
     registry = ocp.type_handlers.create_type_handler_registry(
@@ -94,7 +95,15 @@ def handler() -> ocp.PyTreeCheckpointHandler:
         (np.ndarray, ocp.type_handlers.NumpyHandler()),
         (jax.Array, arrays),
     )
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    made = ocp.PyTreeCheckpointHandler if among.primary_host is not None else _PartsHandler
+    return made(type_handler_registry=registry, multiprocessing_options=among)
+
+
+class _PartsHandler(ocp.PyTreeCheckpointHandler):
+    """Of several processes, each of which has its own disk: their parts become one database elsewhere."""
+
+    def finalize(self, directory: Any) -> None:
+        """Nothing: Orbax would make one of this process's parts."""
 
 
 def files_of(directory: Path) -> dict[str, Path]:
@@ -128,6 +137,9 @@ class Reader:
         logging.getLogger("absl").addFilter(_not_from_orbax)
         self.directory = directory.absolute()  # Orbax refuses relative paths
         self._is_own = is_own
+        mirrored = mirror.of(directory.parent)
+        self._remote = None if mirrored is None else Remote(mirrored, self.directory)
+        self._shown = str(self.directory) if self._remote is None else self._remote.url
 
     def steps(self) -> list[int]:
         """The complete checkpoints, ascending. CheckpointError where a step's directory has no readable manifest."""
@@ -177,7 +189,7 @@ class Reader:
             step = int(which) if STEP.fullmatch(which) else None
         if step is None:
             wanted = f"wanted best, last or a step; there are: {self._listed()}"
-            raise CheckpointError(f"{self.directory}: no checkpoint {which!r}; {wanted}")
+            raise CheckpointError(f"{self._shown}: no checkpoint {which!r}; {wanted}")
         return step
 
     def _ends_with_last(self) -> bool:
@@ -200,8 +212,9 @@ class Reader:
     def verify(self, step: int) -> None:
         """CheckpointError unless the directory is this step's, and has the manifest's files with their sizes and SHA-256 sums."""
         expected = self._manifest(step)
-        for name in sorted(expected):
-            self._check(step, name, expected)
+        with self._here(step):
+            for name in sorted(expected):
+                self._check(step, name, expected)
         self._record(step)
 
     def restore(self, step: int, items: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,20 +223,32 @@ class Reader:
         Leaves are jax.ShapeDtypeStruct or arrays. One with a sharding gives a jax array so sharded, on any number of
         devices; one without gives a numpy array. CheckpointError where a path, shape or dtype differs: nothing is cast.
         """
-        self.verify(step)
-        leaves = self._record(step)["leaves"]
-        for name, abstract in items.items():
-            path = self.directory / str(step) / name
-            if name not in leaves:
-                raise CheckpointError(f"{path}: was not saved; this checkpoint has {', '.join(leaves)}")
-            if faults := _differences(leaves[name], describe(abstract)):
-                raise CheckpointError(f"{path}: {faults}; use the config that it was saved with")
-        return {name: self._load(step, name, abstract) for name, abstract in items.items()}
+        with self._here(step):
+            self.verify(step)
+            leaves = self._record(step)["leaves"]
+            for name, abstract in items.items():
+                path = self._named_path(step, name)
+                if name not in leaves:
+                    raise CheckpointError(f"{path}: was not saved; this checkpoint has {', '.join(leaves)}")
+                if faults := _differences(leaves[name], describe(abstract)):
+                    raise CheckpointError(f"{path}: {faults}; use the config that it was saved with")
+            return {name: self._load(step, name, abstract) for name, abstract in items.items()}
 
     def load(self, step: int, item: str) -> dict:
         """An item as a nested dict of numpy arrays, after `verify`."""
-        self.verify(step)
-        return self._load(step, item, None)
+        with self._here(step):
+            self.verify(step)
+            return self._load(step, item, None)
+
+    @contextlib.contextmanager
+    def _here(self, step: int) -> Iterator[None]:
+        """While entered, a checkpoint's files are on this disk; those of a bucket come for that, and go again."""
+        brought = [] if self._remote is None else self._remote.bring(step, self._manifest(step))
+        try:
+            yield
+        finally:
+            for path in brought:
+                path.unlink(missing_ok=True)
 
     def _load(self, step: int, name: str, abstract: Any) -> Any:
         """An item as `abstract` describes it; None: as it was saved, in numpy arrays."""
@@ -241,7 +266,7 @@ class Reader:
                 if isinstance(error, OSError):
                     raise
                 # equal leaves in other containers, such as one more stateless optax transform
-                raise CheckpointError(f"{self.directory / str(step) / name}: {one_line(error)}") from error
+                raise CheckpointError(f"{self._named_path(step, name)}: {one_line(error)}") from error
 
     @contextlib.contextmanager
     def _listed_files(self, step: int, item: str) -> Iterator[Path]:
@@ -259,29 +284,38 @@ class Reader:
             yield Path(links) / item
 
     def _named(self) -> list[int]:
-        """Steps that have a directory, complete or not."""
+        """Steps that have a directory, complete or not; in a bucket, those that count."""
+        if self._remote is not None:
+            self._remote.refresh()
         return sorted(int(path.name) for path in self.directory.glob("*") if STEP.fullmatch(path.name))
 
     def _listed(self) -> str:
         return ", ".join(map(str, self._named())) or "none"
 
+    def _named_path(self, step: int, name: str = "") -> str:
+        """A checkpoint's file as people know it."""
+        return os.path.join(self._shown, str(step), name).rstrip("/")
+
     def _is_gone(self, step: int) -> bool:
-        return not os.path.lexists(self.directory / str(step))
+        path = self.directory / str(step)
+        if self._remote is not None and not os.path.lexists(path):
+            self._remote.refresh()  # it may be new
+        return not os.path.lexists(path)
 
     def _gone(self, step: int) -> GoneError:
-        return GoneError(f"{self.directory / str(step)}: no such checkpoint; there are: {self._listed()}")
+        return GoneError(f"{self._named_path(step)}: no such checkpoint; there are: {self._listed()}")
 
     def _damaged(self, step: int, name: str, fault: str, then: str = "") -> CheckpointError:
-        directory = self.directory / str(step)
+        others = [other for other in self._named() if other != step]
         if self._is_gone(step):
             return self._gone(step)
-        if not self._is_own and is_locked(
-            self.directory.parent / "lock"
+        path = self._named_path(step, name)
+        if not self._is_own and mirror.is_running(
+            self.directory.parent
         ):  # nobody but the run itself knows what is wrong there
-            return CheckpointError(f"{directory / name}: {fault}; a run goes on there: wanted another checkpoint")
-        others = [other for other in self._named() if other != step]
+            return CheckpointError(f"{path}: {fault}; a run goes on there: wanted another checkpoint")
         begin = f"go on from step {max(others)}" if others else "start from the beginning"
-        return CheckpointError(f"{directory / name}: {fault}; {then or f'delete {directory} to {begin}'}")
+        return CheckpointError(f"{path}: {fault}; {then or f'delete {self._named_path(step)} to {begin}'}")
 
     def _manifest(self, step: int) -> dict[str, dict[str, int | str]]:
         directory = self.directory / str(step)
@@ -294,6 +328,8 @@ class Reader:
             if not any(directory.iterdir()):
                 raise self._damaged(step, "", "is an empty directory")
             manifest = json.loads(read_bytes(directory / MANIFEST, MOST_JSON))
+            if any(name.startswith("/") or ".." in name.split("/") for name in manifest):  # they would be brought there
+                raise ValueError(manifest)
             return {META: manifest[META]} | {name: {**entry} for name, entry in manifest.items()}
         except FileNotFoundError as error:
             raise self._damaged(step, "", f"has no {MANIFEST}") from error
@@ -330,7 +366,7 @@ class Reader:
             raise self._damaged(step, META, f"can't be read ({reason(error)})") from error
         if record["step"] != step:
             of = self.directory / str(record["step"])
-            then = f"rename it to {of}" if not os.path.lexists(of) else ""
+            then = f"rename it to {self._named_path(record['step'])}" if not os.path.lexists(of) else ""
             raise self._damaged(step, "", f"is the checkpoint of step {record['step']}", then)
         return record
 

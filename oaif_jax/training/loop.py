@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from oaif_jax import collect, export, step
 from oaif_jax.base import cli
 from oaif_jax.base.errors import Interrupted, UserError
 from oaif_jax.base.files import atomic_write_json
+from oaif_jax.base.mirror import remove, shown
 from oaif_jax.base.phases import phase
 from oaif_jax.collect import Batches, Ready
 from oaif_jax.config import Config
@@ -126,7 +126,7 @@ class Loop:
         self._seconds_before, self.history = meta["seconds"], meta["history"]
         self._checkpoints.times.add(meta.get("checkpoints", {}))
         self._checkpoints.times.restores += 1
-        self._say(f"going on from step {at} in {self._workdir}")
+        self._say(f"going on from step {at} in {shown(self._workdir)}")
         for difference in resume.differences(meta["environment"], self.environment):
             self._say(f"not bit for bit what an uninterrupted run gives: {difference}")
         number = jax.device_put(np.asarray(at, np.int32), sharding.replicated(mesh))
@@ -233,7 +233,7 @@ class Loop:
             metrics |= {"reward_mean": mean, "reward_scale": scale}
         self._doing = "the export"
         for name in ("export", "adapter"):  # of fewer steps, or of a run that was killed since
-            hosts.in_first(functools.partial(shutil.rmtree, self._workdir / name, ignore_errors=True))
+            hosts.in_first(functools.partial(remove, self._workdir, name))
         if cfg.export.at_end:
             self._say(work(export.save, policy, params, self._workdir / "export", cfg.export.dtype))
         if cfg.export.adapter:
@@ -408,7 +408,7 @@ class Loop:
         self._checkpoints.wait()
         last = self._checkpoints.latest()
         found = f"the checkpoint of step {last} is good" if last is not None else "there is no checkpoint yet"
-        return f"{found} ({self._workdir})"
+        return f"{found} ({shown(self._workdir)})"
 
     def _left(self, error: Interrupted) -> Interrupted:
         """A signal, with what goes on from where, after a checkpoint of all steps taken; UserError where there can be none."""

@@ -5,7 +5,7 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from oaif_jax.base.files import is_locked
+from oaif_jax.base.mirror import is_running
 from oaif_jax.report import results
 from oaif_jax.report.read import ReportError, Run, leaves, load
 from oaif_jax.report.several.labels import differing, labels
@@ -40,7 +40,7 @@ class Compared:
             return "finished"
         steps = self.run.key("steps")
         of = f" of {steps * self.run.key('rounds.count', 1)}" if isinstance(steps, int) else ""
-        goes_on = is_locked(self.workdir / "lock")
+        goes_on = is_running(self.workdir)
         return f"{'going on' if goes_on else 'stopped'} at step {results.last_step(self.run)}{of}"
 
 
