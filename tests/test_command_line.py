@@ -102,13 +102,13 @@ def fails(done: subprocess.CompletedProcess, *said: str) -> None:
 
 
 def test_every_program_is_here():
-    """Each file that is run, but oaif_jax/sample.py, which sample starts."""
+    """Each file that is run, but oaif_jax/sample.py, which sample starts, and the process that a plan starts."""
     programs = set()
     for package in ("oaif_jax", "launch"):
         for path in (ROOT / package).rglob("*.py"):
             if re.search('^if __name__ == "__main__":', path.read_text(), re.MULTILINE):
                 programs.add(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__"))
-    assert programs - {"launch.plan_child"} == {name.split()[0] for name in PROGRAMS}  # a process that launch.plan starts
+    assert programs - {"launch.plan_child"} == {name.split()[0] for name in PROGRAMS}
 
 
 # ------------------------------------------------------------------------------------------------ --help
