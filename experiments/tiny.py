@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from experiments import family
 
 LOSSES = ("dpo", "ipo", "slic")
-# Smaller annotators: layers and width.
-SMALLER = {"xs": (3, 64), "s": (3, 96)}
+# Smaller annotators: layers, width and learning rate. The smallest doesn't learn to compare at the others' rate.
+SMALLER = {"xs": (3, 64, 3e-3), "s": (3, 96, 1e-3)}
 LARGER = 5  # layers of the policy S
 MEMBERS = {
     **{
@@ -38,7 +38,7 @@ MEMBERS = {
     "annotator": "the annotator: one model that judges pairs under several instructions",
     **{
         f"annotator,{size}": f"the same with {layers} layers of width {width} in place of 5 of 96"
-        for size, (layers, width) in SMALLER.items()
+        for size, (layers, width, _) in SMALLER.items()
     },
     "judge": "the judge: as the annotator, trained apart with another seed, for evaluations only",
 }
@@ -84,8 +84,9 @@ def get_config(argument: str = "tldr,online,dpo") -> ConfigDict:
         case ["annotator"]:
             _judging(config, layers=5)
         case ["annotator", size]:
-            layers, width = SMALLER[size]
+            layers, width, rate = SMALLER[size]
             _judging(config, layers=layers)
+            config.optimizer.lr = rate
             shape = config.policy.shape
             shape.width, shape.head_dim, shape.mlp = width, width // shape.heads, 3 * width
         case ["judge"]:

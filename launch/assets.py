@@ -108,9 +108,8 @@ FURTHER = {
     "judge": (Further(3, 500, (Learner(112, 0, lr=4e-3), Learner(113, 1, lr=2e-3, beta=0.01))),),
 }
 ANSWERED = {"annotator": range(512), "judge": range(512, 1024)}  # training posts that its learners answer
-# Smaller annotators, and the seeds of their trainings on the candidates that the annotator ended with.
-SMALLER = {"annotator_xs": 5, "annotator_s": 6}
-SMALLER_STEPS = sum(further.steps for further in FURTHER["annotator"])
+# Smaller annotators: seed and steps of their trainings on the candidates that the annotator ended with. The smallest learns slowly.
+SMALLER = {"annotator_xs": (5, 4000), "annotator_s": (6, 1000)}
 FRESH_SEED = 987  # of pairs that no model was trained on
 CHUNK = 128  # posts that are answered at a time
 KEPT = 40  # steps between the checkpoints at which they do
@@ -168,13 +167,14 @@ def build_annotator(name: str, workdir: pathlib.Path) -> None:
 
 
 def build_smaller(name: str, workdir: pathlib.Path) -> None:
-    """NAME.safetensors, and its agreement with gold by kind: fewer layers, trained from scratch as the annotator, then as long as
-    that one on the candidates that it ended with."""
+    """NAME.safetensors, and its agreement with gold by kind: trained from scratch as the annotator, then further on the candidates
+    that that one ended with."""
     file = f"experiments/tiny.py:annotator,{name.removeprefix('annotator_')}"
     train.run(cli.load_config(file), workdir / f"{name}_0")
     config = cli.load_config(file)
     overrides = {"policy.init": trained(name, 0, workdir), "data.candidates": "tiny:annotator_candidates"}
-    overrides |= {"seed": SMALLER[name], "steps": SMALLER_STEPS, "optimizer.warmup": 40}
+    seed, steps = SMALLER[name]
+    overrides |= {"seed": seed, "steps": steps, "optimizer.warmup": 40}
     cli.override(config, {key: str(value) for key, value in overrides.items()})
     train.run(config, workdir / f"{name}_1")
     stored = save_last(name, workdir / f"{name}_1")
