@@ -268,6 +268,28 @@ def test_two_processes_with_a_disk_each(storage, tmp_path):
     assert sha256_of_tree(trees[0]) == sha256_of_tree(trees[1]) == json.loads(found["summary.json"])["params_sha256"]
 
 
+def test_a_checkpoint_that_is_described_anew_is_never_lost(storage):
+    """Whenever a kill comes amid that, the next start has it whole, with the one meta or the other."""
+    items = {"params": {"w": np.arange(4.0)}}
+    with in_bucket.workdir(URL, print) as directory, Checkpoints(directory / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(2, items, {"of": "before"})
+        checkpoints.wait()
+        before = len(storage.states)
+        checkpoints.save(2, items, {"of": "after"}, replaces=True)
+        checkpoints.wait()
+        after, names = len(storage.states), [name.removeprefix(f"{BELOW}checkpoints/2/") for _, name in storage.log]
+    states = [storage.states[i] for i in range(before, after) if names[i] in (".again", "MANIFEST.json", "meta.json")]
+    assert len(states) == 5
+    for state in states:
+        storage.buckets["bucket"] = {name: each for name, each in state.items() if not name.endswith("/lock")}
+        storage.write("bucket", f"{BELOW}config.json", b"{}")
+        with in_bucket.workdir(URL, print) as directory, Checkpoints(directory / "checkpoints", keep=1) as checkpoints:
+            assert checkpoints.latest() == 2
+            checkpoints.verify(2)
+            assert checkpoints.meta(2)["of"] == ("before" if state is states[0] else "after")
+        assert f"{BELOW}checkpoints/2/.again" not in storage.buckets["bucket"]
+
+
 # ------------------------------------------------------------------------------------------------ who may write
 
 
@@ -332,6 +354,37 @@ def test_a_lock_that_was_written_although_the_answer_was_lost(storage):
     storage.write("bucket", f"{BELOW}lock", b"mine")
     assert bucket.write_if("lock", b"mine", before) == bucket.stamped("lock").generation
     assert bucket.write_if("lock", b"another's", before) is None
+
+
+def lose_answers(patched: pytest.MonkeyPatch, count: int) -> None:
+    """The next conditional writes are made, and nobody hears of it."""
+    write_if, left = Bucket.write_if, iter(range(count))
+
+    def unheard(self, *given):
+        written = write_if(self, *given)
+        if next(left, None) is not None:
+            raise BucketError(f"{self.url}: no answer")
+        return written
+
+    patched.setattr(Bucket, "write_if", unheard)
+
+
+def test_an_owner_whose_answers_are_lost_goes_on(storage, monkeypatch):
+    """Of beats whose every try's answer is lost, and of the last one before it lets go."""
+    bucket = Bucket(URL)
+    lock = in_bucket._Lock(bucket, "one", in_bucket._free(bucket, "one", print))
+    for _ in range(2):
+        before = lock._beats
+        with monkeypatch.context() as patched:
+            lose_answers(patched, 1)
+            while lock._beats < before + 4 and lock._thread.is_alive():
+                time.sleep(0.01)
+        lock.check()
+    lock._ends.set()
+    lock._thread.join()
+    bucket.write("lock", lock._value())  # another beat of its own that it didn't hear of
+    lock.release()
+    assert bucket.read("lock") is None
 
 
 # ------------------------------------------------------------------------------------------------ readers

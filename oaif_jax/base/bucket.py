@@ -81,13 +81,13 @@ class Bucket:
         """What an object holds; None where there is none."""
         return self.stamped(name).value
 
-    def stamped(self, name: str, known: bytes = b"") -> Stamped:
+    def stamped(self, name: str, known: bytes = b"", tries: int = PATIENT) -> Stamped:
         """The same with its generation; its content is left out where that is `known`."""
-        return next(iter(self.all_stamped({name: known}).values()))
+        return next(iter(self.all_stamped({name: known}, tries).values()))
 
-    def all_stamped(self, names: Mapping[str, bytes]) -> dict[str, Stamped]:
+    def all_stamped(self, names: Mapping[str, bytes], tries: int = PATIENT) -> dict[str, Stamped]:
         """The same of several small objects."""
-        store = self._store(PATIENT)
+        store = self._store(tries)
         with self._errors():
             asked = {name: store.read(name, if_not_equal=known or None) for name, known in names.items()}
             found = {name: future.result() for name, future in asked.items()}
@@ -114,9 +114,8 @@ class Bucket:
             written = self._store(QUICK).write(name, value, if_equal=generation).result().generation
         if written:
             return written
-        found = self.stamped(
-            name
-        )  # the answer to the first try may have been lost, and the second one found the new object
+        # The answer to the first try may have been lost, and the second one found the new object.
+        found = self.stamped(name, tries=QUICK)
         return found.generation if found.value == value else None
 
     def write_files(self, files: Mapping[str, pathlib.Path]) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 import jax
 
-from oaif_jax.base.bucket import Bucket, BucketError
+from oaif_jax.base.bucket import QUICK, Bucket, BucketError
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.mirror import CONFIG, LOCK, Mirror, cache_of, registered
 from oaif_jax.base.phases import phase
@@ -164,10 +164,11 @@ class _Lock:
             "machine": machine,
             "id": str(uuid.uuid4()),
         }
+        began = time.monotonic()
         generation = bucket.write_if(LOCK, self._value(), replaces)
         if generation is None:
             raise _others(bucket.url, "which began at the same time")
-        self._generation, self._written = generation, time.monotonic()
+        self._generation, self._written = generation, began
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._thread.start()
@@ -180,13 +181,24 @@ class _Lock:
         while not self._ends.wait(BEAT):
             began = time.monotonic()
             try:
-                generation = self._bucket.write_if(LOCK, self._value(), self._generation)
+                generation = self._replaced(self._value())
             except BucketError:  # it is tried again; `check` tells when that was too long ago
                 continue
             if generation is None:
                 self._lost = "another process has taken it over"
                 return
             self._generation, self._written = generation, began
+
+    def _replaced(self, value: bytes | None) -> bytes | None:
+        """Writes or deletes the object; its generation, or None where it is another's. It is still this process's under a
+        generation that nobody told it, where the answer to an earlier write was lost."""
+        written = self._bucket.write_if(LOCK, value, self._generation)
+        if written is not None:
+            return written
+        found = self._bucket.stamped(LOCK, tries=QUICK)
+        if _owner(found.value or b"").get("id") != self._owner["id"]:
+            return None
+        return self._bucket.write_if(LOCK, value, found.generation)
 
     def check(self) -> None:
         """UserError where the workdir is this process's no more."""
@@ -200,4 +212,4 @@ class _Lock:
         self._ends.set()
         self._thread.join()
         with contextlib.suppress(BucketError):
-            self._bucket.write_if(LOCK, None, self._generation)
+            self._replaced(None)
