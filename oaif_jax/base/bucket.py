@@ -103,10 +103,10 @@ class Bucket:
         with self._errors():
             self._store(QUICK).read("config.json").result()
 
-    def write(self, name: str, value: bytes) -> bytes:
+    def write(self, name: str, value: bytes, tries: int = PATIENT) -> bytes:
         """Writes an object; its generation."""
         with self._errors():
-            return self._store(PATIENT).write(name, value).result().generation
+            return self._store(tries).write(name, value).result().generation
 
     def write_if(self, name: str, value: bytes | None, generation: bytes) -> bytes | None:
         """Writes an object, or deletes it, if it is still of this generation; its new one, or None. `value` is nobody else's."""
@@ -118,9 +118,9 @@ class Bucket:
         found = self.stamped(name, tries=QUICK)
         return found.generation if found.value == value else None
 
-    def write_files(self, files: Mapping[str, pathlib.Path]) -> dict[str, bytes]:
+    def write_files(self, files: Mapping[str, pathlib.Path], tries: int = PATIENT) -> dict[str, bytes]:
         """Writes objects from files, side by side; their generations."""
-        store = self._store(PATIENT)
+        store = self._store(tries)
         jobs = (
             (name, path.stat().st_size, functools.partial(_written, store, name, path)) for name, path in files.items()
         )

@@ -1,8 +1,8 @@
 """Checkpoints of a run in a bucket: objects there, and here of each its meta and manifest, with which a Reader does what it does.
 
 A checkpoint counts by its manifest, which is written last and deleted first. Its arrays come here for as long as they are read.
-Before the meta and manifest of one that counts are replaced, both lie in one object, from which the next start ends what a kill has
-cut short.
+Before the meta and manifest of one that counts are replaced, both lie in one object, from which the next start ends what a kill
+has cut short.
 
 Of several processes each writes its parts of the arrays, as Orbax has left them on its own disk, and a list of them; the first
 makes one OCDBT database of them there, as Orbax does on a disk that all see.
@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Mapping
 
+from oaif_jax.base.bucket import QUICK
 from oaif_jax.base.mirror import CHECKPOINTS, Mirror
 
 META, MANIFEST = "meta.json", "MANIFEST.json"
@@ -102,25 +103,27 @@ class Remote:
             entries |= self._merged(step, entries)
         manifest = json.dumps(entries, indent=1)
         self._mirror.guard()
-        self._bucket.write(f"{place}/{MANIFEST}", manifest.encode())
+        self._bucket.write(f"{place}/{MANIFEST}", manifest.encode(), QUICK)
         return manifest
 
     def describe(self, step: int, meta: str, manifest: Entries) -> None:
         """Another meta for a checkpoint; it counts again once both are written."""
         self._mirror.push()
-        self._mirror.guard()
         value, place = meta.encode(), f"{CHECKPOINTS}/{step}"
         entries = manifest | {META: {"bytes": len(value), "sha256": hashlib.sha256(value).hexdigest()}}
         again = {META: meta, MANIFEST: json.dumps(entries, indent=1)}
-        self._bucket.write(f"{place}/{AGAIN}", json.dumps(again).encode())
+        self._mirror.guard()
+        self._bucket.write(f"{place}/{AGAIN}", json.dumps(again).encode(), QUICK)
         self._replace(step, again)
 
     def _replace(self, step: int | str, again: Mapping[str, str]) -> None:
         """Ends what AGAIN begins."""
         place = f"{CHECKPOINTS}/{step}"
+        self._mirror.guard()
         self._bucket.delete([f"{place}/{MANIFEST}"])
         for name in (META, MANIFEST):
-            self._bucket.write(f"{place}/{name}", again[name].encode())
+            self._mirror.guard()
+            self._bucket.write(f"{place}/{name}", again[name].encode(), QUICK)
         self._bucket.delete([f"{place}/{AGAIN}"])
 
     def hand_in(self, step: int, written: Written, process: int) -> None:
@@ -167,7 +170,6 @@ class Remote:
         """Ends what kills have cut short, and deletes what they have left of checkpoints that don't count."""
         for step, names in self._names().items():
             if f"{step}/{AGAIN}" in names:
-                self._mirror.guard()
                 self._replace(step, json.loads(self._bucket.read(f"{CHECKPOINTS}/{step}/{AGAIN}") or b""))
             elif f"{step}/{MANIFEST}" not in names:
                 self.delete(step)
