@@ -165,7 +165,7 @@ def _write(file: pathlib.Path, made: pathlib.Path) -> None:
         raise UserError(
             f"{file} is read by transformers: there is no {error.name}, wanted pip install -c constraints.txt '.[real]'"
         ) from error
-    link = made.parent / "alone" / file.name  # transformers looks at what lies beside a file
+    link = made.with_name(f".{made.name}") / file.name  # transformers looks at what lies beside a file
     link.parent.mkdir()
     link.symlink_to(file.absolute())
     with _quiet(transformers):
