@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 from oaif_jax.base import cli, options
-from oaif_jax.base.bucket import SCHEME
+from oaif_jax.base.bucket import SCHEME, Bucket, is_url
 from oaif_jax.base.errors import UserError
 
 # Kind -> GKE's label, and xpk's prefix with how it counts ("chips", or "cores": two to a chip).
@@ -43,6 +43,8 @@ def check_arguments(arguments: Sequence[str]) -> None:
     if len(workdirs) != 1 or not workdirs[0].startswith((f"{MOUNT}/", SCHEME)):
         given = f"--workdir={workdirs[0]}" if workdirs else "no --workdir"
         raise UserError(f"{given} behind --: wanted one in {MOUNT}/, the volume that outlives the pods, or in {SCHEME}")
+    if is_url(workdirs[0]):
+        Bucket(workdirs[0])  # UserError for one that names no run
     if not cli.given(arguments, "config"):
         raise UserError("behind -- stand the trainer's arguments, wanted --config=FILE among them")
     cli.check_config(arguments)

@@ -31,7 +31,7 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
     cli.parse()
     cli.import_jax()
 
-from oaif_jax.base.files import atomic_write_json, atomic_write_text, finite
+from oaif_jax.base.files import atomic_write_json, atomic_write_text, finite, no_url
 from oaif_jax.base.mirror import local, push, shown
 from oaif_jax.data import open as open_data
 from oaif_jax.evals.of_run import Evaluations, described
@@ -60,6 +60,8 @@ def run(
 
     UserError for more prompts than there are, and where the data aren't those of the run any more.
     """
+    if out:
+        no_url(out)
     began, workdir = time.monotonic(), local(workdir)
     hosts.check()
     cfg, trained, source = read_run(workdir, which)

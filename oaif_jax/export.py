@@ -27,6 +27,8 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from oaif_jax.base.files import no_url
+from oaif_jax.base.mirror import shown
 from oaif_jax.data.chat import TEMPLATE_FILE
 from oaif_jax.data.special_tokens import CONFIG
 from oaif_jax.run.setup import stored_model
@@ -52,8 +54,10 @@ def save(model: Model, params: PyTree, directory: pathlib.Path, dtype: str) -> s
         chat = dataclasses.replace(chat, pad_id=pad_id, pad_token=pad_token)
     lost = hf.save(directory, model.merged(params), model.cfg, source, dtype, chat)
     if dtype == "float32":
-        return f"exported to {directory}"
-    return f"exported to {directory}; {dtype} can't hold {lost:.1%} of what training changed (float32 holds it all)"
+        return f"exported to {shown(directory)}"
+    return (
+        f"exported to {shown(directory)}; {dtype} can't hold {lost:.1%} of what training changed (float32 holds it all)"
+    )
 
 
 def padding(model: Model) -> tuple[int | None, str]:
@@ -80,7 +84,7 @@ def save_adapter(model: Model, params: PyTree, directory: pathlib.Path) -> str:
         raise UserError("export: a reward model's head is no part of an adapter, wanted the merged model instead")
     source = check(model)
     hf.save_adapter(directory, params["lora"], model.cfg, source)
-    said = f"adapter written to {directory}, for peft and the model {source.directory}"
+    said = f"adapter written to {shown(directory)}, for peft and the model {source.directory}"
     return f"{said}, in the few bits that it was trained on" if "scales" in model.base else said
 
 
@@ -102,6 +106,7 @@ def run(
 ) -> str:
     """Writes checkpoint `which` (best, last or a step) of a run to the directory `out`, as one model or (form="adapter") as
     additions. Returns what to say of it."""
+    no_url(out)
     if pathlib.Path(out).exists():
         raise UserError(f"--out={out} is there already, wanted a directory that isn't")
     _, _, model = stored_model(workdir, which)

@@ -20,14 +20,15 @@ from test_resume import CLOCK
 from test_train import ROOT, base_of, run, sft_config, sft_run, summary_of
 
 from launch import local, soak, tpus
-from oaif_jax import evaluate, export, sample, train
+from oaif_jax import config, evaluate, export, sample, train
 from oaif_jax.base import mirror
 from oaif_jax.base.bucket import Bucket, BucketError
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.files import sha256_of_tree
 from oaif_jax.report.__main__ import draw, parse_flags
-from oaif_jax.run import in_bucket
+from oaif_jax.run import in_bucket, inputs
 from oaif_jax.stored.checkpoint import Checkpoints
+from oaif_jax.stored.open import Source
 from oaif_jax.stored.reader import CheckpointError, Reader, load_params
 
 URL, BELOW = "gs://bucket/runs/sft", "runs/sft/"
@@ -47,7 +48,7 @@ def serving(patched: pytest.MonkeyPatch, cache: pathlib.Path):
         patched.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
         patched.setenv("XDG_CACHE_HOME", str(cache))
         patched.setattr(mirror, "_mirrors", {})  # what was read of another storage
-        for name, seconds in (("BEAT", 0.1), ("EXPIRY", 1.0), ("POLL", 0.05)):
+        for name, seconds in (("BEAT", 0.1), ("EXPIRY", 1.3), ("MARGIN", 0.3), ("POLL", 0.05)):
             patched.setattr(in_bucket, name, seconds)
         yield storage
 
@@ -268,6 +269,28 @@ def test_two_processes_with_a_disk_each(storage, tmp_path):
     assert sha256_of_tree(trees[0]) == sha256_of_tree(trees[1]) == json.loads(found["summary.json"])["params_sha256"]
 
 
+def test_a_checkpoint_that_is_described_anew_is_never_lost(storage):
+    """Whenever a kill comes amid that, the next start has it whole, with the one meta or the other."""
+    items = {"params": {"w": np.arange(4.0)}}
+    with in_bucket.workdir(URL, print) as directory, Checkpoints(directory / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(2, items, {"of": "before"})
+        checkpoints.wait()
+        before = len(storage.states)
+        checkpoints.save(2, items, {"of": "after"}, replaces=True)
+        checkpoints.wait()
+        after, names = len(storage.states), [name.removeprefix(f"{BELOW}checkpoints/2/") for _, name in storage.log]
+    states = [storage.states[i] for i in range(before, after) if names[i] in (".again", "MANIFEST.json", "meta.json")]
+    assert len(states) == 5
+    for state in states:
+        storage.buckets["bucket"] = {name: each for name, each in state.items() if not name.endswith("/lock")}
+        storage.write("bucket", f"{BELOW}config.json", b"{}")
+        with in_bucket.workdir(URL, print) as directory, Checkpoints(directory / "checkpoints", keep=1) as checkpoints:
+            assert checkpoints.latest() == 2
+            checkpoints.verify(2)
+            assert checkpoints.meta(2)["of"] == ("before" if state is states[0] else "after")
+        assert f"{BELOW}checkpoints/2/.again" not in storage.buckets["bucket"]
+
+
 # ------------------------------------------------------------------------------------------------ who may write
 
 
@@ -334,7 +357,177 @@ def test_a_lock_that_was_written_although_the_answer_was_lost(storage):
     assert bucket.write_if("lock", b"another's", before) is None
 
 
+def lose_answers(patched: pytest.MonkeyPatch, count: int) -> None:
+    """The next conditional writes are made, and nobody hears of it."""
+    write_if, left = Bucket.write_if, iter(range(count))
+
+    def unheard(self, *given):
+        written = write_if(self, *given)
+        if next(left, None) is not None:
+            raise BucketError(f"{self.url}: no answer")
+        return written
+
+    patched.setattr(Bucket, "write_if", unheard)
+
+
+def test_an_owner_whose_answers_are_lost_goes_on(storage, monkeypatch):
+    """Of beats whose every try's answer is lost, and of the last one before it lets go."""
+    bucket = Bucket(URL)
+    lock = in_bucket._Lock(bucket, "one", in_bucket._free(bucket, "one", print))
+    for _ in range(2):
+        before = lock._beats
+        with monkeypatch.context() as patched:
+            lose_answers(patched, 1)
+            while lock._beats < before + 4 and lock._thread.is_alive():
+                time.sleep(0.01)
+        lock.check()
+    lock._ends.set()
+    lock._thread.join()
+    bucket.write("lock", lock._value())  # another beat of its own that it didn't hear of
+    lock.release()
+    assert bucket.read("lock") is None
+
+
+def test_what_is_written_last_is_guarded_by_itself(storage):
+    """An owner that was cut off while it wrote the other files: what says that a run is done is the new owner's to write."""
+    with contextlib.suppress(UserError), in_bucket.workdir(URL, print) as directory:
+        for name in ("metrics.jsonl", "summary.json"):
+            (directory / name).write_text("{}")
+
+        def lost() -> None:
+            if f"{BELOW}metrics.jsonl" in storage.buckets["bucket"]:
+                raise UserError("lost")
+
+        mirror.of(directory).guard = lost
+        mirror.push(directory)
+    assert set(inside(storage.buckets["bucket"])) == {"metrics.jsonl"}
+
+
+def test_an_owner_that_may_soon_be_replaced_waits_for_its_beat(storage, monkeypatch):
+    """What it began to write now might come after the next owner's."""
+    bucket = Bucket(URL)
+    lock = in_bucket._Lock(bucket, "one", in_bucket._free(bucket, "one", print))
+    late = in_bucket.EXPIRY - in_bucket.MARGIN / 2
+    lock._written = began = time.monotonic() - late
+    lock.check()
+    assert lock._written > began
+    lock._ends.set()
+    lock._thread.join()
+    lock._written = time.monotonic() - late
+    with pytest.raises(UserError, match="couldn't be written for"):
+        lock.check()
+    lock.release()
+
+
+def test_what_is_being_written_stays_here(storage):
+    """An export in parts, which Ctrl-C leaves or a thread renames at that moment; and what is gone since it was listed."""
+    with in_bucket.workdir(URL, print) as directory:
+        (directory / ".export.partial").mkdir()
+        (directory / ".export.partial/model.safetensors").write_text("half")
+        (directory / "gone.json").symlink_to("nowhere")
+        (directory / "metrics.jsonl").write_text("{}")
+        mirror.push(directory)
+        assert set(inside(storage.buckets["bucket"])) == {"lock", "metrics.jsonl"}
+
+
+def test_a_file_that_cannot_be_read_hides_no_error(storage, monkeypatch):
+    """What ended the run is raised; what couldn't be brought to the bucket then is a line."""
+    said = []
+
+    def push(self) -> None:
+        raise FileNotFoundError(2, "No such file", "samples/x.json")
+
+    with pytest.raises(RuntimeError, match="the run's own"), in_bucket.workdir(URL, said.append):  # noqa: PT012
+        monkeypatch.setattr(mirror.Mirror, "push", push)
+        raise RuntimeError("the run's own")
+    assert len(said) == 1
+    assert "samples/x.json" in said[0]
+
+
+def test_a_summary_goes_before_all_else(storage):
+    """So that no run is taken for done of which something is gone."""
+    with contextlib.suppress(UserError), in_bucket.workdir(URL, print) as directory:
+        for name in ("a.json", "summary.json", "z.json"):
+            (directory / name).write_text("{}")
+        mirror.push(directory)
+        for name in ("a.json", "summary.json", "z.json"):
+            (directory / name).unlink()
+
+        def refuse(method: str, name: str) -> bool:
+            is_summary = method == "DELETE" and name.endswith("summary.json")
+            time.sleep(0.2 * is_summary)  # others that were asked for beside it wait for that
+            return is_summary
+
+        storage.refuses = refuse
+        with pytest.raises(BucketError):
+            mirror.push(directory)
+        time.sleep(0.2)
+        assert {"a.json", "summary.json", "z.json"} <= set(inside(storage.buckets["bucket"]))
+        storage.refuses = lambda method, name: False
+
+
+def test_a_checkpoint_that_is_saved_is_not_said_to_be_lost(storage):
+    """Where the one before can't be deleted."""
+    items = {"params": {"w": np.arange(4.0)}}
+    with in_bucket.workdir(URL, print) as directory:
+        checkpoints = Checkpoints(directory / "checkpoints", keep=1)
+        checkpoints.save(2, items, {})
+        checkpoints.wait()
+        storage.refuses = lambda method, name: method == "DELETE"
+        checkpoints.save(4, items, {})
+        with pytest.raises(
+            CheckpointError, match=rf"{URL}/checkpoints/4: is saved, but older ones can't be deleted: .*no rights"
+        ):
+            checkpoints.wait()
+        storage.refuses = lambda method, name: False
+        assert checkpoints.latest() == 4
+        checkpoints.close()
+
+
+def test_a_cache_that_cannot_be_used(storage, monkeypatch, tmp_path):
+    """One line, whether its files can't be locked or there is no home to have one in."""
+
+    def flock(file, how) -> None:
+        raise OSError(37, "No locks available")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(in_bucket.fcntl, "flock", flock)
+        with pytest.raises(UserError, match=r"lock can't be locked \(No locks available\), wanted XDG_CACHE_HOME"):
+            run_in(URL)
+
+    def no_home() -> pathlib.Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(pathlib.Path, "home", no_home)
+    monkeypatch.setattr(pathlib.Path, "expanduser", lambda self: no_home())
+    with pytest.raises(UserError, match=f"{URL}: there is no home directory .*wanted XDG_CACHE_HOME=DIR"):
+        mirror.cache_of(URL)
+
+
+def test_nothing_of_a_run_that_ended_well_stays_here(storage):
+    with in_bucket.workdir(URL, print) as directory:
+        (directory / "metrics.jsonl").write_text("{}")
+    assert {path.name for path in mirror.cache_of(URL).iterdir()} == {"lock"}
+    assert set(inside(storage.buckets["bucket"])) == {"metrics.jsonl"}
+
+
 # ------------------------------------------------------------------------------------------------ readers
+
+
+def test_reports_for_who_may_only_read(whole, storage, capsys, tmp_path):
+    """The tables come, and one line; a bucket that can't be read hides no other's."""
+    storage.buckets["bucket"] |= whole[2].buckets["bucket"]
+    storage.refuses = lambda method, name: method == "POST"
+    assert draw(*parse_flags([URL, "--markdown"])) == 2
+    shown = capsys.readouterr()
+    assert "| mean gold score |" in shown.out
+    (line,) = shown.err.splitlines()
+    assert line.startswith(f"error: {URL}: PERMISSION_DENIED: no rights; ")
+    assert draw(*parse_flags(["gs://B/run", URL, f"--out={tmp_path / 'out'}", "--markdown"])) == 2
+    shown = capsys.readouterr()
+    assert "| mean gold score |" in shown.out
+    assert shown.err.startswith("error: gs://B/run: ")
 
 
 def test_reports_of_a_run_in_a_bucket(whole, storage, capsys):
@@ -427,6 +620,17 @@ def test_programs_that_read_a_run(whole, storage, base, tmp_path):
     assert kept["policy.init"]["path"] == f"{URL}/checkpoints/6"
 
 
+def test_scores_of_a_run_in_a_bucket_are_named_by_it(storage):
+    """Not by where this machine has them for a moment."""
+    values = config.defaults()
+    values.method = "reward"
+    storage.write("bucket", f"{BELOW}config.json", json.dumps(values.to_dict()).encode())
+    for name in ("reward.json", "checkpoints/2/MANIFEST.json"):
+        storage.write("bucket", f"{BELOW}{name}", b"{}")
+    found = dict(inputs._below(Source("annotator", f"{URL}@last", "")))
+    assert found["annotator.init scores"].path == URL
+
+
 # ------------------------------------------------------------------------------------------------ what can be wrong
 
 
@@ -456,6 +660,17 @@ def test_launchers_take_a_workdir_in_a_bucket(storage, tmp_path):
     assert mirror.cache_of(URL).is_relative_to(tmp_path / "cache")
     assert mirror.cache_of(URL) != mirror.cache_of("gs://bucket/runs_sft")
     tpus.check_arguments([f"--config={ROOT}/experiments/tiny.py:tldr,sft", f"--workdir={URL}"])
+
+
+def test_places_to_write_that_are_in_a_bucket(storage, tmp_path, monkeypatch):
+    """Of functions, as of the programs' flags."""
+    monkeypatch.chdir(tmp_path)
+    for function in (evaluate.run, export.run):
+        with pytest.raises(UserError, match="gs://bucket/out: gs:// is no file system, wanted a directory"):
+            function("runs/none", out="gs://bucket/out")
+    assert not (tmp_path / "gs:").exists()
+    with pytest.raises(UserError, match="gs://bucket: wanted gs://BUCKET/RUN"):
+        tpus.check_arguments([f"--config={ROOT}/experiments/tiny.py:tldr,sft", "--workdir=gs://bucket"])
 
 
 def test_a_place_that_is_not_a_runs(storage):
@@ -500,7 +715,9 @@ def test_another_meta_of_a_checkpoint(storage):
         checkpoints.verify(1)
         names = [name.removeprefix(BELOW) for _, name in storage.log[before:]]
         manifest, meta = "checkpoints/1/MANIFEST.json", "checkpoints/1/meta.json"
-        assert [name for name in names if name != "lock"] == ["metrics.jsonl", manifest, meta, manifest]
+        again = "checkpoints/1/.again"
+        wanted = ["metrics.jsonl", again, manifest, meta, manifest, again]
+        assert [name for name in names if name != "lock"] == wanted
 
 
 def test_a_save_that_fails_says_so(storage):

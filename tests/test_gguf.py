@@ -1,11 +1,13 @@
 """A GGUF file where a directory is wanted: the same model, converted once; whatever of it isn't read is refused."""
 
+import fcntl
 import io
 import json
 import os
 import pathlib
 import re
 import sys
+import threading
 
 import fakes
 import gguf_files
@@ -172,8 +174,9 @@ def test_a_path_may_name_the_file(both, cache, monkeypatch):
     assert directory.is_dir()
 
 
-def test_a_run_is_made_of_the_file(both, tmp_path):
-    """The hash is the file's, whatever it is converted into; another file of that name is another model."""
+def test_a_run_is_made_of_the_file(both, tmp_path, monkeypatch):
+    """The hash is of the file and of what converts it; another file of that name is another model, and so are another version's
+    numbers."""
     _, file = both
     values = config.defaults()
     values.method, values.policy.init, values.policy.path = "sft", "hf", str(file)
@@ -182,13 +185,18 @@ def test_a_run_is_made_of_the_file(both, tmp_path):
     found = inputs.of(cfg)
     assert found["policy.path"].path == str(file)
     assert list(found["policy.path"].files) == ["model.gguf"]
-    assert found["policy.path"].sha256 == inputs.digest(file)
+    assert found["policy.path"].files["model.gguf"].sha256 == inputs.digest(file)
     before = home(Source("policy", "hf", str(file)))
     with file.open("ab") as more:
         more.write(bytes(32))
     assert home(Source("policy", "hf", str(file))) != before
     (said,) = inputs.compare(found, inputs.of(cfg), cfg)
     assert "model.gguf has changed" in said
+    before, found = home(Source("policy", "hf", str(file))), inputs.of(cfg)
+    monkeypatch.setattr(gguf, "FORM", gguf.FORM + 1)
+    assert home(Source("policy", "hf", str(file))) != before
+    (said,) = inputs.compare(found, inputs.of(cfg), cfg)
+    assert "another version of transformers, or of this project, has converted it" in said
 
 
 def test_what_nobody_opened_for_long_goes(both, cache, monkeypatch):
@@ -205,6 +213,39 @@ def test_what_nobody_opened_for_long_goes(both, cache, monkeypatch):
     os.utime(kept, (1, 1))
     assert gguf.directory(file) == kept
     assert kept.stat().st_mtime > 1, "it was opened just now"
+
+
+def test_neighbours_of_a_file_do_not_count(both, tmp_path):
+    """Of an adapter, another model's tokenizer, or how a model likes to be sampled: only the file is read."""
+    _, file = both
+    gguf.convert(file, tmp_path / "alone")
+    crowd = tmp_path / "crowd"
+    crowd.mkdir()
+    (crowd / file.name).symlink_to(file)
+    for name in ("adapter_config.json", "generation_config.json", "tokenizer_config.json", "config.json"):
+        (crowd / name).write_text(
+            json.dumps({"base_model_name_or_path": "none", "temperature": 0.125, "pad_token": "x"})
+        )
+    gguf.convert(crowd / file.name, tmp_path / "through")
+    names = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert names == {path.name for path in (tmp_path / "through").iterdir()}
+    for name in names - {gguf.ORIGIN}:
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "through" / name).read_bytes(), name
+
+
+def test_a_model_is_opened_under_the_lock(both, cache):
+    """Another process that forgets old ones doesn't take this one in between."""
+    _, file = both
+    kept = gguf.directory(file)
+    opened = threading.Thread(target=gguf.directory, args=(file,))
+    with (cache / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.utime(kept, (1, 1))
+        opened.start()
+        opened.join(0.3)
+        assert kept.stat().st_mtime == 1
+    opened.join()
+    assert kept.stat().st_mtime > 1
 
 
 def test_a_cache_that_cannot_be_written(both, cache):
@@ -299,7 +340,7 @@ def test_what_a_run_began_with(both, tmp_path, rank):
     found = inputs.of(config.parse(now), only="policy")
     assert list(found) == ["policy.init", "policy.init base"]
     assert found["policy.init base"].path == str(file)
-    assert found["policy.init base"].sha256 == inputs.digest(file)
+    assert found["policy.init base"].files["model.gguf"].sha256 == inputs.digest(file)
     assert home(Source("policy", str(tmp_path / "run"), "")) == gguf.directory(file)
 
 

@@ -81,13 +81,13 @@ class Bucket:
         """What an object holds; None where there is none."""
         return self.stamped(name).value
 
-    def stamped(self, name: str, known: bytes = b"") -> Stamped:
+    def stamped(self, name: str, known: bytes = b"", tries: int = PATIENT) -> Stamped:
         """The same with its generation; its content is left out where that is `known`."""
-        return next(iter(self.all_stamped({name: known}).values()))
+        return next(iter(self.all_stamped({name: known}, tries).values()))
 
-    def all_stamped(self, names: Mapping[str, bytes]) -> dict[str, Stamped]:
+    def all_stamped(self, names: Mapping[str, bytes], tries: int = PATIENT) -> dict[str, Stamped]:
         """The same of several small objects."""
-        store = self._store(PATIENT)
+        store = self._store(tries)
         with self._errors():
             asked = {name: store.read(name, if_not_equal=known or None) for name, known in names.items()}
             found = {name: future.result() for name, future in asked.items()}
@@ -103,10 +103,10 @@ class Bucket:
         with self._errors():
             self._store(QUICK).read("config.json").result()
 
-    def write(self, name: str, value: bytes) -> bytes:
+    def write(self, name: str, value: bytes, tries: int = PATIENT) -> bytes:
         """Writes an object; its generation."""
         with self._errors():
-            return self._store(PATIENT).write(name, value).result().generation
+            return self._store(tries).write(name, value).result().generation
 
     def write_if(self, name: str, value: bytes | None, generation: bytes) -> bytes | None:
         """Writes an object, or deletes it, if it is still of this generation; its new one, or None. `value` is nobody else's."""
@@ -114,14 +114,13 @@ class Bucket:
             written = self._store(QUICK).write(name, value, if_equal=generation).result().generation
         if written:
             return written
-        found = self.stamped(
-            name
-        )  # the answer to the first try may have been lost, and the second one found the new object
+        # The answer to the first try may have been lost, and the second one found the new object.
+        found = self.stamped(name, tries=QUICK)
         return found.generation if found.value == value else None
 
-    def write_files(self, files: Mapping[str, pathlib.Path]) -> dict[str, bytes]:
+    def write_files(self, files: Mapping[str, pathlib.Path], tries: int = PATIENT) -> dict[str, bytes]:
         """Writes objects from files, side by side; their generations."""
-        store = self._store(PATIENT)
+        store = self._store(tries)
         jobs = (
             (name, path.stat().st_size, functools.partial(_written, store, name, path)) for name, path in files.items()
         )

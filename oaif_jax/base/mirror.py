@@ -14,10 +14,11 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 
-from oaif_jax.base.bucket import SCHEME, WANTED, Bucket, is_url
-from oaif_jax.base.files import is_locked, is_stranger, no_url
+from oaif_jax.base.bucket import PATIENT, QUICK, SCHEME, WANTED, Bucket, is_url
+from oaif_jax.base.errors import UserError
+from oaif_jax.base.files import is_locked, is_stranger, no_url, user_cache
 
 LOCK, CHECKPOINTS = "lock", "checkpoints"
 CONFIG, SUMMARY = "config.json", "summary.json"
@@ -59,43 +60,54 @@ class Mirror:
 
     def push(self) -> None:
         """Brings to the bucket what was written or deleted here since. summary.json last, since a run that has one is done."""
-        self.guard()
-        here = self._files()
-        self._delete(self._generations.keys() - here.keys())
-        stamps = {name: _stamp(path) for name, path in here.items()}
-        changed = {name: here[name] for name in here if self._stamps.get(name) != stamps[name]}
+        here, stamps = self._files(), {}
+        for name, path in here.items():
+            with contextlib.suppress(FileNotFoundError):  # it was deleted since it was listed
+                stamps[name] = _stamp(path)
+        self._delete(self._generations.keys() - stamps.keys())
+        changed = {name: here[name] for name in stamps if self._stamps.get(name) != stamps[name]}
         last = [name for name in (CONFIG, SUMMARY) if name in changed]
-        for group in (
-            {name: path for name, path in changed.items() if name not in last},
-            *({n: changed[n]} for n in last),
-        ):
-            for name, generation in self.bucket.write_files(group).items():
-                self._keep(name, generation, stamps[name])
+        self._write({name: path for name, path in changed.items() if name not in last}, stamps, PATIENT)
+        for name in last:
+            self._write({name: changed[name]}, stamps, QUICK)
+
+    def _write(self, files: Mapping[str, pathlib.Path], stamps: Mapping[str, tuple[int, int]], tries: int) -> None:
+        self.guard()
+        for name, generation in self.bucket.write_files(files, tries).items():
+            self._keep(name, generation, stamps[name])
 
     def remove(self, name: str) -> None:
         """Deletes a directory here and there, of which nothing may have come here."""
-        self.guard()
         shutil.rmtree(self.directory / name, ignore_errors=True)
         self._delete({each for each in self.names() if each.startswith(f"{name}/")})
 
     def _delete(self, names: Set[str]) -> None:
-        self.bucket.delete(sorted(names, key=lambda name: name != SUMMARY))
+        """summary.json first: a run that has one is done, and whole."""
+        for group in (names & {SUMMARY}, names - {SUMMARY}):
+            self.guard()
+            self.bucket.delete(sorted(group))
         for name in names:
             self._generations.pop(name, None)
             self._stamps.pop(name, None)
 
     def _files(self) -> dict[str, pathlib.Path]:
-        """The files here that are the run's, but for its checkpoints."""
+        """The files here that are the run's, but for its checkpoints. What begins with a dot, as a directory's name too, is being
+        written: it gets another name once it is whole."""
         found = {}
-        for path in sorted(self.directory.rglob("*")):
-            name = path.relative_to(self.directory).as_posix()
-            is_own = not name.startswith(f"{CHECKPOINTS}/") and name != LOCK
-            if is_own and path.is_file() and not path.name.startswith(".") and not is_stranger(path.name):
-                found[name] = path
+        for place, directories, names in os.walk(self.directory):  # passes over directories that are gone by now
+            inside = pathlib.Path(place).relative_to(self.directory)
+            directories[:] = sorted(each for each in directories if (inside / each).as_posix() != CHECKPOINTS)
+            for name in map(inside.joinpath, sorted(names)):
+                if name.as_posix() != LOCK and not any(map(_is_passed_over, name.parts)):
+                    found[name.as_posix()] = self.directory / name
         return found
 
     def _keep(self, name: str, generation: bytes, stamp: tuple[int, int]) -> None:
         self._generations[name], self._stamps[name] = generation, stamp
+
+
+def _is_passed_over(part: str) -> bool:
+    return part.startswith(".") or is_stranger(part)
 
 
 def _stamp(path: pathlib.Path) -> tuple[int, int]:
@@ -170,8 +182,12 @@ def remove(directory: pathlib.Path, name: str) -> None:
 
 
 def cache_of(url: str) -> pathlib.Path:
-    """Where a run that trains has its mirror: a directory of the user's cache that is no other URL's."""
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    """Where a run that trains has its mirror: a directory of the user's cache that is no other URL's. UserError where there is no
+    such cache."""
+    try:
+        cache = user_cache()
+    except RuntimeError as error:
+        raise UserError(f"{url}: there is no home directory ({error}), wanted XDG_CACHE_HOME=DIR") from error
     inside = url.removeprefix(SCHEME)
     name = re.sub(r"[^\w.-]+", "_", inside)[-100:]
-    return cache / "oaif_jax" / f"{name}_{hashlib.sha256(inside.encode()).hexdigest()[:12]}"
+    return cache / "runs" / f"{name}_{hashlib.sha256(inside.encode()).hexdigest()[:12]}"

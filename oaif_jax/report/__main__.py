@@ -17,7 +17,7 @@ from absl import flags
 
 from oaif_jax import report
 from oaif_jax.base import cli, files, options
-from oaif_jax.base.bucket import is_url
+from oaif_jax.base.bucket import BucketError, is_url
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.mirror import local, push, shown
 from oaif_jax.base.text import printable
@@ -42,7 +42,7 @@ def parse_flags(arguments: Sequence[str]) -> tuple[list[str], bool, pathlib.Path
         raise UserError(f"DIR is missing, wanted {WANTED}, such as runs/online_dpo")
     if len(workdirs) > 1 and any(map(is_url, workdirs)) and values.out is None:
         raise UserError("--out is missing, wanted a directory for the comparison of runs in buckets")
-    return [str(local(each)) for each in workdirs], values.markdown, _made(values.out)
+    return workdirs, values.markdown, _made(values.out)
 
 
 def _made(out: str | None) -> pathlib.Path | None:
@@ -59,18 +59,26 @@ def _made(out: str | None) -> pathlib.Path | None:
 
 def draw(workdirs: Sequence[str], markdown: bool, out: pathlib.Path | None = None) -> int:
     """Rebuilds curve.png and report.html of each run, and the comparison of several; 2 if one of them couldn't be read."""
-    failures = dict(pair for workdir in workdirs for pair in _runs_of(workdir))
-    printed, good = (sys.stderr if markdown else sys.stdout), []
-    is_one = len(failures) == 1
+    printed, good, faults = (sys.stderr if markdown else sys.stdout), [], 0
+    failures: dict[str, str] = {}
+    for workdir in workdirs:
+        try:
+            failures |= _runs_of(str(local(workdir)))
+        except BucketError as error:  # the others can be read
+            faults += 1
+            print(f"error: {printable(str(error))}", file=sys.stderr)
+    is_one = len(failures) + faults == 1
     for workdir in failures:
         try:
             if is_one or out is None:
                 run = report.write(workdir, finished=False, out=out)
-                push(run.workdir)
-                for name in (report.CURVE, report.PAGE):
-                    print(shown((out or run.workdir) / name), file=printed)
+                if refused := _refused(run.workdir):
+                    faults += 1
+                else:
+                    for name in (report.CURVE, report.PAGE):
+                        print(shown((out or run.workdir) / name), file=printed)
             else:
-                run = report.load(workdir, finished=False)
+                run, refused = report.load(workdir, finished=False), ""
         except report.ReportError as error:
             if not failures[workdir]:  # else a run of a sweep that left nothing, and is shown as that
                 print(f"error: {printable(str(error))}", file=sys.stderr)
@@ -78,6 +86,8 @@ def draw(workdirs: Sequence[str], markdown: bool, out: pathlib.Path | None = Non
         else:
             if markdown:
                 print(results.final_table_markdown(run), results.side_by_side_markdown(run), sep="\n")
+            if refused:
+                print(f"error: {refused}", file=sys.stderr)
         good.append(workdir)
     if len(good) > 1:
         place = out or pathlib.Path(
@@ -86,10 +96,19 @@ def draw(workdirs: Sequence[str], markdown: bool, out: pathlib.Path | None = Non
         compared = several.read(good, failures=[failures[each] for each in good])
         for path in several.write(compared, place, several.titled(compared)):
             print(path, file=printed)
-    return 0 if len(good) == len(failures) else 2
+    return 0 if len(good) == len(failures) and not faults else 2
 
 
-def _runs_of(workdir: str) -> list[tuple[str, str]]:
+def _refused(workdir: pathlib.Path) -> str:
+    """Brings a run's report to where the run is; why that can't be done, or nothing."""
+    try:
+        push(workdir)
+    except BucketError as error:
+        return f"{printable(str(error))}; without them --out=DIR writes the report elsewhere"
+    return ""
+
+
+def _runs_of(workdir: str) -> dict[str, str]:
     """The workdirs that are meant, each with the reason why the run failed: those of a sweep, or the one."""
     kept = pathlib.Path(workdir).expanduser() / several.SWEEP
     try:
@@ -97,13 +116,15 @@ def _runs_of(workdir: str) -> list[tuple[str, str]]:
     except UserError:  # too long, or not to be entered, which is said where it is read as a run
         is_sweep = False
     if not is_sweep:
-        return [(workdir, "")]
+        return {workdir: ""}
     try:
-        listed = [(each["workdir"], each["failure"]) for each in files.read_json(kept)]
+        listed = {each["workdir"]: each["failure"] for each in files.read_json(kept)}
     except (LookupError, TypeError) as error:
         raise UserError(f"{kept}: wanted what launch.sweep writes") from error
     # Of a sweep that goes on some haven't begun.
-    return [(each, failure) for each, failure in listed if failure or files.is_dir(pathlib.Path(each).expanduser())]
+    return {
+        each: failure for each, failure in listed.items() if failure or files.is_dir(pathlib.Path(each).expanduser())
+    }
 
 
 def main() -> None:

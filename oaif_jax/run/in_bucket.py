@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 import jax
 
-from oaif_jax.base.bucket import Bucket, BucketError
+from oaif_jax.base.bucket import QUICK, Bucket, BucketError
 from oaif_jax.base.errors import UserError
 from oaif_jax.base.mirror import CONFIG, LOCK, Mirror, cache_of, registered
 from oaif_jax.base.phases import phase
@@ -28,12 +28,14 @@ from oaif_jax.models import hosts
 from oaif_jax.run import inputs
 
 BEAT, EXPIRY, POLL = 15.0, 60.0, 1.0  # seconds
+MARGIN = 20.0  # seconds before EXPIRY from which on no write begins: one that is tried again QUICK times takes up to 15
 
 
 @contextlib.contextmanager
 def workdir(url: str, say: inputs.Say) -> Iterator[pathlib.Path]:
     """The directory of this machine that a run's workdir is, while it is held; every process of the run enters this. What is in
-    the bucket comes at the beginning; what is new goes there with each checkpoint, and at the end however that comes.
+    the bucket comes at the beginning; what is new goes there with each checkpoint, and at the end however that comes. The
+    directory goes once all is there, and otherwise stays until the next start.
 
     UserError for a bucket that can't be used, and where another process trains.
     """
@@ -51,10 +53,11 @@ def workdir(url: str, say: inputs.Say) -> Iterator[pathlib.Path]:
         except BaseException:
             try:
                 _end(mirror)
-            except UserError as error:  # what ended the run is more
+            except (UserError, OSError) as error:  # what ended the run is more
                 say(str(error))
             raise
         _end(mirror)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _begin(mirror: Mirror) -> None:
@@ -110,6 +113,10 @@ def _alive(url: str, cache: pathlib.Path) -> Iterator[str]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise _others(url, f"on {socket.gethostname()}") from error
+        except OSError as error:
+            raise UserError(
+                f"{cache / LOCK} can't be locked ({error.strerror}), wanted XDG_CACHE_HOME where it can"
+            ) from error
         file.seek(0)
         name = file.read()
         if not name:
@@ -164,10 +171,11 @@ class _Lock:
             "machine": machine,
             "id": str(uuid.uuid4()),
         }
+        began = time.monotonic()
         generation = bucket.write_if(LOCK, self._value(), replaces)
         if generation is None:
             raise _others(bucket.url, "which began at the same time")
-        self._generation, self._written = generation, time.monotonic()
+        self._generation, self._written = generation, began
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._thread.start()
@@ -180,7 +188,7 @@ class _Lock:
         while not self._ends.wait(BEAT):
             began = time.monotonic()
             try:
-                generation = self._bucket.write_if(LOCK, self._value(), self._generation)
+                generation = self._replaced(self._value())
             except BucketError:  # it is tried again; `check` tells when that was too long ago
                 continue
             if generation is None:
@@ -188,9 +196,21 @@ class _Lock:
                 return
             self._generation, self._written = generation, began
 
+    def _replaced(self, value: bytes | None) -> bytes | None:
+        """Writes or deletes the object; its generation, or None where it is another's. It is still this process's under a
+        generation that nobody told it, where the answer to an earlier write was lost."""
+        written = self._bucket.write_if(LOCK, value, self._generation)
+        if written is not None:
+            return written
+        found = self._bucket.stamped(LOCK, tries=QUICK)
+        if _owner(found.value or b"").get("id") != self._owner["id"]:
+            return None
+        return self._bucket.write_if(LOCK, value, found.generation)
+
     def check(self) -> None:
-        """UserError where the workdir is this process's no more."""
-        age = time.monotonic() - self._written
+        """UserError where the workdir is this process's no more. Where it may soon be another's, the next beat is waited for."""
+        while (age := time.monotonic() - self._written) > EXPIRY - MARGIN and age <= EXPIRY and not self._lost:
+            time.sleep(POLL)
         lost = self._lost or (f"it couldn't be written for {age:.0f} s" if age > EXPIRY else "")
         if lost:
             raise UserError(f"{self._bucket.url}/{LOCK}: {lost}; what is new here isn't brought there")
@@ -200,4 +220,4 @@ class _Lock:
         self._ends.set()
         self._thread.join()
         with contextlib.suppress(BucketError):
-            self._bucket.write_if(LOCK, None, self._generation)
+            self._replaced(None)

@@ -23,6 +23,7 @@ from oaif_jax.base.mirror import shown
 from oaif_jax.base.phases import phase
 from oaif_jax.config import Config
 from oaif_jax.data import chat, readers, special_tokens, splits, tokenizer
+from oaif_jax.stored import gguf
 from oaif_jax.stored.hf.tensors import INDEX, weight_files
 from oaif_jax.stored.open import (
     NORMAL,
@@ -61,6 +62,8 @@ SHOWN = 80  # characters of a line
 ANOTHER_RULE = (
     "the version that the run began with holds out other examples of these files than this one, and trains on others"
 )
+
+ANOTHER_CONVERSION = "another version of transformers, or of this project, has converted it for the run"
 
 Say = Callable[[str], None]
 
@@ -207,8 +210,8 @@ def _model(source: Source, template: str) -> Iterator[tuple[str, Found]]:
 
 
 def _file_alone(file: pathlib.Path) -> Found:
-    """A model that is one file, whatever it is converted into."""
-    return Found("model", file, _there(file.parent, [file]))
+    """A model that is one file, and by what it is converted."""
+    return Found("model", file, _there(file.parent, [file]), rule=gguf.rule())
 
 
 def _in_directory(source: Source, directory: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -238,7 +241,7 @@ def _below(source: Source) -> Iterator[tuple[str, Found]]:
     directory, came_from = home(source), origin(source)
     if is_reward(source):
         workdir, _ = run_of(source)
-        yield f"{source.key}.init scores", Found("model", workdir, _there(workdir, [workdir / NORMAL]))
+        yield f"{source.key}.init scores", Found("model", shown(workdir), _there(workdir, [workdir / NORMAL]))
     if run_config(source).policy.lora.rank > 0:
         for key, found in _model(first, "none"):
             yield f"{source.key}.init base{key[len(key.partition(' ')[0]) :]}", found
@@ -406,7 +409,7 @@ def _change(before: Input, now: Input) -> str:
     changed = [f"{name} has changed" for name in both if before.files[name].sha256 != now.files[name].sha256]
     every = [*gone, *new, *changed]
     if not every:
-        return f"{ANOTHER_RULE} ({before.path})"
+        return f"{ANOTHER_CONVERSION if before.kind == 'model' else ANOTHER_RULE} ({before.path})"
     more = f" and {len(every) - 3} more" if len(every) > 3 else ""
     return f"{', '.join(every[:3])}{more} ({before.path})"
 

@@ -24,6 +24,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from oaif_jax.base.errors import UserError
 from oaif_jax.base.files import fsync
 from oaif_jax.stored.reader import (
     MANIFEST,
@@ -156,7 +157,8 @@ class Checkpoints(Reader):
             return super().restore(step, items)
 
     def wait(self) -> None:
-        """Returns when the last save is complete; CheckpointError if it failed, or found an older one damaged."""
+        """Returns when the last save is complete; CheckpointError if it failed, or where an older one is damaged or can't be
+        deleted."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -166,7 +168,9 @@ class Checkpoints(Reader):
         is_lost = self._remote is not None and not isinstance(error, CheckpointError | None)
         if jax.process_count() > 1 and not is_lost:
             multihost_utils.sync_global_devices("checkpoint")  # else others might not see process 0's rename yet
-        if isinstance(error, CheckpointError):  # the save is complete, an older checkpoint is damaged
+        if isinstance(
+            error, CheckpointError
+        ):  # the save is complete: an older checkpoint is damaged, or can't be deleted
             raise error
         if error is not None:
             raise CheckpointError(f"{self._shown}: a save failed and doesn't count: {one_line(error)}") from error
@@ -214,21 +218,27 @@ class Checkpoints(Reader):
         unfinished.rename(path)
         fsync(self.directory)
         self.times.written_seconds += time.monotonic() - began
-        self._drop()
+        self._drop(step)
 
     def _describe_anew(self, step: int, record: str) -> None:
         """Another meta for a checkpoint in a bucket whose arrays stay: a kill amid their replacement would leave none."""
         if jax.process_index() == 0 and self._remote is not None:
             self._remote.describe(step, record, self._manifest(step))
-            self._drop()
+            self._drop(step)
 
-    def _drop(self) -> None:
-        """Deletes what needn't be kept."""
-        steps = self.steps()
-        interim = [step for step in steps if self._record(step).get("is_interim", False)]
-        regular = [step for step in steps if step not in interim]
-        for step in {*interim, *regular[: -self._keep]} - {self.best(), steps[-1]}:
-            self._delete(step)
+    def _drop(self, saved: int) -> None:
+        """Deletes what needn't be kept beside a checkpoint that counts by now."""
+        try:
+            steps = self.steps()
+            interim = [step for step in steps if self._record(step).get("is_interim", False)]
+            regular = [step for step in steps if step not in interim]
+            for step in {*interim, *regular[: -self._keep]} - {self.best(), steps[-1]}:
+                self._delete(step)
+        except CheckpointError:
+            raise
+        except (UserError, OSError) as error:
+            said = f"{self._named_path(saved)}: is saved, but older ones can't be deleted: {one_line(error)}"
+            raise CheckpointError(said) from error
 
     def _delete(self, step: int) -> None:
         if self._remote is not None:

@@ -1,6 +1,6 @@
 """A GGUF file as a Hugging Face directory, which is made once and kept in the user's cache.
 
-    ~/.cache/oaif_jax/models/SHA256      ($XDG_CACHE_HOME in place of ~/.cache, where it is set)
+    ~/.cache/oaif_jax/models/SHA256-RULE      ($XDG_CACHE_HOME in place of ~/.cache, where it is set)
 
 transformers reads the file (pip install -c constraints.txt '.[real]'): the weights, the tokenizer and the chat template in it.
 What is written is float32 in safetensors: all that the file's few bits hold. A directory that nobody opened for a month goes when
@@ -76,23 +76,27 @@ def is_gguf(path: str | pathlib.Path) -> bool:
 
 
 def directory(file: pathlib.Path) -> pathlib.Path:
-    """The directory that a GGUF file is converted into, by the SHA-256 of what it holds; UserError as of `convert`."""
+    """The directory that a GGUF file is converted into, by the SHA-256 of what it holds and the rule of the conversion; UserError
+    as of `convert`."""
     if not files.is_file(file):
         raise UserError(f"{file}: no such file, wanted one in GGUF")
     with phase(f"hashing {file.name}"):
         sha256, _ = files.digest_once(file)
     try:
         place = files.user_cache() / "models"
-        made = place / f"{sha256[:32]}-{FORM}"
-        if not made.is_dir():
-            place.mkdir(parents=True, exist_ok=True)
-            with (place / "lock").open("a") as lock:  # another process may want the same model
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        made = place / f"{sha256[:32]}-{rule()}"
+        place.mkdir(parents=True, exist_ok=True)
+        is_ours = os.access(place, os.W_OK)
+        with (place / "lock").open(
+            "a" if is_ours else "r"
+        ) as lock:  # another process may make the same model, or forget it
+            fcntl.flock(lock, fcntl.LOCK_EX if is_ours else fcntl.LOCK_SH)
+            if made.is_dir():
+                with contextlib.suppress(OSError):  # somebody else's cache
+                    os.utime(made)
+            else:
                 _forget(place)
-                if not made.is_dir():
-                    convert(file, made)
-        with contextlib.suppress(OSError):  # somebody else's cache
-            os.utime(made)
+                convert(file, made)
     except (OSError, RuntimeError) as error:
         said = files.reason(error) if isinstance(error, OSError) else str(error)
         raise UserError(
@@ -100,6 +104,14 @@ def directory(file: pathlib.Path) -> pathlib.Path:
             f"python -m launch.from_gguf --file={file} --out=DIR"
         ) from error
     return made
+
+
+def rule() -> str:
+    """What the numbers depend on beside the file: what this version makes of it, and transformers, "none" where there is none."""
+    try:
+        return f"{FORM}-{metadata.version('transformers')}"
+    except metadata.PackageNotFoundError:
+        return f"{FORM}-none"
 
 
 def _forget(place: pathlib.Path) -> None:
@@ -153,9 +165,12 @@ def _write(file: pathlib.Path, made: pathlib.Path) -> None:
         raise UserError(
             f"{file} is read by transformers: there is no {error.name}, wanted pip install -c constraints.txt '.[real]'"
         ) from error
+    link = made.with_name(f".{made.name}") / file.name  # transformers looks at what lies beside a file
+    link.parent.mkdir()
+    link.symlink_to(file.absolute())
     with _quiet(transformers):
         try:
-            model, tokenizer = _read(file)
+            model, tokenizer = _read(file, link)
         except UserError:
             raise
         except Exception as error:  # of whatever kind a file that is no model raises there
@@ -170,25 +185,26 @@ def _write(file: pathlib.Path, made: pathlib.Path) -> None:
             ) from error
 
 
-def _read(file: pathlib.Path) -> tuple[Any, Any]:
-    """transformers' model and tokenizer; UserError for a file that says more than was read of it."""
+def _read(file: pathlib.Path, link: pathlib.Path) -> tuple[Any, Any]:
+    """transformers' model and tokenizer, by a link with nothing beside it; UserError for a file that says more than was read of
+    it."""
     import gguf
     import torch
     import transformers
 
-    of, found = {"gguf_file": file.name}, gguf.GGUFReader(file)
+    place, of, found = link.parent, {"gguf_file": link.name}, gguf.GGUFReader(file)
     fields = {name: field.contents for name, field in found.fields.items()}
     architecture, said = _metadata(file, fields)
     tensors = {tensor.name: tensor for tensor in found.tensors}
     freqs = np.array(tensors.pop(ROPE_FREQS).data, np.float64) if ROPE_FREQS in tensors else None
-    config = transformers.AutoConfig.from_pretrained(file.parent, **of)
+    config = transformers.AutoConfig.from_pretrained(place, **of)
     _configure(file, config, architecture, said, freqs)
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):  # not those of a family's first model
         there = fields.get(f"tokenizer.ggml.{key}_token_id")
         setattr(config, f"{name}_token_id", there and there())
-    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **of)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place, **of)
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        file.parent, config=config, dtype=torch.float32, output_loading_info=True, **of
+        place, config=config, dtype=torch.float32, output_loading_info=True, **of
     )
     model, info = loaded
     number = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)

@@ -1,6 +1,8 @@
 """Checkpoints of a run in a bucket: objects there, and here of each its meta and manifest, with which a Reader does what it does.
 
 A checkpoint counts by its manifest, which is written last and deleted first. Its arrays come here for as long as they are read.
+Before the meta and manifest of one that counts are replaced, both lie in one object, from which the next start ends what a kill
+has cut short.
 
 Of several processes each writes its parts of the arrays, as Orbax has left them on its own disk, and a list of them; the first
 makes one OCDBT database of them there, as Orbax does on a disk that all see.
@@ -15,9 +17,11 @@ import shutil
 import time
 from collections.abc import Mapping
 
+from oaif_jax.base.bucket import QUICK
 from oaif_jax.base.mirror import CHECKPOINTS, Mirror
 
 META, MANIFEST = "meta.json", "MANIFEST.json"
+AGAIN = ".again"  # both of a checkpoint that counts already, while they are replaced
 STEP = re.compile(r"0|[1-9]\d*")
 MERGED = re.compile(r"[^/]+/(?:manifest\.ocdbt|d/.*)")  # an item's database of all processes' parts
 PART = re.compile(r"([^/]+)/(?:(ocdbt\.process_\d+)/.*|array_metadatas/process_\d+)")
@@ -99,18 +103,28 @@ class Remote:
             entries |= self._merged(step, entries)
         manifest = json.dumps(entries, indent=1)
         self._mirror.guard()
-        self._bucket.write(f"{place}/{MANIFEST}", manifest.encode())
+        self._bucket.write(f"{place}/{MANIFEST}", manifest.encode(), QUICK)
         return manifest
 
     def describe(self, step: int, meta: str, manifest: Entries) -> None:
         """Another meta for a checkpoint; it counts again once both are written."""
         self._mirror.push()
-        self._mirror.guard()
         value, place = meta.encode(), f"{CHECKPOINTS}/{step}"
         entries = manifest | {META: {"bytes": len(value), "sha256": hashlib.sha256(value).hexdigest()}}
+        again = {META: meta, MANIFEST: json.dumps(entries, indent=1)}
+        self._mirror.guard()
+        self._bucket.write(f"{place}/{AGAIN}", json.dumps(again).encode(), QUICK)
+        self._replace(step, again)
+
+    def _replace(self, step: int | str, again: Mapping[str, str]) -> None:
+        """Ends what AGAIN begins."""
+        place = f"{CHECKPOINTS}/{step}"
+        self._mirror.guard()
         self._bucket.delete([f"{place}/{MANIFEST}"])
-        self._bucket.write(f"{place}/{META}", value)
-        self._bucket.write(f"{place}/{MANIFEST}", json.dumps(entries, indent=1).encode())
+        for name in (META, MANIFEST):
+            self._mirror.guard()
+            self._bucket.write(f"{place}/{name}", again[name].encode(), QUICK)
+        self._bucket.delete([f"{place}/{AGAIN}"])
 
     def hand_in(self, step: int, written: Written, process: int) -> None:
         """Writes this process's parts of a checkpoint, which isn't the first, and last a list of them for that one."""
@@ -149,13 +163,15 @@ class Remote:
         """Deletes a checkpoint, or what a kill has left of one."""
         self._mirror.guard()
         names = self._names().get(str(step), [])
-        self._bucket.delete([f"{CHECKPOINTS}/{name}" for name in names if name == f"{step}/{MANIFEST}"])
+        self._bucket.delete([f"{CHECKPOINTS}/{step}/{name}" for name in (MANIFEST, AGAIN) if f"{step}/{name}" in names])
         self._bucket.delete([f"{CHECKPOINTS}/{name}" for name in names])
 
     def clean(self) -> None:
-        """Deletes what kills have left of checkpoints that don't count."""
+        """Ends what kills have cut short, and deletes what they have left of checkpoints that don't count."""
         for step, names in self._names().items():
-            if f"{step}/{MANIFEST}" not in names:
+            if f"{step}/{AGAIN}" in names:
+                self._replace(step, json.loads(self._bucket.read(f"{CHECKPOINTS}/{step}/{AGAIN}") or b""))
+            elif f"{step}/{MANIFEST}" not in names:
                 self.delete(step)
 
     def _names(self) -> dict[str, list[str]]:
