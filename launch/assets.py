@@ -108,7 +108,7 @@ FURTHER = {
     "judge": (Further(3, 500, (Learner(112, 0, lr=4e-3), Learner(113, 1, lr=2e-3, beta=0.01))),),
 }
 ANSWERED = {"annotator": range(512), "judge": range(512, 1024)}  # training posts that its learners answer
-# Smaller annotators: seed and steps of their trainings on the candidates that the annotator ended with. The smallest learns slowly.
+# Smaller annotators: seed and steps of their trainings on the candidates that the annotator ended with; the smallest is slow.
 SMALLER = {"annotator_xs": (5, 4000), "annotator_s": (6, 1000)}
 FRESH_SEED = 987  # of pairs that no model was trained on
 CHUNK = 128  # posts that are answered at a time
@@ -167,8 +167,8 @@ def build_annotator(name: str, workdir: pathlib.Path) -> None:
 
 
 def build_smaller(name: str, workdir: pathlib.Path) -> None:
-    """NAME.safetensors, and its agreement with gold by kind: trained from scratch as the annotator, then further on the candidates
-    that that one ended with."""
+    """NAME.safetensors, and its agreement with gold by kind: trained from scratch as the annotator, then further on
+    the candidates that that one ended with."""
     file = f"experiments/tiny.py:annotator,{name.removeprefix('annotator_')}"
     train.run(cli.load_config(file), workdir / f"{name}_0")
     config = cli.load_config(file)
