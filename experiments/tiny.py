@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from experiments import family
 
 LOSSES = ("dpo", "ipo", "slic")
+ASKED = {"helpful": "answer", "harmless": "harmless"}  # tasks whose prompts are questions, and how their annotators are asked
 SMALLER = {"xs": 2, "s": 3}  # layers of smaller annotators
 MEMBERS = {
     **{
@@ -32,6 +33,15 @@ MEMBERS = {
     "annotator": "the annotator: one model that judges pairs under several instructions",
     **{f"annotator,{size}": f"the same with {layers} layers in place of 5" for size, layers in SMALLER.items()},
     "judge": "the judge: as the annotator, trained apart with another seed, for evaluations only",
+    **{
+        f"{task},{method},{loss}": f"{method} {loss} where answers to questions are to be {task}"
+        for task in ASKED
+        for method in ("online", "offline")
+        for loss in LOSSES
+    },
+    **{f"{task},sft": "fine-tuning on noisy answers to questions; the start of both tasks' runs" for task in ASKED},
+    "annotator,asked": "the annotator of answers to questions, helpful and harmless ones: the annotator trained further",
+    "judge,asked": "the judge of answers: the judge trained further",
 }
 ONLINE_BETA = {"dpo": 0.03, "ipo": 0.05, "slic": 0.02}
 SELM_BETA, SELM_ALPHA, XPO_ALPHA = 1.0, 0.003, 1e-4
@@ -69,6 +79,20 @@ def get_config(argument: str = "tldr,online,dpo") -> ConfigDict:
             config.method = "reinforce"
             config.reinforce.value_warmup = 20
             config.annotator.init = {"rlhf": "runs/reward", "rlaif": "runs/reward_ai"}[name]
+        case ["helpful" | "harmless" as task, "online" | "offline" as method, loss]:
+            _answering(config, task)
+            config.method = method
+            config.loss.name = loss
+            config.loss.beta = {"online": ONLINE_BETA, "offline": OFFLINE_BETA}[method][loss]
+            config.optimizer.lr = 5e-4 if method == "online" else 2e-4
+        case ["helpful" | "harmless" as task, "sft"]:
+            _from_scratch(config, steps=2000, lr=1e-3, warmup=100)
+            config.method = "sft"
+            config.data.task, config.policy.init = task, "tiny:sft"
+        case ["annotator" | "judge" as name, "asked"]:
+            _judging(config, layers=3)
+            config.data.task, config.policy.init = "helpful", f"tiny:{name}"
+            config.seed = {"annotator": 7, "judge": 8}[name]
         case ["annotator"]:
             _judging(config, layers=5)
         case ["annotator", size]:
@@ -77,6 +101,14 @@ def get_config(argument: str = "tldr,online,dpo") -> ConfigDict:
             _judging(config, layers=6)
             config.seed = 1
     return config.lock()
+
+
+def _answering(config: ConfigDict, task: str) -> None:
+    config.data.task = task
+    config.data.pairs = f"tiny:pairs_{task}"
+    config.policy.init = "tiny:sft_asked"
+    config.annotator.init, config.annotator.instruction = "tiny:annotator_asked", ASKED[task]
+    config.judge.init, config.judge.instruction = "tiny:judge_asked", ASKED[task]
 
 
 def _from_scratch(config: ConfigDict, *, steps: int, lr: float, warmup: int) -> None:

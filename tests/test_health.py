@@ -165,7 +165,7 @@ def test_what_is_not_the_trainings_fault():
     assert seen(of, "train", *[{"finished": 0.0, "repetition": 0.55}] * 20) == []
     learner = Health(config.parse({"method": "annotator"}), annotator="helpful", learns=True)
     assert learner.see({"step": 0, "kind": "eval", **EVALUATION, "annotator.helpful.order_agreement": 0.1}) == []
-    tiny = Health(config.parse({}), annotator="helpful", is_tiny=True)
+    tiny = Health(config.parse({}), annotator="helpful", gold="helpful")
     assert tiny.see({"step": 0, "kind": "eval", **EVALUATION, "judge.answer_mass": 0.003}) == []
 
 
