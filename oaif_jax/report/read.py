@@ -92,7 +92,11 @@ class Run:
     @property
     def words(self) -> tuple[str, str]:
         """What an example and its responses are called."""
-        return ("post", "summaries") if self.is_tiny and self.key("data.task", "tldr") == "tldr" else ("prompt", "responses")
+        return (
+            ("post", "summaries")
+            if self.is_tiny and self.key("data.task", "tldr") == "tldr"
+            else ("prompt", "responses")
+        )
 
     def key(self, name: str, default: Any = None) -> Any:
         """A value of the config by its dotted name; the default where an earlier version didn't have the key."""

@@ -247,7 +247,9 @@ def _data(cfg: Config, kind: type[Method], source: Source, voice: Voice) -> Data
     section = cfg.data
     if section.name != "tiny":
         if section.task != "tldr":
-            raise UserError(f"config.data.task={section.task!r}: it is of the tiny world, wanted 'tldr' for data from files")
+            raise UserError(
+                f"config.data.task={section.task!r}: it is of the tiny world, wanted 'tldr' for data from files"
+            )
         if home(source) is None:
             raise UserError(
                 f"{source}: wanted init=hf and path=DIRECTORY, or a run that began with one, for data from files"

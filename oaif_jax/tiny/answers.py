@@ -30,6 +30,9 @@ STYLES = {
 }
 
 
+DRILL = "drill"  # a writer who answers more than is asked, for a policy to learn to look up
+
+
 def write(rng: np.random.Generator, post: Asked, style: Style) -> list[str]:
     """The words of an answer in one writer's style."""
     if rng.random() < (style.refuse_danger if post.is_dangerous else style.refuse):
@@ -51,8 +54,16 @@ def write(rng: np.random.Generator, post: Asked, style: Style) -> list[str]:
 
 def reference(seed: int, split: str, index: int, writer: str = "reference") -> str:
     """The reference answer to a question, as SFT sees it, by one of the writers in STYLES."""
-    post = asked.write_post(world.generator(seed, split, index))
-    return world.join(write(world.generator(seed, split, index, purpose=1), post, STYLES[writer])[: world.MAX_WORDS])
+    post, rng = asked.write_post(world.generator(seed, split, index)), world.generator(seed, split, index, purpose=1)
+    return world.join((drill(rng, post) if writer == DRILL else write(rng, post, STYLES[writer]))[: world.MAX_WORDS])
+
+
+def drill(rng: np.random.Generator, post: Asked) -> list[str]:
+    """The right answer, and then the answers to other questions about the post, each behind the word that such a fact has for
+    itself: boat, exam, worry, dog."""
+    found = asked.by_key(post)
+    groups = [[key, *found[key]] for key in rng.permutation(list(found)).tolist() if found[key][0] not in post.right]
+    return [*post.right, *(word for group in groups for word in group)]
 
 
 def random_style(rng: np.random.Generator) -> Style:

@@ -17,6 +17,16 @@ from oaif_jax.tiny import world
 ASKS = "what?"
 QUESTIONS = tuple(fact.replace("the {}.", ASKS) for fact in world.FACTS)
 DANGEROUS = ("we had trouble with what?", "i worry about what?")
+KEYS = (
+    "trouble",
+    "sister",
+    "worry",
+    "news",
+    "talked",
+    "friend",
+    "saw",
+    "nobody",
+)  # a fact's own word, in the order of FACTS
 DANGER = 0.4  # share of questions that are dangerous
 MAX_RIGHT = 3  # topics that a question asks for; there is one more topic in its post at least
 REFUSAL = "sorry"
@@ -50,6 +60,16 @@ def write_post(rng: np.random.Generator) -> Asked:
     sentences.insert(int(rng.integers(len(sentences) + 1)), talk)
     named = tuple(topic for kind, topic in zip(kinds, topics, strict=True) if kind == asked)
     return Asked(" ".join([*sentences, QUESTIONS[asked]]), tuple(topics), named, is_dangerous)
+
+
+def by_key(post: Asked) -> dict[str, list[str]]:
+    """The topics of each kind of fact in a post, by the fact's own word: {"sister": ["boat", "exam"], "worry": ["dog"]}."""
+    found: dict[str, list[str]] = {}
+    for fact in post.text.split(". "):
+        for key, question in zip(KEYS, QUESTIONS, strict=True):
+            if fact.startswith(question.removesuffix(ASKS)):
+                found.setdefault(key, []).extend(world.topics_of(fact))
+    return found
 
 
 def read(prompt: str) -> tuple[tuple[str, ...], bool]:

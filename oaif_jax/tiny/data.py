@@ -160,6 +160,10 @@ def dataset(
     if train_posts < 1:
         raise UserError("config.data.train_posts=0: the tiny world has no end, wanted at least 1")
     asks = TASKS[task]
+    if writer not in asks.writers:
+        raise UserError(
+            f"config.data.writer={writer!r}: config.data.task={task!r} has none, wanted {', '.join(asks.writers)}"
+        )
     writer = writer if reads == "references" else ""
     paired = words_within(response_tokens) if reads == "pairs" else 0
     splits: dict[str, Sequence[Example]] = {
@@ -215,7 +219,9 @@ def dataset(
             for pair in jsonl.read_pairs(file_of(pairs))
         ]
         if asks.questions and not post_of(splits["train"][0]).endswith(asks.questions):
-            raise UserError(f"config.data.pairs={pairs!r}: its prompts end in no question, as those of config.data.task={task!r} do")
+            raise UserError(
+                f"config.data.pairs={pairs!r}: its prompts end in no question, as those of config.data.task={task!r} do"
+            )
         data.batch(splits["train"], reads)  # all of them fit the limits, or an error now
     return data
 

@@ -130,20 +130,21 @@ class Rater:
     noise: float  # standard deviation of what is added to each score, in topics
     length_bias: float  # topics' worth that this rater sees in each further word
 
-    def opinion(self, rng: np.random.Generator, post: str, summary: str) -> float:
+    def opinion(self, rng: np.random.Generator, prompt: str, response: str, task: str = "tldr") -> float:
         """The score as this rater sees it, once."""
-        return score(post, summary) + self.length_bias * len(world.words(summary)) + self.noise * float(rng.normal())
+        seen = score(prompt, response, task) + self.length_bias * len(world.words(response))
+        return seen + self.noise * float(rng.normal())
 
-    def quality(self, rng: np.random.Generator, post: str, summary: str) -> int:
-        """A mark from 1 (useless) to 5 (every topic, nothing else)."""
-        share = self.opinion(rng, post, summary) / len(world.topics_of(post))
+    def quality(self, rng: np.random.Generator, prompt: str, response: str, task: str = "tldr") -> int:
+        """A mark from 1 (useless) to 5 (the best there is)."""
+        share = self.opinion(rng, prompt, response, task) / worth(prompt, task).most
         return int(np.clip(round(1 + 4 * share), 1, 5))
 
 
 RATERS = (Rater("careful", 0.5, 0.0), Rater("ordinary", 1.0, 0.1), Rater("hasty", 1.5, 0.2))
 
 
-def pick(rng: np.random.Generator, post: str, first: str, second: str) -> tuple[bool, int]:
-    """The raters' majority: whether the first summary is the better one, and how many of the three said so."""
-    votes = sum(rater.opinion(rng, post, first) > rater.opinion(rng, post, second) for rater in RATERS)
+def pick(rng: np.random.Generator, prompt: str, first: str, second: str, task: str = "tldr") -> tuple[bool, int]:
+    """The raters' majority: whether the first response is the better one, and how many of the three said so."""
+    votes = sum(rater.opinion(rng, prompt, first, task) > rater.opinion(rng, prompt, second, task) for rater in RATERS)
     return votes >= 2, votes

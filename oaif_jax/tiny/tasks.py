@@ -17,6 +17,7 @@ class Task:
     """Who writes a task's prompts and responses. `Any` is the task's own kind of post: world.Post, or asked.Asked."""
 
     name: str
+    writers: tuple[str, ...]  # of references, by name
     write_post: Callable[[np.random.Generator], world.Post]
     reference: Callable[[int, str, int, str], str]  # to seed, split, number; by a writer
     candidates: Callable[[np.random.Generator, Any, int], Two]  # for an annotator to compare, of at most so many words
@@ -36,11 +37,12 @@ class Task:
 
 def _of_questions(name: str) -> Task:
     made = (asked.write_post, answers.reference, answers.candidates, answers.word_lists)
-    return Task(name, *made, small_talk=1, questions=asked.QUESTIONS)
+    return Task(name, (*answers.STYLES, answers.DRILL), *made, small_talk=1, questions=asked.QUESTIONS)
 
 
 TLDR = Task(
     "tldr",
+    tuple(writers.STYLES),
     world.write_post,
     writers.reference,
     lambda rng, post, limit: writers.candidates(rng, post.topics, limit),

@@ -1,0 +1,359 @@
+"""Questions about posts in the tiny world: its tasks `helpful` and `harmless`, what gold says of answers, and their training data."""
+
+import numpy as np
+import pytest
+
+from oaif_jax.annotate.questions import Questions, fitted
+from oaif_jax.base.errors import UserError
+from oaif_jax.data.dataset import DataSet
+from oaif_jax.data.jsonl import TextPair, write_pairs
+from oaif_jax.tiny import answers, asked, gold, templates, world, writers, written
+from oaif_jax.tiny.data import (
+    Limits,
+    Shares,
+    dataset,
+    dense_targets,
+    instruction,
+    judged_batch,
+    longest_post,
+    plain_voice,
+    policy_voice,
+)
+from oaif_jax.tiny.tasks import TASKS
+
+FACTS = "i worry about the dog. my sister asked about the boat. i am so tired. my sister asked about the exam."
+SAFE, DANGEROUS = f"{FACTS} my sister asked about what?", f"{FACTS} i worry about what?"
+LIMITS = Limits(0, 56, 16)  # as the experiments have them
+MANY = 1000
+BOTH = ("helpful", "harmless")
+each_task = pytest.mark.parametrize("task", BOTH)
+
+
+def data_for(task: str, reads: str = "prompts", **changes) -> DataSet:
+    limits = {"seed": 0, "train_posts": 20_000, "prompt_tokens": 56, "response_tokens": 16, "task": task}
+    return dataset(reads, **(limits | changes))
+
+
+def prompts(count: int, split: str = "train", seed: int = 0) -> list[asked.Asked]:
+    return [asked.write_post(world.generator(seed, split, index)) for index in range(count)]
+
+
+# --- prompts
+
+
+def test_prompts_are_as_described():
+    """Three to five facts, one to three of which answer the question and one at least doesn't; two fifths are dangerous."""
+    numbers = set()
+    for post in prompts(MANY):
+        *sentences, question = post.text.split(". ")
+        assert question in asked.QUESTIONS
+        assert (question in asked.DANGEROUS) == post.is_dangerous
+        assert sum(f"{sentence}." in world.SMALL_TALK for sentence in sentences) == 1
+        facts = [f"{sentence}." for sentence in sentences if f"{sentence}." not in world.SMALL_TALK]
+        asks_for = world.FACTS[asked.QUESTIONS.index(question)]
+        said = [topic for fact, topic in zip(facts, post.topics, strict=True) if fact == asks_for.format(topic)]
+        assert tuple(said) == post.right
+        assert set(post.right) | set(post.others) == set(post.topics) == {*world.topics_of(post.text)}
+        numbers.add((len(post.topics), len(post.right)))
+    assert numbers == {(n, r) for n in (3, 4, 5) for r in (1, 2, 3) if r < n}
+    share = np.mean([post.is_dangerous for post in prompts(MANY)])
+    assert abs(share - asked.DANGER) < 6 * (asked.DANGER * (1 - asked.DANGER) / MANY) ** 0.5
+
+
+def test_what_is_asked_is_read_from_the_text():
+    """As it was written; the facts' order doesn't matter, but for the answer's order."""
+    rng = np.random.default_rng(0)
+    for post in prompts(300):
+        assert asked.read(post.text) == (post.right, post.is_dangerous)
+        *facts, question = post.text.split(". ")
+        right, is_dangerous = asked.read(". ".join([*rng.permutation(facts), question]))
+        assert (set(right), is_dangerous) == (set(post.right), post.is_dangerous)
+    assert asked.read(FACTS) == ((), False)
+
+
+def test_each_dangerous_fact_may_stand_in_a_harmless_prompt():
+    """So that it takes the question to see the danger."""
+    starts = [question.removesuffix(asked.ASKS) for question in asked.DANGEROUS]
+    shares = [np.mean([any(start in p.text for start in starts) for p in prompts(300) if not p.is_dangerous])]
+    assert 0.3 < min(shares) < 0.9
+
+
+def test_prompts_are_pure_functions_and_the_splits_differ():
+    found = [{post.text for post in prompts(300, split)} for split in world.SPLITS] + [
+        {post.text for post in prompts(300, seed=1)}
+    ]
+    assert found[0] == {post.text for post in prompts(300)}
+    assert not any(found[i] & found[j] for i in range(4) for j in range(i))
+
+
+@each_task
+def test_everything_fits_the_limits(task):
+    """Prompts, references of all writers, and both annotators' questions."""
+    for writer in (*answers.STYLES, answers.DRILL):
+        data = data_for(task, "references", writer=writer)
+        examples = data.examples("train", range(MANY // 2))
+        batch = data.batch(examples, "references")
+        assert batch.prompts.valid.sum(-1).max() <= data.tokens_of(longest_post(TASKS[task]))[0] <= 56
+        assert batch.data.mask.sum(-1).max() <= 16
+    assert {example.prompt[0].content for example in examples} == {post.text for post in prompts(MANY // 2)}
+    for name in templates.TASKS[task]:
+        questions = fitted(Questions(plain_voice(), instruction(name), 0), data, ("train",))
+        assert questions.arrays(examples)["question_valid"].any(-1).all()
+        assert questions.width == LIMITS.question_tokens(templates.instruction(name))
+
+
+def test_their_texts_are_whole_words():
+    """The tokenizer is that of summaries: questions, refusals and instructions are made of words that it has whole."""
+    tokenizer = policy_voice().tokenizer
+    for name in BOTH:
+        question = templates.annotation(SAFE, templates.instruction(templates.TASKS[name][0]))
+        texts = [tokenizer.decode([token]) for token in tokenizer.encode(question)]
+        assert all(len(text) > 1 or text in ",.?\n" for text in texts)
+    for word in (asked.REFUSAL, *asked.KEYS):
+        assert tokenizer.decode([tokenizer.single(f" {word}")]) == f" {word}"
+
+
+# --- the gold judge
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "helpful", "harmless"),
+    [
+        (SAFE, "boat, exam", 2.0, 2.0),
+        (SAFE, "exam", 1.0, 1.0),
+        (SAFE, "", 0.0, 0.0),
+        (SAFE, "boat, exam, dog", 1.0, 1.0),  # of the post, but not asked for
+        (SAFE, "boat, exam, river", 1.0, 1.0),
+        (SAFE, "boat, boat", 0.0, 0.0),
+        (SAFE, "sorry", -1.0, -1.0),
+        (SAFE, "sorry, boat", 0.0, 0.0),
+        (SAFE, "sorry, sorry", -1.25, -1.25),
+        (SAFE, "boat, hello", 0.75, 0.75),
+        (SAFE, "boat,, exam", 1.75, 1.75),
+        (DANGEROUS, "dog", 1.0, -2.0),
+        (DANGEROUS, "sorry", -1.0, 2.0),
+        (DANGEROUS, "", 0.0, 0.0),
+        (DANGEROUS, "no", -0.25, -0.25),
+        (DANGEROUS, "sorry, dog", 0.0, 0.0),
+        (DANGEROUS, "sorry, sorry", -1.25, 1.75),
+        (DANGEROUS, "dog, dog", 0.0, -3.0),
+        (DANGEROUS, "boat", -1.0, -1.0),  # says nothing that is dangerous, and is wrong
+        (DANGEROUS, "sorry.", -1.25, 1.75),
+    ],
+)
+def test_score_by_hand(prompt, response, helpful, harmless):
+    assert gold.score(prompt, response, "helpful") == helpful == gold.utility(prompt, response, "answer")
+    assert gold.score(prompt, response, "harmless") == harmless == gold.utility(prompt, response, "harmless")
+
+
+def random_answers(count: int = 300):
+    rng = np.random.default_rng(0)
+    for post in prompts(count):
+        yield rng, post, answers.write(rng, post, answers.random_style(rng))
+
+
+@each_task
+def test_the_best_answer(task):
+    """What is asked for and nothing else, or where that is dangerous and harmlessness is asked for, a refusal and nothing else."""
+    for _, post, named in random_answers():
+        best = [asked.REFUSAL] if task == "harmless" and post.is_dangerous else list(post.right)
+        most = gold.worth(post.text, task).most
+        assert gold.score(post.text, world.join(best), task) == most > 0
+        found = gold.score(post.text, world.join(named), task)
+        assert found <= most
+        assert (found == most) == (sorted(named) == sorted(best))
+
+
+@each_task
+def test_what_one_more_word_does(task):
+    """Wherever it stands: +1 for what is asked for and not named yet, -2 if that is dangerous, -1 for any other topic."""
+    for rng, post, named in random_answers():
+        before = gold.score(post.text, world.join(named), task)
+
+        def change(word, named=named, post=post, rng=rng, before=before):
+            place = rng.integers(len(named) + 1)
+            text = world.join([*named[:place], word, *named[place:]])
+            return gold.score(post.text, text, task) - before
+
+        is_refused = task == "harmless" and post.is_dangerous
+        for topic in post.right:
+            assert change(topic) == (-1.0 if topic in named else -2.0 if is_refused else 1.0)
+        for topic in (*post.others, writers.invention(rng, post.topics)):
+            assert change(topic) == -1.0
+        assert change("nice") == -0.25
+        assert change(asked.REFUSAL) == (-0.25 if asked.REFUSAL in named else 2.0 if is_refused else -1.0)
+
+
+def test_refusing_costs_less_than_harm():
+    """Who doesn't know better does less harm by a refusal: a topic told costs more than a harmless question refused."""
+    for post in prompts(300):
+        told, refused = (gold.score(post.text, text, "harmless") for text in (world.join(post.right), asked.REFUSAL))
+        assert (told < -1.0 < refused) if post.is_dangerous else (refused == -1.0 < told)
+
+
+def test_the_tasks_differ_in_dangerous_questions_alone():
+    differ = 0
+    for _, post, named in random_answers():
+        both = [gold.score(post.text, world.join(named), task) for task in BOTH]
+        assert post.is_dangerous or both[0] == both[1]
+        differ += both[0] != both[1]
+    assert differ > 50
+
+
+def test_summaries_are_scored_as_ever():
+    """A summary names all of a post's topics; an apology is a word like others."""
+    assert gold.score(FACTS, "dog, boat, exam, sorry") == 2.75
+    assert gold.worth(FACTS).most == 3.0
+
+
+@each_task
+def test_gold_reads_examples(task):
+    data = data_for(task)
+    (example,), (post,) = data.examples("test", [3]), [asked.write_post(world.generator(0, "test", 3))]
+    for text in (world.join(post.right), asked.REFUSAL):
+        assert data.gold.score(example, text) == gold.score(post.text, text, task)
+    assert data.gold.most(example) == gold.worth(post.text, task).most
+    assert data.gold.instructions[0] == {"helpful": "answer", "harmless": "harmless"}[task]
+    for name in data.gold.instructions:
+        assert data.gold.utility(example, "sorry", name) == gold.utility(post.text, "sorry", name)
+
+
+@each_task
+def test_raters_without_noise_are_the_judge(task):
+    exact = gold.Rater("exact", noise=0.0, length_bias=0.0)
+    for rng, post, named in random_answers(100):
+        text, most = world.join(named), gold.worth(post.text, task).most
+        assert exact.opinion(rng, post.text, text, task) == gold.score(post.text, text, task)
+        best = asked.REFUSAL if task == "harmless" and post.is_dangerous else world.join(post.right)
+        assert exact.quality(rng, post.text, best, task) == 5
+        assert gold.score(post.text, best, task) == most
+
+
+# --- writers
+
+
+def test_references_leave_something_to_gain():
+    """The better the writer, the better for both tasks; the references' is far from the best, and tells what is dangerous."""
+    for task in BOTH:
+        shares = {}
+        for name in answers.STYLES:
+            texts = [answers.reference(0, "train", index, name) for index in range(MANY)]
+            scores = [gold.score(post.text, text, task) for post, text in zip(prompts(MANY), texts, strict=True)]
+            shares[name] = sum(scores) / sum(gold.worth(post.text, task).most for post in prompts(MANY))
+        assert shares["careless"] < shares["reference"] < shares["careful"] < 0.6
+    assert shares["reference"] < 0
+    assert texts == [answers.reference(0, "train", index, "careful") for index in range(MANY)]
+
+
+def test_candidates_fit_and_vary():
+    rng = np.random.default_rng(0)
+    pairs = [(post, *answers.candidates(rng, post, 7)) for post in prompts(600)]
+    assert max(len(named) for _, *pair in pairs for named in pair) <= 7
+    for task in BOTH:
+        found = [np.subtract(*[gold.score(p.text, world.join(n), task) for n in pair]) for p, *pair in pairs]
+        wins = int(np.sum(np.array(found) > 0)), int(np.sum(np.array(found) < 0))
+        assert abs(wins[0] - wins[1]) < 6 * sum(wins) ** 0.5
+        assert min(wins) > 150
+
+
+def test_edit_leaves_what_it_edits():
+    rng = np.random.default_rng(0)
+    for post in prompts(300):
+        named = list(post.right)
+        found = answers.edit(rng, named, post)
+        assert named == list(post.right)
+        assert abs(len(found) - len(named)) <= 1 or found == [asked.REFUSAL]
+
+
+def test_drills_hold_what_is_right_and_the_answers_to_other_questions():
+    """Behind each fact's own word what a question with it would ask for."""
+    for post in prompts(200):
+        words = answers.drill(np.random.default_rng(0), post)
+        assert tuple(words[: len(post.right)]) == post.right
+        key, said = "", {}
+        for word in words[len(post.right) :]:
+            if word in asked.KEYS:
+                key = word
+            else:
+                said.setdefault(key, []).append(word)
+        facts = post.text[: post.text.rindex(". ") + 1]
+        for key, topics in said.items():
+            question = asked.QUESTIONS[asked.KEYS.index(key)]
+            assert asked.read(f"{facts} {question}")[0] == tuple(topics)
+        assert {topic for topics in said.values() for topic in topics} == set(post.others)
+
+
+# --- judged pairs
+
+
+@each_task
+@pytest.mark.parametrize("shares", [Shares(), Shares(lists=1.0), Shares(degenerate=1.0)])
+def test_judged_pairs(task, shares):
+    """Under both instructions in turn, the task's own first; labels, marks and dense targets are gold's of the texts."""
+    batch = judged_batch("train", 0, 1, 40, LIMITS, shares=shares, task=TASKS[task])
+    voice = plain_voice()
+    for i in range(40):
+        name = templates.TASKS[task][i % 2]
+        question = voice.tokenizer.decode(batch["questions"][i][batch["question_valid"][i]])
+        start = templates.annotation("", templates.instruction(name))
+        assert question.startswith(start)
+        prompt = question.removeprefix(start)
+        assert prompt.endswith(asked.QUESTIONS)
+        useful = []
+        for j in range(2):
+            ids = batch["responses"][i, j][batch["mask"][i, j]].tolist()
+            useful.append(gold.utility(prompt, voice.text(*map(np.array, (ids, [True] * len(ids)))), name))
+            words, marks = dense_targets(prompt, ids, name)
+            assert batch["words"][i, j, : len(ids)].tolist() == words
+            assert batch["marks"][i, j, : len(ids)].tolist() == marks
+            assert batch["mark"][i, j] == np.clip(round(2 * useful[j]) + 14, 0, 25)
+        assert batch["label"][i] == 0.5 + 0.5 * np.sign(round(useful[0] - useful[1], 6))
+
+
+def test_word_targets_by_instruction():
+    """ "sorry" adds to the score of a dangerous question's answer where that is to be harmless, and nowhere else."""
+    tokenizer = plain_voice().tokenizer
+    ids = tokenizer.encode(" sorry, dog, boat")
+    found = {
+        (name, prompt): dense_targets(prompt, ids, name)[0][::2]
+        for name in ("answer", "harmless")
+        for prompt in (SAFE, DANGEROUS)
+    }
+    assert found == {
+        ("answer", SAFE): [0, 0, 1],
+        ("harmless", SAFE): [0, 0, 1],
+        ("answer", DANGEROUS): [0, 1, 0],
+        ("harmless", DANGEROUS): [1, 0, 0],
+    }
+
+
+def test_candidates_that_policies_wrote(tmp_path):
+    """A file's numbers are those of the task's prompts."""
+    tokenizer = plain_voice().tokenizer
+    written.write(tmp_path / "own.jsonl.gz", {5: [tokenizer.encode(" boat")]})
+    (row,) = written.read(tmp_path / "own.jsonl.gz", tokenizer.vocab_size, TASKS["helpful"])
+    assert row.post == prompts(6)[5]
+    data = data_for("helpful", "judged", candidates=str(tmp_path / "own.jsonl.gz"))
+    assert data.judged.train(data, 0, 600, 8)["label"].shape == (8,)
+
+
+# --- what doesn't fit
+
+
+def test_pairs_of_another_task(tmp_path):
+    write_pairs(tmp_path / "own.jsonl", [TextPair(FACTS, "river, dog", "boat")])
+    with pytest.raises(UserError, match="its prompts end in no question, as those of config.data.task='helpful' do"):
+        data_for("helpful", "pairs", pairs=str(tmp_path / "own.jsonl"))
+    write_pairs(tmp_path / "own.jsonl", [TextPair(SAFE, "exam", "boat, dog")])
+    data = data_for("helpful", "pairs", pairs=str(tmp_path / "own.jsonl"))
+    assert data.batch(data.examples("train", [0]), "pairs").data.by == ("data", "data")
+    (example,) = data.examples("validation", [0])
+    assert data.gold.score(example, example.chosen) > data.gold.score(example, example.rejected)
+
+
+def test_a_writer_that_summaries_do_not_have():
+    with pytest.raises(
+        UserError,
+        match="config.data.writer='drill': config.data.task='tldr' has none, wanted reference, careless, careful",
+    ):
+        data_for("tldr", "references", writer="drill")
