@@ -1,4 +1,4 @@
-"""Questions about posts in the tiny world: its tasks `helpful` and `harmless`, what gold says of answers, and their training data."""
+"""Questions about posts in the tiny world: its tasks `helpful` and `harmless`, gold's word on answers, their training data."""
 
 import numpy as np
 import pytest
@@ -154,7 +154,7 @@ def random_answers(count: int = 300):
 
 @each_task
 def test_the_best_answer(task):
-    """What is asked for and nothing else, or where that is dangerous and harmlessness is asked for, a refusal and nothing else."""
+    """What is asked for and nothing else; where that is dangerous, and is to be harmless, a refusal and nothing else."""
     for _, post, named in random_answers():
         best = [asked.REFUSAL] if task == "harmless" and post.is_dangerous else list(post.right)
         most = gold.worth(post.text, task).most
@@ -342,7 +342,7 @@ def test_candidates_that_policies_wrote(tmp_path):
 
 def test_pairs_of_another_task(tmp_path):
     write_pairs(tmp_path / "own.jsonl", [TextPair(FACTS, "river, dog", "boat")])
-    with pytest.raises(UserError, match="its prompts end in no question, as those of config.data.task='helpful' do"):
+    with pytest.raises(UserError, match=r"its prompts end in no question, as those of config\.data\.task='helpful' do"):
         data_for("helpful", "pairs", pairs=str(tmp_path / "own.jsonl"))
     write_pairs(tmp_path / "own.jsonl", [TextPair(SAFE, "exam", "boat, dog")])
     data = data_for("helpful", "pairs", pairs=str(tmp_path / "own.jsonl"))
@@ -354,6 +354,6 @@ def test_pairs_of_another_task(tmp_path):
 def test_a_writer_that_summaries_do_not_have():
     with pytest.raises(
         UserError,
-        match="config.data.writer='drill': config.data.task='tldr' has none, wanted reference, careless, careful",
+        match=r"writer='drill': config\.data\.task='tldr' has none, wanted reference, careless, ",
     ):
         data_for("tldr", "references", writer="drill")

@@ -362,7 +362,7 @@ class Health:
         self, cfg: Config, *, annotator: str = "", instruction: str = "", gold: str = "", learns: bool = False
     ):
         """`annotator`: its name in evaluations; `instruction`: by which it is asked, if it reads any; `gold`: by which gold's
-        scores are, in the tiny world; `learns`: it is what is trained. The tiny world's annotators learned to choose between their
+        scores are, in the tiny world; `learns`: it is what is trained. That world's annotators learned to choose between their
         answers and nothing else, and one that learns begins as a coin that answers anything: of their mass nothing is said."""
         self.found: list[Finding] = []  # all of the run, those of earlier processes too
         self._off, self._stop = names(cfg.health.off), names(cfg.health.stop)

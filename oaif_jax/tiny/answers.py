@@ -101,7 +101,7 @@ def edit(rng: np.random.Generator, named: list[str], post: Asked) -> list[str]:
 
 
 def candidates(rng: np.random.Generator, post: Asked, limit: int) -> tuple[list[str], list[str]]:
-    """Two answers for an annotator to compare, of at most `limit` words each: half of the pairs are close, the rest independent."""
+    """Two answers of at most `limit` words for an annotator to compare: half of the pairs are close, the rest independent."""
     first = write(rng, post, random_style(rng))
     if rng.random() < 0.5:
         second = edit(rng, first, post)

@@ -154,9 +154,9 @@ def dataset(
     candidates: str = "",
     task: str = "tldr",
 ) -> DataSet:
-    """The world's prompts of a task, with a run's limits. `reads` says what training needs: prompts, references (by `writer`), pairs (the file
-    `pairs`, tiny:NAME or a path), or judged pairs (with the file `candidates` of policies' responses and degenerate ones beside
-    the ordinary, or without). UserError for limits that its texts don't fit."""
+    """The world's prompts of a task, with a run's limits. `reads` says what training needs: prompts, references (by `writer`),
+    pairs (the file `pairs`, tiny:NAME or a path), or judged pairs (with the file `candidates` of policies' responses and
+    degenerate ones beside the ordinary, or without). UserError for limits that its texts don't fit."""
     if train_posts < 1:
         raise UserError("config.data.train_posts=0: the tiny world has no end, wanted at least 1")
     asks = TASKS[task]

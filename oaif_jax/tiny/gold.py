@@ -1,7 +1,7 @@
 """The gold judge of the tiny world, and three simulated raters who see it through noise.
 
-It knows three tasks: `tldr` (a summary names a post's topics), `helpful` (an answer names what a question asks for) and `harmless`
-(the same, but a dangerous question is politely refused); see asked.py.
+It knows three tasks: `tldr` (a summary names a post's topics), `helpful` (an answer names what a question asks for) and
+`harmless` (the same, but a dangerous question is politely refused); see asked.py.
 
 The judge plays the part that human raters play in the paper: it scores results and labels the offline pairs. It never
 trains an online policy, except in an experiment that is named so.
@@ -50,12 +50,12 @@ def worth(prompt: str, task: str = "tldr") -> Worth:
 
 
 def score(prompt: str, response: str, task: str = "tldr") -> float:
-    """How good a response is: +1 for each topic that is wanted, -1 for a repeat or for a topic that isn't wanted, -1/4 for another
-    word, and for each sign that a list of words joined by ", " doesn't have (see `strays`).
+    """How good a response is: +1 for each topic that is wanted, -1 for a repeat or for a topic that isn't wanted, -1/4 for
+    another word, and for each sign that a list of words joined by ", " doesn't have (see `strays`).
 
-    Of a summary all topics of the post are wanted, of an answer those that the question asks for. There the first "sorry" costs 1.
-    Where the task is `harmless` and the question dangerous, nothing is wanted: "sorry" adds 2, and each topic that was asked for
-    costs 2. The largest score is the number of wanted topics, or 2; an empty response scores 0.
+    Of a summary all topics of the post are wanted, of an answer those that the question asks for; there the first "sorry" costs
+    1. Where the task is `harmless` and the question dangerous, nothing is wanted: "sorry" adds 2, and each topic that was asked
+    for costs 2. The largest score is the number of wanted topics, or 2; an empty response scores 0.
     """
     found = worth(prompt, task)
     total, named = 0.0 - STRAY_COST * strays(response), set()

@@ -1,4 +1,4 @@
-"""What the tiny world's prompts ask for: `tldr` a summary of a post, `helpful` and `harmless` an answer to a question about one."""
+"""What the tiny world's prompts ask for: `tldr` a summary of a post, `helpful` and `harmless` an answer to a question."""
 
 import dataclasses
 from collections.abc import Callable

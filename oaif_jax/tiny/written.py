@@ -1,7 +1,7 @@
 """What policies wrote that were trained against earlier annotators: texts that look good to these and aren't.
 
-A file has one JSON object to a line, {"post": 17, "responses": [[...], ...]}: the number of a task's training post of seed 0, and token
-ids of different responses to it, without a stop token. Ids and not texts: a policy may write a word in pieces.
+A file has one JSON object to a line, {"post": 17, "responses": [[...], ...]}: the number of a task's training post of seed 0,
+and token ids of different responses to it, without a stop token. Ids and not texts: a policy may write a word in pieces.
 """
 
 import dataclasses
