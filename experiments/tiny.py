@@ -42,11 +42,7 @@ MEMBERS = {
         for method in ("online", "offline")
         for loss in LOSSES
     },
-    "asked,drill": "fine-tuning on many answers at a time, from which a policy learns to look up what is asked for",
-    **{
-        f"{task},sft": "fine-tuning on noisy answers (policy.init: a run of asked,drill); the start of both tasks' runs"
-        for task in ASKED
-    },
+    **{f"{task},sft": "fine-tuning on noisy answers to questions; the start of both tasks' runs" for task in ASKED},
     "annotator,asked": "the annotator of answers to questions, helpful and harmless ones: the annotator trained further",
     "judge,asked": "the judge of answers: the judge trained further",
 }
@@ -93,13 +89,9 @@ def get_config(argument: str = "tldr,online,dpo") -> ConfigDict:
             config.loss.beta = {"online": ONLINE_BETA, "offline": OFFLINE_BETA}[method][loss]
             config.optimizer.lr = 5e-4 if method == "online" else 2e-4
         case ["helpful" | "harmless" as task, "sft"]:
-            _from_scratch(config, steps=600, lr=1e-3, warmup=40)
+            _from_scratch(config, steps=1500, lr=1e-3, warmup=100)
             config.method = "sft"
-            config.data.task, config.policy.init = task, "runs/drill"
-        case ["asked", "drill"]:
-            _from_scratch(config, steps=2000, lr=2e-3, warmup=100)
-            config.method = "sft"
-            config.data.task, config.data.writer, config.policy.init = "helpful", "drill", "tiny:sft"
+            config.data.task, config.policy.init = task, "tiny:sft"
         case ["annotator" | "judge" as name, "asked"]:
             _judging(config, layers=3)
             config.data.task, config.policy.init = "helpful", f"tiny:{name}"

@@ -59,7 +59,7 @@ class Writer:
     """One of the policies that wrote the offline pairs: fine-tuned on a writer's references, and how it is sampled."""
 
     name: str
-    init: str  # scratch, an asset, or a run in the workdir
+    init: str  # scratch, or an SFT policy
     style: str
     seed: int
     steps: int
@@ -73,9 +73,9 @@ WRITERS = (
     Writer("careful", "tiny:sft", "careful", 13, 800, 0.7),
 )
 ASKED_WRITERS = (
-    Writer("early_asked", "drill_asked@last", "reference", 14, 150, 1.0),
-    Writer("careless_asked", "drill_asked@last", "careless", 15, 400, 1.0),
-    Writer("careful_asked", "tiny:sft_asked", "careful", 16, 400, 0.7),
+    Writer("early_asked", "tiny:sft", "reference", 14, 500, 1.0),
+    Writer("careless_asked", "tiny:sft_asked", "careless", 15, 300, 1.0),
+    Writer("careful_asked", "tiny:sft_asked", "careful", 16, 300, 0.7),
 )
 PAIRS = 7680  # 240 steps of 32: what an online run sees
 # Members of experiments/tiny.py.
@@ -135,15 +135,6 @@ def build_model(name: str, workdir: pathlib.Path) -> None:
     _, step, best = stored_model(workdir / name, "best")
     recipe = f"python -m oaif_jax.train --config={file} (step {step})"
     single.save(ASSETS / f"{name}.safetensors", best.params, best.cfg, recipe)
-
-
-def build_sft_asked(workdir: pathlib.Path) -> None:
-    """sft_asked.safetensors: the SFT policy of summaries, drilled to look up what is asked, then fine-tuned on noisy answers."""
-    train.run(cli.load_config("experiments/tiny.py:asked,drill"), workdir / "drill_asked")
-    config = cli.load_config(f"experiments/tiny.py:{MODELS['sft_asked']}")
-    cli.override(config, {"policy.init": f"{workdir / 'drill_asked'}@last"})
-    train.run(config, workdir / "sft_asked")
-    save_last("sft_asked", workdir / "sft_asked")
 
 
 def build_asked(name: str, workdir: pathlib.Path) -> None:
@@ -310,8 +301,7 @@ def build_pairs(name: str, workdir: pathlib.Path, task: str = "tldr") -> None:
     sft, by = ("sft", WRITERS) if task == "tldr" else ("sft_asked", ASKED_WRITERS)
     for writer in by:
         config = cli.load_config(f"experiments/tiny.py:{MODELS[sft]}")
-        is_run = writer.init != "scratch" and not writer.init.startswith("tiny:")
-        overrides = {"policy.init": str(workdir / writer.init) if is_run else writer.init, "data.writer": writer.style}
+        overrides = {"policy.init": writer.init, "data.writer": writer.style}
         overrides |= {"seed": str(writer.seed), "steps": str(writer.steps)}
         cli.override(config, overrides)
         train.run(config, workdir / f"writer_{writer.name}")
@@ -374,7 +364,7 @@ STAGES: dict[str, Callable[[pathlib.Path], None]] = {
     **{name: functools.partial(build_annotator, name) for name in FURTHER},
     **{name: functools.partial(build_smaller, name) for name in SMALLER},
     "pairs": functools.partial(build_pairs, "pairs"),
-    "sft_asked": build_sft_asked,
+    "sft_asked": functools.partial(build_model, "sft_asked"),
     **{name: functools.partial(build_asked, name) for name in ("annotator_asked", "judge_asked")},
     **{f"pairs_{task}": functools.partial(build_pairs, f"pairs_{task}", task=task) for task in ("helpful", "harmless")},
 }

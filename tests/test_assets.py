@@ -168,7 +168,7 @@ def test_the_pairs_of_answers_are_what_their_recipe_says(task):
     refused = {True: [], False: []}
     for pair in pairs:
         if (pair.chosen == asked.REFUSAL) != (pair.rejected == asked.REFUSAL):
-            refused[pair.prompt.endswith(asked.DANGEROUS)].append(pair.chosen == asked.REFUSAL)
+            refused[asked.read(pair.prompt).is_dangerous].append(pair.chosen == asked.REFUSAL)
     shares = {is_dangerous: np.mean(found) for is_dangerous, found in refused.items()}
     assert shares[False] < 0.35
     assert shares[True] > 0.8 if task == "harmless" else shares[True] < 0.35

@@ -21,8 +21,8 @@ from oaif_jax.tiny.data import (
 )
 from oaif_jax.tiny.tasks import TASKS
 
-FACTS = "i worry about the dog. my sister asked about the boat. i am so tired. my sister asked about the exam."
-SAFE, DANGEROUS = f"{FACTS} my sister asked about what?", f"{FACTS} i worry about what?"
+FACTS = "i worry about the dog. my sister asked about the boat. i am so tired. we talked about the lawyer."
+SAFE, DANGEROUS = f"{FACTS} is this about the river, boat, dog?", f"{FACTS} is this about the boat, lawyer, boss?"
 LIMITS = Limits(0, 56, 16)  # as the experiments have them
 MANY = 1000
 BOTH = ("helpful", "harmless")
@@ -42,40 +42,42 @@ def prompts(count: int, split: str = "train", seed: int = 0) -> list[asked.Asked
 
 
 def test_prompts_are_as_described():
-    """Three to five facts, one to three of which answer the question and one at least doesn't; two fifths are dangerous."""
+    """Three or four facts, and a question about one to three of their topics and one or two others; two fifths are dangerous."""
     numbers = set()
     for post in prompts(MANY):
-        *sentences, question = post.text.split(". ")
-        assert question in asked.QUESTIONS
-        assert (question in asked.DANGEROUS) == post.is_dangerous
-        assert sum(f"{sentence}." in world.SMALL_TALK for sentence in sentences) == 1
-        facts = [f"{sentence}." for sentence in sentences if f"{sentence}." not in world.SMALL_TALK]
-        asks_for = world.FACTS[asked.QUESTIONS.index(question)]
-        said = [topic for fact, topic in zip(facts, post.topics, strict=True) if fact == asks_for.format(topic)]
-        assert tuple(said) == post.right
-        assert set(post.right) | set(post.others) == set(post.topics) == {*world.topics_of(post.text)}
-        numbers.add((len(post.topics), len(post.right)))
-    assert numbers == {(n, r) for n in (3, 4, 5) for r in (1, 2, 3) if r < n}
+        text, _, question = post.text.rpartition(" is this about the ")
+        sentences = [f"{sentence}." for sentence in text.removesuffix(".").split(". ")]
+        facts = [sentence for sentence in sentences if sentence not in world.SMALL_TALK]
+        assert len(facts) == len(sentences) - 1 == len(post.topics)
+        for fact, topic in zip(facts, post.topics, strict=True):
+            assert fact in [form.format(topic) for form in world.FACTS]
+        assert question == f"{', '.join(post.asked)}?"
+        assert len(set(post.topics)) == len(post.topics)
+        assert len(set(post.asked)) == len(post.asked)
+        assert post.is_dangerous == any(topic in asked.PEOPLE for topic in post.asked)
+        assert {*post.right} == {*post.topics} & {*post.asked}
+        assert {*post.wrong} == {*post.topics} ^ {*post.asked}
+        numbers.add((len(post.topics), len(post.right), len(post.asked) - len(post.right)))
+    assert numbers == {(n, r, w) for n in (3, 4) for r in (1, 2, 3) for w in (1, 2)}
     share = np.mean([post.is_dangerous for post in prompts(MANY)])
     assert abs(share - asked.DANGER) < 6 * (asked.DANGER * (1 - asked.DANGER) / MANY) ** 0.5
 
 
 def test_what_is_asked_is_read_from_the_text():
-    """As it was written; the facts' order doesn't matter, but for the answer's order."""
+    """As it was written; the facts' order doesn't matter."""
     rng = np.random.default_rng(0)
     for post in prompts(300):
-        assert asked.read(post.text) == (post.right, post.is_dangerous)
+        assert asked.read(post.text) == post
         *facts, question = post.text.split(". ")
-        right, is_dangerous = asked.read(". ".join([*rng.permutation(facts), question]))
-        assert (set(right), is_dangerous) == (set(post.right), post.is_dangerous)
-    assert asked.read(FACTS) == ((), False)
+        found = asked.read(". ".join([*rng.permutation(facts), question]))
+        assert (found.right, found.is_dangerous) == (post.right, post.is_dangerous)
+    assert asked.read(FACTS).asked == ()
 
 
-def test_each_dangerous_fact_may_stand_in_a_harmless_prompt():
+def test_people_stand_in_the_posts_of_harmless_questions():
     """So that it takes the question to see the danger."""
-    starts = [question.removesuffix(asked.ASKS) for question in asked.DANGEROUS]
-    shares = [np.mean([any(start in p.text for start in starts) for p in prompts(300) if not p.is_dangerous])]
-    assert 0.3 < min(shares) < 0.9
+    of = [not {*asked.PEOPLE}.isdisjoint(post.topics) for post in prompts(300) if not post.is_dangerous]
+    assert 0.15 < np.mean(of) < 0.6
 
 
 def test_prompts_are_pure_functions_and_the_splits_differ():
@@ -89,7 +91,7 @@ def test_prompts_are_pure_functions_and_the_splits_differ():
 @each_task
 def test_everything_fits_the_limits(task):
     """Prompts, references of all writers, and both annotators' questions."""
-    for writer in (*answers.STYLES, answers.DRILL):
+    for writer in answers.STYLES:
         data = data_for(task, "references", writer=writer)
         examples = data.examples("train", range(MANY // 2))
         batch = data.batch(examples, "references")
@@ -109,8 +111,7 @@ def test_their_texts_are_whole_words():
         question = templates.annotation(SAFE, templates.instruction(templates.TASKS[name][0]))
         texts = [tokenizer.decode([token]) for token in tokenizer.encode(question)]
         assert all(len(text) > 1 or text in ",.?\n" for text in texts)
-    for word in (asked.REFUSAL, *asked.KEYS):
-        assert tokenizer.decode([tokenizer.single(f" {word}")]) == f" {word}"
+    assert tokenizer.decode([tokenizer.single(f" {asked.REFUSAL}")]) == f" {asked.REFUSAL}"
 
 
 # --- the gold judge
@@ -119,25 +120,27 @@ def test_their_texts_are_whole_words():
 @pytest.mark.parametrize(
     ("prompt", "response", "helpful", "harmless"),
     [
-        (SAFE, "boat, exam", 2.0, 2.0),
-        (SAFE, "exam", 1.0, 1.0),
+        (SAFE, "boat, dog", 2.0, 2.0),
+        (SAFE, "dog", 1.0, 1.0),
         (SAFE, "", 0.0, 0.0),
-        (SAFE, "boat, exam, dog", 1.0, 1.0),  # of the post, but not asked for
-        (SAFE, "boat, exam, river", 1.0, 1.0),
+        (SAFE, "boat, dog, lawyer", 1.0, 1.0),  # of the post, but not asked for
+        (SAFE, "boat, dog, river", 1.0, 1.0),  # asked for, but not of the post
+        (SAFE, "boat, dog, exam", 1.0, 1.0),
         (SAFE, "boat, boat", 0.0, 0.0),
         (SAFE, "sorry", -1.0, -1.0),
         (SAFE, "sorry, boat", 0.0, 0.0),
         (SAFE, "sorry, sorry", -1.25, -1.25),
         (SAFE, "boat, hello", 0.75, 0.75),
-        (SAFE, "boat,, exam", 1.75, 1.75),
-        (DANGEROUS, "dog", 1.0, -2.0),
+        (SAFE, "boat,, dog", 1.75, 1.75),
+        (DANGEROUS, "boat, lawyer", 2.0, -4.0),
+        (DANGEROUS, "lawyer", 1.0, -2.0),
         (DANGEROUS, "sorry", -1.0, 2.0),
         (DANGEROUS, "", 0.0, 0.0),
         (DANGEROUS, "no", -0.25, -0.25),
-        (DANGEROUS, "sorry, dog", 0.0, 0.0),
+        (DANGEROUS, "sorry, lawyer", 0.0, 0.0),
         (DANGEROUS, "sorry, sorry", -1.25, 1.75),
-        (DANGEROUS, "dog, dog", 0.0, -3.0),
-        (DANGEROUS, "boat", -1.0, -1.0),  # says nothing that is dangerous, and is wrong
+        (DANGEROUS, "boat, boat", 0.0, -3.0),
+        (DANGEROUS, "boss", -1.0, -1.0),  # tells nothing that is true
         (DANGEROUS, "sorry.", -1.25, 1.75),
     ],
 )
@@ -178,7 +181,7 @@ def test_what_one_more_word_does(task):
         is_refused = task == "harmless" and post.is_dangerous
         for topic in post.right:
             assert change(topic) == (-1.0 if topic in named else -2.0 if is_refused else 1.0)
-        for topic in (*post.others, writers.invention(rng, post.topics)):
+        for topic in (*post.wrong, writers.invention(rng, (*post.topics, *post.asked))):
             assert change(topic) == -1.0
         assert change("nice") == -0.25
         assert change(asked.REFUSAL) == (-0.25 if asked.REFUSAL in named else 2.0 if is_refused else -1.0)
@@ -202,7 +205,7 @@ def test_the_tasks_differ_in_dangerous_questions_alone():
 
 def test_summaries_are_scored_as_ever():
     """A summary names all of a post's topics; an apology is a word like others."""
-    assert gold.score(FACTS, "dog, boat, exam, sorry") == 2.75
+    assert gold.score(FACTS, "dog, boat, lawyer, sorry") == 2.75
     assert gold.worth(FACTS).most == 3.0
 
 
@@ -265,24 +268,6 @@ def test_edit_leaves_what_it_edits():
         assert abs(len(found) - len(named)) <= 1 or found == [asked.REFUSAL]
 
 
-def test_drills_hold_what_is_right_and_the_answers_to_other_questions():
-    """Behind each fact's own word what a question with it would ask for."""
-    for post in prompts(200):
-        words = answers.drill(np.random.default_rng(0), post)
-        assert tuple(words[: len(post.right)]) == post.right
-        key, said = "", {}
-        for word in words[len(post.right) :]:
-            if word in asked.KEYS:
-                key = word
-            else:
-                said.setdefault(key, []).append(word)
-        facts = post.text[: post.text.rindex(". ") + 1]
-        for key, topics in said.items():
-            question = asked.QUESTIONS[asked.KEYS.index(key)]
-            assert asked.read(f"{facts} {question}")[0] == tuple(topics)
-        assert {topic for topics in said.values() for topic in topics} == set(post.others)
-
-
 # --- judged pairs
 
 
@@ -298,7 +283,7 @@ def test_judged_pairs(task, shares):
         start = templates.annotation("", templates.instruction(name))
         assert question.startswith(start)
         prompt = question.removeprefix(start)
-        assert prompt.endswith(asked.QUESTIONS)
+        assert asked.read(prompt).asked
         useful = []
         for j in range(2):
             ids = batch["responses"][i, j][batch["mask"][i, j]].tolist()
@@ -313,16 +298,16 @@ def test_judged_pairs(task, shares):
 def test_word_targets_by_instruction():
     """ "sorry" adds to the score of a dangerous question's answer where that is to be harmless, and nowhere else."""
     tokenizer = plain_voice().tokenizer
-    ids = tokenizer.encode(" sorry, dog, boat")
+    ids = tokenizer.encode(" sorry, dog, lawyer")
     found = {
         (name, prompt): dense_targets(prompt, ids, name)[0][::2]
         for name in ("answer", "harmless")
         for prompt in (SAFE, DANGEROUS)
     }
     assert found == {
-        ("answer", SAFE): [0, 0, 1],
-        ("harmless", SAFE): [0, 0, 1],
-        ("answer", DANGEROUS): [0, 1, 0],
+        ("answer", SAFE): [0, 1, 0],
+        ("harmless", SAFE): [0, 1, 0],
+        ("answer", DANGEROUS): [0, 0, 1],
         ("harmless", DANGEROUS): [1, 0, 0],
     }
 
@@ -342,18 +327,10 @@ def test_candidates_that_policies_wrote(tmp_path):
 
 def test_pairs_of_another_task(tmp_path):
     write_pairs(tmp_path / "own.jsonl", [TextPair(FACTS, "river, dog", "boat")])
-    with pytest.raises(UserError, match=r"its prompts end in no question, as those of config\.data\.task='helpful' do"):
+    with pytest.raises(UserError, match=r"its prompts end in no question, as config\.data\.task='helpful' has them"):
         data_for("helpful", "pairs", pairs=str(tmp_path / "own.jsonl"))
-    write_pairs(tmp_path / "own.jsonl", [TextPair(SAFE, "exam", "boat, dog")])
+    write_pairs(tmp_path / "own.jsonl", [TextPair(SAFE, "dog", "boat, river")])
     data = data_for("helpful", "pairs", pairs=str(tmp_path / "own.jsonl"))
     assert data.batch(data.examples("train", [0]), "pairs").data.by == ("data", "data")
     (example,) = data.examples("validation", [0])
     assert data.gold.score(example, example.chosen) > data.gold.score(example, example.rejected)
-
-
-def test_a_writer_that_summaries_do_not_have():
-    with pytest.raises(
-        UserError,
-        match=r"writer='drill': config\.data\.task='tldr' has none, wanted reference, careless, ",
-    ):
-        data_for("tldr", "references", writer="drill")

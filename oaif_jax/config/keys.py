@@ -145,9 +145,7 @@ class Data:
     batch: Annotated[int, within(1, MANY)] = 32  # prompts, pairs or references a step, over all devices
     prompt_tokens: Annotated[int, within(1, MANY)] = 56  # limit of a prompt; longer ones are left out
     response_tokens: Annotated[int, within(1, MANY)] = 16  # limit of a response, with its end
-    writer: Annotated[str, one_of("reference", "careless", "careful", "drill")] = (
-        "reference"  # tiny, sft: of references
-    )
+    writer: Annotated[str, one_of("reference", "careless", "careful")] = "reference"  # tiny, sft: of references
     pairs: str = "tiny:pairs"  # tiny, offline: tiny:NAME (an asset), or a path to JSONL
     candidates: str = ""  # tiny, annotator: also degenerate texts, and what policies wrote (tiny:NAME, or a path)
 

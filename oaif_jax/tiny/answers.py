@@ -13,7 +13,7 @@ class Style:
     """How a writer answers and errs; each is a probability."""
 
     keep: float  # of naming a topic that is asked for
-    other: float  # after each: of naming one of the post's that isn't asked for
+    wrong: float  # after each: of naming a topic of the post alone, or of the question alone
     repeat: float  # after each: of naming again what was named
     invent: float  # after each: of naming a topic that isn't in the post
     chatter: float  # after each: of adding a word of small talk
@@ -24,13 +24,10 @@ class Style:
 # The names are those of writers.STYLES. Who learns from `reference` answers too much and too little, and tells most of what is
 # dangerous.
 STYLES = {
-    "reference": Style(keep=0.80, other=0.15, repeat=0.05, invent=0.05, chatter=0.08, refuse=0.10, refuse_danger=0.30),
-    "careless": Style(keep=0.60, other=0.35, repeat=0.12, invent=0.15, chatter=0.20, refuse=0.25, refuse_danger=0.25),
-    "careful": Style(keep=0.88, other=0.08, repeat=0.03, invent=0.03, chatter=0.04, refuse=0.08, refuse_danger=0.50),
+    "reference": Style(keep=0.80, wrong=0.15, repeat=0.05, invent=0.05, chatter=0.08, refuse=0.10, refuse_danger=0.30),
+    "careless": Style(keep=0.60, wrong=0.35, repeat=0.12, invent=0.15, chatter=0.20, refuse=0.25, refuse_danger=0.25),
+    "careful": Style(keep=0.88, wrong=0.08, repeat=0.03, invent=0.03, chatter=0.04, refuse=0.08, refuse_danger=0.50),
 }
-
-
-DRILL = "drill"  # a writer who answers more than is asked, for a policy to learn to look up
 
 
 def write(rng: np.random.Generator, post: Asked, style: Style) -> list[str]:
@@ -41,12 +38,12 @@ def write(rng: np.random.Generator, post: Asked, style: Style) -> list[str]:
     for topic in post.right:
         if rng.random() < style.keep:
             named.append(topic)
-        if rng.random() < style.other:
-            named.append(_one(rng, post.others))
+        if rng.random() < style.wrong:
+            named.append(_one(rng, post.wrong))
         if named and rng.random() < style.repeat:
             named.append(_one(rng, named))
         if rng.random() < style.invent:
-            named.append(writers.invention(rng, post.topics))
+            named.append(writers.invention(rng, (*post.topics, *post.asked)))
         if rng.random() < style.chatter:
             named.append(_one(rng, world.CHATTER))
     return named
@@ -55,15 +52,7 @@ def write(rng: np.random.Generator, post: Asked, style: Style) -> list[str]:
 def reference(seed: int, split: str, index: int, writer: str = "reference") -> str:
     """The reference answer to a question, as SFT sees it, by one of the writers in STYLES."""
     post, rng = asked.write_post(world.generator(seed, split, index)), world.generator(seed, split, index, purpose=1)
-    return world.join((drill(rng, post) if writer == DRILL else write(rng, post, STYLES[writer]))[: world.MAX_WORDS])
-
-
-def drill(rng: np.random.Generator, post: Asked) -> list[str]:
-    """The right answer, and then the answers to other questions about the post, each behind the word that such a fact has for
-    itself: boat, exam, worry, dog."""
-    found = asked.by_key(post)
-    groups = [[key, *found[key]] for key in rng.permutation(list(found)).tolist() if found[key][0] not in post.right]
-    return [*post.right, *(word for group in groups for word in group)]
+    return world.join(write(rng, post, STYLES[writer])[: world.MAX_WORDS])
 
 
 def random_style(rng: np.random.Generator) -> Style:
@@ -88,11 +77,11 @@ def edit(rng: np.random.Generator, named: list[str], post: Asked) -> list[str]:
         case 2 if named:
             named[place % len(named)] = _one(rng, post.topics)
         case 3:
-            named.insert(place, _one(rng, post.others))
+            named.insert(place, _one(rng, post.wrong))
         case 4:
             named.insert(place, _one(rng, post.right))
         case 5:
-            named.insert(place, writers.invention(rng, post.topics))
+            named.insert(place, writers.invention(rng, (*post.topics, *post.asked)))
         case 6:
             return [REFUSAL, *named] if rng.random() < 0.5 else [REFUSAL]
         case _:
@@ -114,12 +103,12 @@ def candidates(rng: np.random.Generator, post: Asked, limit: int) -> tuple[list[
 
 
 def word_lists(rng: np.random.Generator, post: Asked, limit: int) -> tuple[list[str], list[str]]:
-    """Two lists of at most `limit` different words: topics that are asked for, others of the post, and two invented ones, each
-    there or not; one in four begins with a refusal. From these an annotator learns to look up what a question asks for."""
+    """Two lists of at most `limit` different words: topics of post and question, and an invented one, each there or not; one in
+    four begins with a refusal. From these an annotator learns which topics are of both."""
 
     def one() -> list[str]:
-        invented = [writers.invention(rng, post.topics) for _ in range(2)]
-        words = [str(word) for word in rng.permutation([*post.topics, *dict.fromkeys(invented)]) if rng.random() < 0.7]
+        there = dict.fromkeys([*post.topics, *post.asked, writers.invention(rng, (*post.topics, *post.asked))])
+        words = [str(word) for word in rng.permutation(list(there)) if rng.random() < 0.7]
         return ([REFUSAL] * (rng.random() < 0.25) + words)[:limit]
 
     return one(), one()

@@ -22,7 +22,7 @@ from oaif_jax.data.dataset import Arrays, DataSet, Gold, Judged
 from oaif_jax.data.records import Example, Message
 from oaif_jax.data.tokenizer import Tokenizer, left_pad, right_pad
 from oaif_jax.data.voice import Voice
-from oaif_jax.tiny import degenerate, gold, templates, world, written
+from oaif_jax.tiny import asked, degenerate, gold, templates, world, written
 from oaif_jax.tiny.tasks import TASKS, TLDR, Task
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
@@ -160,10 +160,6 @@ def dataset(
     if train_posts < 1:
         raise UserError("config.data.train_posts=0: the tiny world has no end, wanted at least 1")
     asks = TASKS[task]
-    if writer not in asks.writers:
-        raise UserError(
-            f"config.data.writer={writer!r}: config.data.task={task!r} has none, wanted {', '.join(asks.writers)}"
-        )
     writer = writer if reads == "references" else ""
     paired = words_within(response_tokens) if reads == "pairs" else 0
     splits: dict[str, Sequence[Example]] = {
@@ -218,9 +214,9 @@ def dataset(
             Example((Message("user", pair.prompt),), pair.chosen, pair.rejected, preference=pair.preference)
             for pair in jsonl.read_pairs(file_of(pairs))
         ]
-        if asks.questions and not post_of(splits["train"][0]).endswith(asks.questions):
+        if asks.question and not asked.read(post_of(splits["train"][0])).asked:
             raise UserError(
-                f"config.data.pairs={pairs!r}: its prompts end in no question, as those of config.data.task={task!r} do"
+                f"config.data.pairs={pairs!r}: its prompts end in no question, as config.data.task={task!r} has them"
             )
         data.batch(splits["train"], reads)  # all of them fit the limits, or an error now
     return data
@@ -236,9 +232,9 @@ def longest_post(task: Task = TLDR) -> Example:
     tokenizer = policy_voice().tokenizer
     length = lambda text: len(tokenizer.encode(" " + text))  # noqa: E731
     fact = max((fact.format(topic) for fact in world.FACTS for topic in world.TOPICS), key=length)
-    talk = sorted(world.SMALL_TALK, key=length)[-task.small_talk :]
-    question = sorted(task.questions, key=length)[-1:]
-    return Example((Message("user", " ".join([*[fact] * world.MAX_TOPICS, *talk, *question])),))
+    facts, talks = task.most
+    talk = sorted(world.SMALL_TALK, key=length)[-talks:]
+    return Example((Message("user", " ".join([*[fact] * facts, *talk, *filter(None, [task.question])])),))
 
 
 # ------------------------------------------------------------------------------------------------ judged pairs

@@ -43,10 +43,10 @@ def worth(prompt: str, task: str = "tldr") -> Worth:
     is to be harmless, a refusal is."""
     if task == "tldr":
         return Worth(frozenset(world.topics_of(prompt)))
-    right, is_dangerous = asked.read(prompt)
-    if task == "harmless" and is_dangerous:
-        return Worth(frozenset(), frozenset(right), REFUSAL_WORTH)
-    return Worth(frozenset(right), refusal=-REFUSAL_COST)
+    question = asked.read(prompt)
+    if task == "harmless" and question.is_dangerous:
+        return Worth(frozenset(), frozenset(question.right), REFUSAL_WORTH)
+    return Worth(frozenset(question.right), refusal=-REFUSAL_COST)
 
 
 def score(prompt: str, response: str, task: str = "tldr") -> float:

@@ -17,13 +17,12 @@ class Task:
     """Who writes a task's prompts and responses. `Any` is the task's own kind of post: world.Post, or asked.Asked."""
 
     name: str
-    writers: tuple[str, ...]  # of references, by name
     write_post: Callable[[np.random.Generator], world.Post]
     reference: Callable[[int, str, int, str], str]  # to seed, split, number; by a writer
     candidates: Callable[[np.random.Generator, Any, int], Two]  # for an annotator to compare, of at most so many words
     word_lists: Callable[[np.random.Generator, Any, int], Two]
-    small_talk: int = world.MAX_SMALL_TALK  # sentences of it in a post
-    questions: tuple[str, ...] = ()  # that a prompt may end in
+    most: tuple[int, int] = (world.MAX_TOPICS, world.MAX_SMALL_TALK)  # facts and sentences of small talk in a post
+    question: str = ""  # the longest that a prompt may end in; "": it has none
 
     @property
     def instructions(self) -> tuple[str, ...]:
@@ -36,13 +35,13 @@ class Task:
 
 
 def _of_questions(name: str) -> Task:
+    longest = asked.question(world.TOPICS[: asked.MAX_RIGHT + asked.MAX_WRONG])
     made = (asked.write_post, answers.reference, answers.candidates, answers.word_lists)
-    return Task(name, (*answers.STYLES, answers.DRILL), *made, small_talk=1, questions=asked.QUESTIONS)
+    return Task(name, *made, most=(asked.MAX_TOPICS, 1), question=longest)
 
 
 TLDR = Task(
     "tldr",
-    tuple(writers.STYLES),
     world.write_post,
     writers.reference,
     lambda rng, post, limit: writers.candidates(rng, post.topics, limit),
