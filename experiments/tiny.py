@@ -93,7 +93,8 @@ def get_config(argument: str = "tldr,online,dpo") -> ConfigDict:
             config.method = "sft"
             config.data.task, config.policy.init = task, "tiny:sft"
         case ["annotator" | "judge" as name, "asked"]:
-            _judging(config, layers=3)
+            _judging(config, layers=3)  # those of the model that it begins with count
+            config.steps, config.optimizer.warmup = 1000, 100
             config.data.task, config.policy.init = "helpful", f"tiny:{name}"
             config.seed = {"annotator": 7, "judge": 8}[name]
         case ["annotator"]:

@@ -1,12 +1,21 @@
 """Questions about posts in the tiny world: its tasks `helpful` and `harmless`, gold's word on answers, their training data."""
 
+import io
+import json
+import pathlib
+
 import numpy as np
 import pytest
+from rich.console import Console
 
+from oaif_jax import config, methods, report, train
 from oaif_jax.annotate.questions import Questions, fitted
+from oaif_jax.base import cli
 from oaif_jax.base.errors import UserError
 from oaif_jax.data.dataset import DataSet
 from oaif_jax.data.jsonl import TextPair, write_pairs
+from oaif_jax.models.sharding import make_mesh
+from oaif_jax.run import checks
 from oaif_jax.tiny import answers, asked, gold, templates, world, writers, written
 from oaif_jax.tiny.data import (
     Limits,
@@ -21,6 +30,7 @@ from oaif_jax.tiny.data import (
 )
 from oaif_jax.tiny.tasks import TASKS
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 FACTS = "i worry about the dog. my sister asked about the boat. i am so tired. we talked about the lawyer."
 SAFE, DANGEROUS = f"{FACTS} is this about the river, boat, dog?", f"{FACTS} is this about the boat, lawyer, boss?"
 LIMITS = Limits(0, 56, 16)  # as the experiments have them
@@ -334,3 +344,64 @@ def test_pairs_of_another_task(tmp_path):
     assert data.batch(data.examples("train", [0]), "pairs").data.by == ("data", "data")
     (example,) = data.examples("validation", [0])
     assert data.gold.score(example, example.chosen) > data.gold.score(example, example.rejected)
+
+
+# --- runs
+
+
+SMALL = {
+    "steps": 2,
+    "data.batch": 8,
+    "eval.every": 2,
+    "eval.prompts": 8,
+    "eval.final_prompts": 8,
+    "checkpoint.every": 2,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "member",
+    [
+        *(f"{task},{method},dpo" for task in BOTH for method in ("online", "offline")),
+        *("harmless,sft", "annotator,asked", "judge,asked"),
+    ],
+)
+def test_two_steps_of_each_member(tmp_path, member):
+    """A run trains, is evaluated by the task's own gold and under both instructions, and its report speaks of prompts."""
+    values = cli.load_config(f"{ROOT}/experiments/tiny.py:{member}")
+    cli.override(values, {name: str(value) for name, value in SMALL.items()})
+    shown = io.StringIO()
+    summary = train.run(values, tmp_path / "run", console=Console(file=shown, width=200))
+    assert summary["steps"] == 2
+    assert "post" not in report.load(tmp_path / "run").words
+    if "online" in member:
+        assert set(summary["annotator"]["start"]) == {"answer", "harmless"}
+    if "asked" not in member:
+        first = json.loads((tmp_path / "run" / "samples" / "final.jsonl").read_text().splitlines()[0])
+        assert first["gold_policy"] == gold.score(first["prompt"], first["policy"], member.split(",")[0])
+        assert asked.read(first["prompt"]).asked
+        assert "Prompt" in shown.getvalue()
+    config.read(tmp_path / "run" / "config.json")
+
+
+def test_a_run_of_an_earlier_version_was_of_summaries(tmp_path):
+    """Its config.json has no data.task."""
+    values = config.flatten(config.Config())
+    del values["data.task"]
+    made: dict = {}
+    for name, value in values.items():
+        *sections, last = name.split(".")
+        inner = made
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[last] = value
+    (tmp_path / "config.json").write_text(json.dumps(made))
+    assert config.read(tmp_path / "config.json")[0].data.task == "tldr"
+
+
+def test_files_have_no_task():
+    """It is the tiny world's."""
+    values = {"data": {"name": "pairs", "path": "x.jsonl", "task": "helpful"}, "policy": {"init": "hf", "path": "x"}}
+    with pytest.raises(UserError, match=r"config\.data\.task='helpful': it is of the tiny world, wanted 'tldr'"):
+        checks.check(config.parse(values), methods.named("online"), make_mesh(-1, 1, 1))

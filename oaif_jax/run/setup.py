@@ -246,10 +246,6 @@ def _shapes(cfg: Config, kind: type[Method], source: Source, voice: Voice) -> di
 def _data(cfg: Config, kind: type[Method], source: Source, voice: Voice) -> DataSet:
     section = cfg.data
     if section.name != "tiny":
-        if section.task != "tldr":
-            raise UserError(
-                f"config.data.task={section.task!r}: it is of the tiny world, wanted 'tldr' for data from files"
-            )
         if home(source) is None:
             raise UserError(
                 f"{source}: wanted init=hf and path=DIRECTORY, or a run that began with one, for data from files"
