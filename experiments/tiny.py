@@ -94,9 +94,9 @@ def get_config(argument: str = "tldr,online,dpo") -> ConfigDict:
             config.data.task, config.policy.init = task, "tiny:sft"
         case ["annotator" | "judge" as name, "asked"]:
             _judging(config, layers=3)  # those of the model that it begins with count
-            config.steps, config.optimizer.warmup = 1000, 100
+            config.seed, config.steps = {"annotator": (7, 1000), "judge": (8, 700)}[name]
+            config.optimizer.warmup = 100
             config.data.task, config.policy.init = "helpful", f"tiny:{name}"
-            config.seed = {"annotator": 7, "judge": 8}[name]
         case ["annotator"]:
             _judging(config, layers=5)
         case ["annotator", size]:

@@ -20,7 +20,7 @@ from oaif_jax.tiny.data import ASSETS, asset, dataset, text_of
 FRESH_SEED = 987  # no asset's recipe uses it
 COUNT = 256
 SFT_SHARE = 0.44  # of the largest gold score, as measured when it was trained; checked below within its noise
-ASKED_SHARE = {"helpful": 0.3, "harmless": -0.1}  # the same, of answers to questions
+ASKED_SHARE = {"helpful": 0.15, "harmless": -0.25}  # the same, of answers to questions
 
 
 def data_for(reads: str, task: str = "tldr") -> DataSet:
@@ -129,7 +129,7 @@ def test_annotators_of_answers_agree_with_gold_and_with_themselves(name):
     for kind, agreed in found.items():
         assert agreed["decided"] > COUNT / 2
         assert agreed["gold_agreement"] >= 0.85, kind
-        assert agreed["order_agreement"] >= 0.8, kind
+        assert agreed["order_agreement"] >= 0.7, kind  # of ties, too
     recipe = json.loads((ASSETS / f"{name}_recipe.json").read_text())
     assert set(recipe["agreement"]) == {*templates.TASKS["helpful"], *degenerate.KINDS}
 
