@@ -1,6 +1,6 @@
 """Rebuilds the tiny world's assets: tokenizer, policies, annotators, offline pairs.
 
-    python -m launch.assets --workdir=runs/assets            everything, about an hour and a half on two cores
+    python -m launch.assets --workdir=runs/assets            everything, about two hours on two cores
     python -m launch.assets --workdir=runs/assets --only=sft
 
 Each model is an ordinary run of an experiment file; a stage that is finished in the workdir isn't trained again.
