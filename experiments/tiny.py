@@ -49,6 +49,7 @@ MEMBERS = {
 ONLINE_BETA = {"dpo": 0.03, "ipo": 0.05, "slic": 0.02}
 SELM_BETA, SELM_ALPHA, XPO_ALPHA = 1.0, 0.003, 1e-4
 OFFLINE_BETA = {"dpo": 0.1, "ipo": 0.05, "slic": 0.1}
+OFFLINE_BETA_ASKED = OFFLINE_BETA | {"dpo": 0.3}  # the others weren't tried
 
 
 def get_config(argument: str = "tldr,online,dpo") -> ConfigDict:
@@ -86,7 +87,7 @@ def get_config(argument: str = "tldr,online,dpo") -> ConfigDict:
             _answering(config, task)
             config.method = method
             config.loss.name = loss
-            config.loss.beta = {"online": ONLINE_BETA, "offline": OFFLINE_BETA}[method][loss]
+            config.loss.beta = {"online": ONLINE_BETA, "offline": OFFLINE_BETA_ASKED}[method][loss]
             config.optimizer.lr = 5e-4 if method == "online" else 2e-4
         case ["helpful" | "harmless" as task, "sft"]:
             _from_scratch(config, steps=1500, lr=1e-3, warmup=100)

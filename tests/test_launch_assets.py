@@ -130,8 +130,10 @@ def test_annotators_of_answers_go_on_from_those_of_summaries(tmp_path, monkeypat
 def test_pairs_of_answers_in_miniature(tmp_path, monkeypatch):
     """The same writers' responses for both tasks, labelled by each task's raters."""
 
+    plain = sft_config(steps=2, eval__every=2, checkpoint__every=2)
+
     def load(file: str) -> ConfigDict:
-        values = copy.deepcopy(sft_config(steps=2, eval__every=2, checkpoint__every=2))
+        values = copy.deepcopy(plain)
         values["data"]["task"] = "helpful" if "helpful" in file else "tldr"
         return ConfigDict(values).lock()
 
