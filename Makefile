@@ -50,7 +50,7 @@ format: $(VENV)/installed-test  ## formats the files, and mends what ruff can me
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-assets: $(VENV)/installed  ## trains the tiny world's assets anew (about an hour and a half)
+assets: $(VENV)/installed  ## trains the tiny world's assets anew (about two hours)
 	$(BIN)/python -m launch.assets $(ARGS)
 
 clean:  ## removes .venv, caches and build files; keeps runs

@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from experiments import family
 
 LOSSES = ("dpo", "ipo", "slic")
+# Tasks whose prompts are questions, and how their annotators are asked.
+ASKED = {"helpful": "answer", "harmless": "harmless"}
 # Smaller annotators: layers, width and learning rate. The smallest doesn't learn to compare at the others' rate.
 SMALLER = {"xs": (3, 64, 3e-3), "s": (3, 96, 1e-3)}
 LARGER = 5  # layers of the policy S
@@ -41,10 +43,20 @@ MEMBERS = {
         for size, (layers, width, _) in SMALLER.items()
     },
     "judge": "the judge: as the annotator, trained apart with another seed, for evaluations only",
+    **{
+        f"{task},{method},{loss}": f"{method} {loss} where answers to questions are to be {task}"
+        for task in ASKED
+        for method in ("online", "offline")
+        for loss in LOSSES
+    },
+    **{f"{task},sft": "fine-tuning on noisy answers to questions; the start of both tasks' runs" for task in ASKED},
+    "annotator,asked": "the annotator of answers to questions, helpful and harmless ones: the annotator trained further",
+    "judge,asked": "the judge of answers: the judge trained further",
 }
 ONLINE_BETA = {"dpo": 0.03, "ipo": 0.05, "slic": 0.02}
 SELM_BETA, SELM_ALPHA, XPO_ALPHA = 1.0, 0.003, 1e-4
 OFFLINE_BETA = {"dpo": 0.1, "ipo": 0.05, "slic": 0.1}
+OFFLINE_BETA_ASKED = OFFLINE_BETA | {"dpo": 0.3}  # the others weren't tried
 
 
 def get_config(argument: str = "tldr,online,dpo") -> ConfigDict:
@@ -81,6 +93,21 @@ def get_config(argument: str = "tldr,online,dpo") -> ConfigDict:
             config.method = "reinforce"
             config.reinforce.value_warmup = 20
             config.annotator.init = {"rlhf": "runs/reward", "rlaif": "runs/reward_ai"}[name]
+        case ["helpful" | "harmless" as task, "online" | "offline" as method, loss]:
+            _answering(config, task)
+            config.method = method
+            config.loss.name = loss
+            config.loss.beta = {"online": ONLINE_BETA, "offline": OFFLINE_BETA_ASKED}[method][loss]
+            config.optimizer.lr = 5e-4 if method == "online" else 2e-4
+        case ["helpful" | "harmless" as task, "sft"]:
+            _from_scratch(config, steps=1500, lr=1e-3, warmup=100)
+            config.method = "sft"
+            config.data.task, config.policy.init = task, "tiny:sft"
+        case ["annotator" | "judge" as name, "asked"]:
+            _judging(config, layers=3)  # those of the model that it begins with count
+            config.seed, config.steps = {"annotator": (7, 1000), "judge": (8, 700)}[name]
+            config.optimizer.warmup = 100
+            config.data.task, config.policy.init = "helpful", f"tiny:{name}"
         case ["annotator"]:
             _judging(config, layers=5)
         case ["annotator", size]:
@@ -93,6 +120,14 @@ def get_config(argument: str = "tldr,online,dpo") -> ConfigDict:
             _judging(config, layers=6)
             config.seed = 1
     return config.lock()
+
+
+def _answering(config: ConfigDict, task: str) -> None:
+    config.data.task = task
+    config.data.pairs = f"tiny:pairs_{task}"
+    config.policy.init = "tiny:sft_asked"
+    config.annotator.init, config.annotator.instruction = "tiny:annotator_asked", ASKED[task]
+    config.judge.init, config.judge.instruction = "tiny:judge_asked", ASKED[task]
 
 
 def _from_scratch(config: ConfigDict, *, steps: int, lr: float, warmup: int) -> None:

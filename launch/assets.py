@@ -1,6 +1,6 @@
 """Rebuilds the tiny world's assets: tokenizer, policies, annotators, offline pairs.
 
-    python -m launch.assets --workdir=runs/assets            everything, about an hour and a half on two cores
+    python -m launch.assets --workdir=runs/assets            everything, about two hours on two cores
     python -m launch.assets --workdir=runs/assets --only=sft
 
 Each model is an ordinary run of an experiment file; a stage that is finished in the workdir isn't trained again.
@@ -22,8 +22,20 @@ from oaif_jax.base.phases import phase
 
 if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
     options.define("workdir", "runs/assets", options.DIR, "where the stages are trained")
+    of_asked = ("sft_asked", "annotator_asked", "judge_asked", "pairs_helpful", "pairs_harmless")
     stages = options.choice(
-        ("tokenizer", "sft", "sft_s", "sft_strong", "annotator", "judge", "annotator_xs", "annotator_s", "pairs")
+        (
+            "tokenizer",
+            "sft",
+            "sft_s",
+            "sft_strong",
+            "annotator",
+            "judge",
+            "annotator_xs",
+            "annotator_s",
+            "pairs",
+            *of_asked,
+        )
     )
     options.define("only", None, stages, "one stage; else all of them")
     cli.parse()
@@ -47,6 +59,7 @@ from oaif_jax.stored import single
 from oaif_jax.stored.open import Model, read_run
 from oaif_jax.tiny import degenerate, gold, templates, tokenizer_recipe, world, written
 from oaif_jax.tiny.data import ASSETS, Limits, Posts, Shares, dataset, held_out, judged_batch, policy_voice
+from oaif_jax.tiny.tasks import TASKS
 from oaif_jax.types import Prompts
 
 BUDGET = 16 * 10**6  # bytes, of all assets together
@@ -57,7 +70,7 @@ class Writer:
     """One of the policies that wrote the offline pairs: fine-tuned on a writer's references, and how it is sampled."""
 
     name: str
-    init: str  # scratch, or the SFT policy
+    init: str  # scratch, or an SFT policy
     style: str
     seed: int
     steps: int
@@ -70,12 +83,17 @@ WRITERS = (
     Writer("careless", "scratch", "careless", 12, 1200, 1.0),
     Writer("careful", "tiny:sft", "careful", 13, 800, 0.7),
 )
-STRONG = Writer(
-    "strong", "tiny:sft_s", "careful", 14, 800, 1.0
-)  # a policy that begins better: larger, on better references
+# A policy that begins better: larger, and on better references.
+STRONG = Writer("strong", "tiny:sft_s", "careful", 14, 800, 1.0)
+ASKED_WRITERS = (
+    Writer("early_asked", "tiny:sft", "reference", 14, 500, 1.0),
+    Writer("careless_asked", "tiny:sft_asked", "careless", 15, 300, 1.0),
+    Writer("careful_asked", "tiny:sft_asked", "careful", 16, 300, 0.7),
+)
 PAIRS = 7680  # 240 steps of 32: what an online run sees
 # Members of experiments/tiny.py.
 MODELS = {"sft": "tldr,sft", "sft_s": "tldr,sft,s", "annotator": "annotator", "judge": "judge"}
+MODELS |= {"sft_asked": "helpful,sft", "annotator_asked": "annotator,asked", "judge_asked": "judge,asked"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +162,14 @@ def train_writer(writer: Writer, run: pathlib.Path, model: str) -> None:
     overrides |= {"seed": str(writer.seed), "steps": str(writer.steps)}
     cli.override(config, overrides)
     train.run(config, run)
+
+
+def build_asked(name: str, workdir: pathlib.Path) -> None:
+    """NAME.safetensors, and its agreement with gold by kind: an annotator of summaries, trained further to judge answers."""
+    train.run(cli.load_config(f"experiments/tiny.py:{MODELS[name]}"), workdir / name)
+    stored = save_last(name, workdir / name)
+    agreement = by_kind(stored, {}, task="helpful")
+    (ASSETS / f"{name}_recipe.json").write_text(json.dumps({"agreement": agreement}, indent=2) + "\n")
 
 
 def build_annotator(name: str, workdir: pathlib.Path) -> None:
@@ -254,11 +280,15 @@ def answered(run: pathlib.Path, indices: range, seed: int) -> Answers:
 def by_kind(
     asked: Model,
     candidates: Mapping[str, pathlib.Path],
-    kinds: Sequence[str] = (*templates.INSTRUCTIONS, *degenerate.KINDS),
+    kinds: Sequence[str] = (),
     count: int = 512,
+    task: str = "tldr",
 ) -> dict[str, dict[str, float]]:
-    """Agreement with gold, and of the two orders, on fresh pairs of each kind of candidates: ordinary ones under each
-    instruction, and under `helpful` each degenerate kind and what learners wrote, by a name for each file of `candidates`."""
+    """Agreement with gold, and of the two orders, on a task's fresh pairs of each kind of candidates, by default of all: ordinary
+    ones under each instruction, and under the first each degenerate kind and what learners wrote, by a name for each file of
+    `candidates`."""
+    instructions = templates.TASKS[task]
+    kinds = kinds or (*instructions, *degenerate.KINDS)
     answered = {name: written.read(path, asked.voice.tokenizer.vocab_size) for name, path in candidates.items()}
     shares = {name: Shares(degenerate=1.0) if name in degenerate.KINDS else Shares() for name in kinds}
     shares |= dict.fromkeys(answered, Shares(written=1.0))
@@ -269,10 +299,11 @@ def by_kind(
             shares=shares[name],
             answered=answered.get(name, ()),
             kinds=(name,) if name in degenerate.KINDS else tuple(degenerate.KINDS),
-            instructions=(name,) if name in templates.INSTRUCTIONS else ("helpful",),
+            instructions=(name,) if name in instructions else instructions[:1],
+            task=TASKS[task],
         )
 
-    data = dataset("judged", seed=FRESH_SEED, train_posts=1, prompt_tokens=56, response_tokens=16)
+    data = dataset("judged", seed=FRESH_SEED, train_posts=1, prompt_tokens=56, response_tokens=16, task=task)
     assert data.judged is not None
     assert data.judged.around is not None
     template = orders.Template(**data.judged.around)  # type: ignore[arg-type]
@@ -292,32 +323,34 @@ def by_kind(
     return {name: {key: round(found[key], 4) for key in kept} for name, found in metrics["annotator"].items()}
 
 
-def build_pairs(workdir: pathlib.Path) -> None:
-    """pairs.jsonl.gz: two different writers' summaries of each post, labelled by the raters' majority; with its recipe."""
-    for writer in WRITERS:
-        train_writer(writer, workdir / f"writer_{writer.name}", "sft")
-    summaries = [write_summaries(writer, workdir / f"writer_{writer.name}") for writer in WRITERS]
-    voice, limit = policy_voice(), stored_model(workdir / "sft", "best")[0].data.response_tokens
+def build_pairs(name: str, workdir: pathlib.Path, task: str = "tldr") -> None:
+    """NAME.jsonl.gz: two different writers' responses to each prompt of a task, labelled by the raters' majority; with its
+    recipe. Questions have the same responses in both tasks, and other labels."""
+    sft, by = ("sft", WRITERS) if task == "tldr" else ("sft_asked", ASKED_WRITERS)
+    for writer in by:
+        train_writer(writer, workdir / f"writer_{writer.name}", sft)
+    responses = [write_responses(writer, workdir / f"writer_{writer.name}") for writer in by]
+    voice, limit = policy_voice(), stored_model(workdir / sft, "best")[0].data.response_tokens
     fits = lambda text: len(voice.answer(text, stop=True)) <= limit  # noqa: E731
     pairs = []
     for index in range(PAIRS):
         rng = world.generator(0, "train", index, purpose=3)
-        post = world.post(0, "train", index).text
-        one, other = rng.choice(len(WRITERS), size=2, replace=False)
-        first, second = summaries[one][index], summaries[other][index]
+        post = TASKS[task].post(0, "train", index).text
+        one, other = rng.choice(len(by), size=2, replace=False)
+        first, second = responses[one][index], responses[other][index]
         if first == second or not (fits(first) and fits(second)):
             continue  # nothing to choose, or cut off in the middle of what isn't a word
-        is_first, _ = gold.pick(rng, post, first, second)
+        is_first, _ = gold.pick(rng, post, first, second, task)
         pairs.append(TextPair(post, *((first, second) if is_first else (second, first))))
-    write_pairs(ASSETS / "pairs.jsonl.gz", pairs)
-    quality = {writer.name: quality_of(texts, range(PAIRS)) for writer, texts in zip(WRITERS, summaries, strict=True)}
-    described = [dataclasses.asdict(writer) | {"gold_share": quality[writer.name]} for writer in WRITERS]
+    write_pairs(ASSETS / f"{name}.jsonl.gz", pairs)
+    quality = {writer.name: quality_of(texts, range(PAIRS), task) for writer, texts in zip(by, responses, strict=True)}
+    described = [dataclasses.asdict(writer) | {"gold_share": quality[writer.name]} for writer in by]
     recipe = {"writers": described, "posts": PAIRS, "raters": [dataclasses.asdict(rater) for rater in gold.RATERS]}
-    (ASSETS / "pairs_recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    (ASSETS / f"{name}_recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
 
 
-def write_summaries(writer: Writer, workdir: pathlib.Path) -> list[str]:
-    """A writer's summaries of the first PAIRS training posts; one that wasn't finished is drawn out to its limit."""
+def write_responses(writer: Writer, workdir: pathlib.Path) -> list[str]:
+    """A writer's responses to the first PAIRS training prompts; one that wasn't finished is drawn out to its limit."""
     cfg, _, model = stored_model(workdir, "last")
     voice = policy_voice()
     tokens, masks = drawn(cfg, model, range(PAIRS), sampler_of(cfg, voice, writer.temperature), writer.seed)
@@ -325,8 +358,9 @@ def write_summaries(writer: Writer, workdir: pathlib.Path) -> list[str]:
 
 
 def drawn(cfg: Config, model: Model, indices: range, sampler: Sampler, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two responses of a policy to each of some training posts: tokens and mask [B, 2, R]."""
-    posts, voice, key = Posts(cfg.data.seed, "train"), policy_voice(), named_key(jax.random.key(seed), "pairs")
+    """Two responses of a policy to each of some training prompts: tokens and mask [B, 2, R]."""
+    posts = Posts(cfg.data.seed, "train", task=TASKS[cfg.data.task])
+    voice, key = policy_voice(), named_key(jax.random.key(seed), "pairs")
     found = []
     with phase("drawing responses", len(indices)) as under_way:
         for part in drawing.chunks(len(indices), CHUNK):
@@ -341,11 +375,11 @@ def drawn(cfg: Config, model: Model, indices: range, sampler: Sampler, seed: int
     return tokens[: len(indices)], masks[: len(indices)]
 
 
-def quality_of(texts: list[str], indices: Sequence[int]) -> float:
-    """Mean gold score of summaries of training posts, as a share of the largest."""
-    posts = [world.post(0, "train", index) for index in indices]
-    scores = [gold.score(post.text, text) for post, text in zip(posts, texts, strict=True)]
-    return round(sum(scores) / sum(len(post.topics) for post in posts), 4)
+def quality_of(texts: list[str], indices: Sequence[int], task: str = "tldr") -> float:
+    """Mean gold score of responses to a task's training prompts, as a share of the largest."""
+    prompts = [TASKS[task].post(0, "train", index).text for index in indices]
+    scores = [gold.score(prompt, text, task) for prompt, text in zip(prompts, texts, strict=True)]
+    return round(sum(scores) / sum(gold.worth(prompt, task).most for prompt in prompts), 4)
 
 
 STAGES: dict[str, Callable[[pathlib.Path], None]] = {
@@ -355,7 +389,10 @@ STAGES: dict[str, Callable[[pathlib.Path], None]] = {
     "sft_strong": build_strong,
     **{name: functools.partial(build_annotator, name) for name in FURTHER},
     **{name: functools.partial(build_smaller, name) for name in SMALLER},
-    "pairs": build_pairs,
+    "pairs": functools.partial(build_pairs, "pairs"),
+    "sft_asked": functools.partial(build_model, "sft_asked"),
+    **{name: functools.partial(build_asked, name) for name in ("annotator_asked", "judge_asked")},
+    **{f"pairs_{task}": functools.partial(build_pairs, f"pairs_{task}", task=task) for task in ("helpful", "harmless")},
 }
 
 

@@ -3,7 +3,7 @@
     python -m oaif_jax.sample --workdir=runs/quickstart \\
         --prompt="my sister asked about the wedding. we talked about the river. i worry about the exam."
 
-In the tiny world a prompt is a post to summarise, else what a user says.
+In the tiny world a prompt is a post to summarise, or one with a question at its end; else what a user says.
 """
 
 import pathlib
@@ -16,7 +16,9 @@ from oaif_jax.base.text import printable
 
 if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag don't wait for it
     cli.define_workdir()
-    options.define("prompt", None, options.TEXT, "the post to summarise, or what a user says", required=True)
+    options.define(
+        "prompt", None, options.TEXT, "the post to summarise or to answer about, or what a user says", required=True
+    )
     options.define("samples", 2, options.integer(least=1, most=1024), "how many responses")
     options.define("temperature", 0.9, options.number(least=0, most=100), "of sampling; 0 is greedy")
     options.define("seed", 0, options.integer(least=0, most=2**31 - 1), "of the draw")
@@ -46,7 +48,8 @@ def run(
     seed: int = 0,
     which: str = "best",
 ) -> list[str]:
-    """`samples` responses to a prompt (in the tiny world: a post; else a user's message); temperature 0 is greedy."""
+    """`samples` responses to a prompt (in the tiny world: a post, with a question or without; else a user's message); temperature
+    0 is greedy."""
     cfg, _, model = stored_model(workdir, which)
     trained = {"agreement": "an annotator", "reward": "a reward model"}.get(methods.named(cfg.method).evaluation)
     if trained is not None:

@@ -67,16 +67,16 @@ def test_who_is_asked_for_other_things_is_no_witness():
     """Short summaries please an annotator that is asked for short ones, and neither gold nor a judge that want helpful ones."""
     liked = {"annotator.short.score": 0.96, "judge.score": 0.6, "gold.score": 0.6}
     cfg = config.parse({"eval": {"prompts": 128}})
-    assert seen(Health(cfg, annotator="short", instruction="short"), "eval", liked) == []
+    assert seen(Health(cfg, annotator="short", instruction="short", gold="helpful"), "eval", liked) == []
     both = config.parse({"eval": {"prompts": 128}, "judge": {"instruction": "short"}})
-    (by_judge,) = seen(Health(both, annotator="short", instruction="short"), "eval", liked)
+    (by_judge,) = seen(Health(both, annotator="short", instruction="short", gold="helpful"), "eval", liked)
     assert "60% by the judge" in by_judge.message
     rule = config.parse({"eval": {"prompts": 128}, "judge": {"init": "python:rules.short"}})  # reads no instruction
-    (by_rule,) = seen(Health(rule, annotator="short", instruction="short"), "eval", liked)
+    (by_rule,) = seen(Health(rule, annotator="short", instruction="short", gold="helpful"), "eval", liked)
     assert "60% by the judge" in by_rule.message
     for of in (
-        Health(cfg, annotator="short", instruction="helpful"),
-        Health(cfg, annotator="short"),
+        Health(cfg, annotator="short", instruction="helpful", gold="helpful"),
+        Health(cfg, annotator="short", gold="helpful"),
     ):  # a reward model reads none
         (by_gold,) = seen(of, "eval", liked)
         assert "60% by the gold" in by_gold.message
@@ -165,7 +165,7 @@ def test_what_is_not_the_trainings_fault():
     assert seen(of, "train", *[{"finished": 0.0, "repetition": 0.55}] * 20) == []
     learner = Health(config.parse({"method": "annotator"}), annotator="helpful", learns=True)
     assert learner.see({"step": 0, "kind": "eval", **EVALUATION, "annotator.helpful.order_agreement": 0.1}) == []
-    tiny = Health(config.parse({}), annotator="helpful", is_tiny=True)
+    tiny = Health(config.parse({}), annotator="helpful", gold="helpful")
     assert tiny.see({"step": 0, "kind": "eval", **EVALUATION, "judge.answer_mass": 0.003}) == []
 
 

@@ -1,5 +1,6 @@
 """The recipe of the assets in miniature: its stages run one after another, and leave what the tiny world reads."""
 
+import copy
 import dataclasses
 import json
 
@@ -8,12 +9,13 @@ from ml_collections import ConfigDict
 from test_train import sft_config
 
 from launch import assets as build
+from oaif_jax import train
 from oaif_jax.base import cli
 from oaif_jax.base.phases import Phase
 from oaif_jax.data.jsonl import read_pairs
 from oaif_jax.stored import single
 from oaif_jax.stored.open import Model, Source
-from oaif_jax.tiny import written
+from oaif_jax.tiny import asked, gold, written
 from oaif_jax.tiny.data import asset, file_of, policy_voice
 
 SOURCE = Source("annotator", "tiny:annotator", "")
@@ -112,3 +114,54 @@ def test_annotators_learn_from_what_was_written_against_them(tmp_path, monkeypat
     ]
     assert [config.policy.shape.layers for _, config in runs] == [5, 5]
     assert not seeds & {dict(runs)["sft_strong"].seed}
+
+
+def test_annotators_of_answers_go_on_from_those_of_summaries(tmp_path, monkeypatch):
+    """Each from its own, with a seed of its own."""
+    runs = {}
+    params, cfg = single.load(asset("judge"))
+    monkeypatch.setattr(build, "ASSETS", tmp_path)
+    monkeypatch.setattr(build, "by_kind", lambda stored, candidates, task: {task: {}})
+    monkeypatch.setattr(build.train, "run", lambda config, workdir: runs.update({workdir.name: config}))
+    monkeypatch.setattr(
+        build, "stored_model", lambda run, which: (None, 700, Model(cfg, params, policy_voice(), SOURCE))
+    )
+    for name in ("annotator_asked", "judge_asked"):
+        build.STAGES[name](tmp_path / "runs")
+        assert single.load(tmp_path / f"{name}.safetensors")[1] == cfg
+        assert json.loads((tmp_path / f"{name}_recipe.json").read_text()) == {"agreement": {"helpful": {}}}
+    assert {name: config.policy.init for name, config in runs.items()} == {
+        "annotator_asked": "tiny:annotator",
+        "judge_asked": "tiny:judge",
+    }
+    assert runs["annotator_asked"].seed != runs["judge_asked"].seed
+
+
+@pytest.mark.slow
+def test_pairs_of_answers_in_miniature(tmp_path, monkeypatch):
+    """The same writers' responses for both tasks, labelled by each task's raters."""
+
+    plain = sft_config(steps=2, eval__every=2, checkpoint__every=2)
+
+    def load(file: str) -> ConfigDict:
+        values = copy.deepcopy(plain)
+        values["data"]["task"] = "helpful" if "helpful" in file else "tldr"
+        return ConfigDict(values).lock()
+
+    monkeypatch.setattr(cli, "load_config", load)
+    monkeypatch.setattr(build, "ASSETS", tmp_path)
+    monkeypatch.setattr(build, "PAIRS", 128)
+    monkeypatch.setattr(gold, "RATERS", (gold.Rater("exact", 0.0, 0.0),) * 3)
+    writers = tuple(dataclasses.replace(each, steps=2) for each in build.ASKED_WRITERS)
+    monkeypatch.setattr(build, "ASKED_WRITERS", writers)
+    train.run(load("helpful"), tmp_path / "runs" / "sft_asked")
+    both = []
+    for task in ("helpful", "harmless"):
+        build.STAGES[f"pairs_{task}"](tmp_path / "runs")
+        both.append(read_pairs(tmp_path / f"pairs_{task}.jsonl.gz"))
+        for pair in both[-1]:
+            assert asked.read(pair.prompt).asked
+            assert gold.score(pair.prompt, pair.chosen, task) >= gold.score(pair.prompt, pair.rejected, task)
+    texts = [{(pair.prompt, *sorted((pair.chosen, pair.rejected))) for pair in pairs} for pairs in both]
+    assert texts[0] == texts[1]
+    assert both[0] != both[1]

@@ -696,9 +696,11 @@ def test_faultless_and_faulty_writers():
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(UserError, match=r"tiny:nothing: no such asset, there are annotator, judge, sft"):
+    with pytest.raises(UserError, match=r"tiny:nothing: no such asset, there are annotator, .*judge, .*sft"):
         asset("nothing")
-    with pytest.raises(UserError, match="instruction 'helpfull' doesn't exist: wanted helpful, short, very_short or"):
+    with pytest.raises(
+        UserError, match="instruction 'helpfull' doesn't exist: wanted helpful, short, very_short, answer, harmless or"
+    ):
         instruction("helpfull")
     (tmp_path / "own.txt").write_text("which one rhymes?\n")
     assert instruction(str(tmp_path / "own.txt")).trunk == "TASK: which one rhymes?\nPOST: {context}"

@@ -111,7 +111,7 @@ class Annotator:
     chat: str = "auto"  # as policy.chat
     chat_args: Annotated[str, assignments] = ""  # as policy.chat_args
     quant: Annotated[str, one_of(*QUANT)] = "none"  # none, int8, nf4
-    instruction: str = "helpful"  # tiny: helpful, short, very_short; else see annotate/instructions; or a path
+    instruction: str = "helpful"  # tiny: by task, see tiny/templates.py; else see annotate/instructions; or a path
     question_tokens: Annotated[int, within(0, MANY)] = 0  # limit of instruction and prompt; 0: the longest
     missing_eos: Annotated[str, one_of("loses", "ignore")] = "loses"  # of a policy's response cut at the limit
 
@@ -139,6 +139,7 @@ class Data:
     test: str = ""  # files: name of the split for the end; "": held out from train
     held_out: Annotated[int, at_least(1)] = 256  # files: distinct prompts held out for each of these two
     on_error: Annotated[str, one_of("raise", "skip")] = "raise"  # a line that can't be read: raise, skip (and count)
+    task: Annotated[str, one_of("tldr", "helpful", "harmless")] = "tldr"  # tiny: a summary; an answer to a question
     seed: Annotated[int, at_least(0)] = 0  # of the examples and their order
     train_posts: Annotated[int, at_least(0)] = 20000  # training examples, in a new order each epoch; 0: all there are
     batch: Annotated[int, within(1, MANY)] = 32  # prompts, pairs or references a step, over all devices

@@ -80,20 +80,24 @@ class Run:
 
     @property
     def is_tiny(self) -> bool:
-        """Whether the run is one of the tiny world, where there are posts, summaries and a gold judge."""
+        """Whether the run is one of the tiny world, where there is a gold judge."""
         return self.key("data.name", "tiny") == "tiny"
 
     @property
     def began_as_sft(self) -> bool:
-        """Whether the reference is the tiny world's SFT model."""
+        """Whether the reference is an SFT model of the tiny world's."""
         reference = self.key("reference.init", "policy")
         init = self.key("policy.init", "tiny:sft") if reference == "policy" else reference
-        return self.is_tiny and str(init).removeprefix("tiny:") == "sft"
+        return self.is_tiny and str(init).removeprefix("tiny:") in ("sft", "sft_asked")
 
     @property
     def words(self) -> tuple[str, str]:
         """What an example and its responses are called."""
-        return ("post", "summaries") if self.is_tiny else ("prompt", "responses")
+        return (
+            ("post", "summaries")
+            if self.is_tiny and self.key("data.task", "tldr") == "tldr"
+            else ("prompt", "responses")
+        )
 
     def key(self, name: str, default: Any = None) -> Any:
         """A value of the config by its dotted name; the default where an earlier version didn't have the key."""

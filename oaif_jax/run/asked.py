@@ -188,7 +188,7 @@ def _measured(
 def name_of(instruction: prompts.Instruction | prompts.Rating, source: Source) -> str:
     """What a model's instruction is called: by the name that its text is known by, wherever it was read; else "brief" of
     "mine/brief.txt". A file that is called as a known one but says something else keeps its whole path."""
-    world, read = templates.INSTRUCTIONS, tiny.instruction
+    world, read = templates.TASK_OF, tiny.instruction
     if home(source) is not None:
         world, read = prompts.KNOWN, prompts.read
     if instruction.name in world:

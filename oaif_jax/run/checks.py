@@ -28,6 +28,10 @@ def check(cfg: Config, kind: type[Method], mesh: Mesh) -> None:
     if any(own.values()) and (not is_asked or cfg.annotator.init.startswith(python.PREFIX)):
         said = ", ".join(f"config.mesh.{name}={value}" for name, value in own.items() if value)
         raise UserError(f"{said}: no annotator lies on the devices, wanted 0")
+    if cfg.data.name != "tiny" and cfg.data.task != "tldr":
+        raise UserError(
+            f"config.data.task={cfg.data.task!r}: it is of the tiny world, wanted 'tldr' for data from files"
+        )
     if cfg.async_steps and not kind.asks:
         raise UserError(f"config.async_steps={cfg.async_steps}: method {cfg.method} collects no pairs, wanted 0")
     _check_reference(cfg, kind)

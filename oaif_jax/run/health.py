@@ -23,7 +23,6 @@ FEWEST = (
     64  # pairs of which a share is taken: it is known to 6 points then (one standard error), and orders are wrong at 45
 )
 FEWEST_AT_END = 32  # prompts of the final evaluation: there is no later one that could say it
-GOLD = "helpful"  # the instruction that gold's scores are by
 FINE = {"train": 20, "eval": 2}  # lines in a row that are fine, before a check that is crossed again is said again
 
 
@@ -360,17 +359,17 @@ class Health:
     """What was found in a run so far. The lines of its metrics.jsonl are shown to it in their order."""
 
     def __init__(
-        self, cfg: Config, *, annotator: str = "", instruction: str = "", is_tiny: bool = False, learns: bool = False
+        self, cfg: Config, *, annotator: str = "", instruction: str = "", gold: str = "", learns: bool = False
     ):
-        """`annotator`: its name in evaluations; `instruction`: by which it is asked, if it reads any; `learns`: it is what is
-        trained. The tiny world's annotators learned to choose between their answers and nothing else, and one that learns begins
-        as a coin that answers anything: of these nothing is said."""
+        """`annotator`: its name in evaluations; `instruction`: by which it is asked, if it reads any; `gold`: by which gold's
+        scores are, in the tiny world; `learns`: it is what is trained. That world's annotators learned to choose between their
+        answers and nothing else, and one that learns begins as a coin that answers anything: of their mass nothing is said."""
         self.found: list[Finding] = []  # all of the run, those of earlier processes too
         self._off, self._stop = names(cfg.health.off), names(cfg.health.stop)
-        self._off |= ({"mass"} if is_tiny else set()) | ({"orders", "mass"} if learns else set())
+        self._off |= ({"mass"} if gold else set()) | ({"orders", "mass"} if learns else set())
         self._prompts, self._annotator = cfg.eval.prompts, annotator
         judged_by = "" if cfg.judge.init.startswith("python:") else cfg.judge.instruction  # a function reads none
-        self._instructions = {"annotator": instruction, "judge": judged_by, "gold": GOLD}
+        self._instructions = {"annotator": instruction, "judge": judged_by, "gold": gold}
         self._train: collections.deque[Line] = collections.deque(maxlen=WINDOW + 5)
         self._evals: list[Line] = []
         self._crossed: dict[tuple[str, str], Finding] = {}  # by kind of line and name: what isn't fine again

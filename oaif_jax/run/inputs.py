@@ -49,12 +49,15 @@ BESIDE = (
     "config.json", INDEX, *tokenizer.FILES, special_tokens.CONFIG, special_tokens.MAP, special_tokens.ADDED,
     special_tokens.GENERATION, chat.TEMPLATE_FILE,
 )  # fmt: skip
-TAUGHT = (
-    "tiny:annotator",
-    "tiny:annotator_s",
-    "tiny:annotator_xs",
-    "tiny:judge",
-)  # they judge by the tiny world's instructions
+# Who judges by the instructions of which of the tiny world's tasks.
+TAUGHT = {
+    "tiny:annotator": "tldr",
+    "tiny:annotator_s": "tldr",
+    "tiny:annotator_xs": "tldr",
+    "tiny:judge": "tldr",
+    "tiny:annotator_asked": "helpful",
+    "tiny:judge_asked": "helpful",
+}
 LARGE = 5 * 10**8  # bytes that take about a second to hash
 # What earlier versions didn't list: in a run of theirs, what there is now counts.
 UNLISTED = tuple(f"data.name {name}" for name in templates.INSTRUCTIONS)
@@ -282,7 +285,7 @@ def untaught(cfg: Config) -> tuple[str, ...]:
 def _learned(source: Source) -> dict[str, str]:
     """The instructions that a model learned to judge by, and their hashes; none where that isn't known."""
     if source.init in TAUGHT:
-        return {name: digest(templates.path_of(name)) for name in templates.INSTRUCTIONS}
+        return {name: digest(templates.path_of(name)) for name in templates.TASKS[TAUGHT[source.init]]}
     if source.init == "hf" or source.init.startswith("tiny:"):
         return {}
     path = run_of(source)[0] / FILE
@@ -317,7 +320,7 @@ def _data(cfg: Config, reads: str) -> Iterator[tuple[str, Found]]:
         both = [voice.tokenizer.path, voice.chat.path]
         yield "data.name", Found("tiny world", both[0].parent, {path.name: path for path in both})
         if reads == "judged":
-            for name in templates.INSTRUCTIONS:
+            for name in templates.TASKS[section.task]:
                 path = templates.path_of(name)
                 yield f"data.name {name}", Found("instruction", path, _there(path.parent, [path]))
             if section.candidates:

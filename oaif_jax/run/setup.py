@@ -266,6 +266,7 @@ def _data(cfg: Config, kind: type[Method], source: Source, voice: Voice) -> Data
         writer=section.writer,
         pairs=section.pairs,
         candidates=section.candidates,
+        task=section.task,
     )
 
 

@@ -1,6 +1,7 @@
 """The tiny world as a data set: examples that are written as they are asked for, a gold judge, and judged pairs.
 
-Its policies read `POST: ...` and continue `TL;DR:`; its annotators read `TASK: ...`, the post, and both summaries.
+Its policies read `POST: ...` and continue `TL;DR:`; its annotators read `TASK: ...`, the post, and both responses. Of the tasks
+`helpful` and `harmless` a question stands at the post's end.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ from oaif_jax.data.dataset import Arrays, DataSet, Gold, Judged
 from oaif_jax.data.records import Example, Message
 from oaif_jax.data.tokenizer import Tokenizer, left_pad, right_pad
 from oaif_jax.data.voice import Voice
-from oaif_jax.tiny import degenerate, gold, templates, world, writers, written
+from oaif_jax.tiny import asked, degenerate, gold, templates, world, written
+from oaif_jax.tiny.tasks import TASKS, TLDR, Task
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
 MARKS = "abcdefghijklmnopqrstuvwxyz"  # a summary's mark from the worst to the best, half a topic apart
@@ -31,9 +33,9 @@ WITHOUT_END = 2**31 - 1  # examples of a split
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """Of an annotator's pairs; the others are ordinary summaries (writers.candidates)."""
+    """Of an annotator's pairs; the others are ordinary responses (the task's candidates)."""
 
-    lists: float = 0.0  # writers.word_lists
+    lists: float = 0.0  # the task's word_lists
     degenerate: float = 0.0  # degenerate.pair
     written: float = 0.0  # what policies wrote, one of a pair or both
 
@@ -41,6 +43,7 @@ class Shares:
 # An annotator first learns to find words again (writers.word_lists), then to compare, and then, from what it is, what policies
 # wrote that were trained against it.
 LIST_STEPS, EARLY, LATE, FURTHER = 500, Shares(lists=0.75), Shares(lists=0.1), Shares(0.05, 0.3, 0.3)
+LATE_ASKED = Shares(0.1, 0.3)  # of questions: these annotators begin as ones that know degenerate text
 
 
 def asset(name: str) -> pathlib.Path:
@@ -77,12 +80,12 @@ def plain_voice() -> Voice:
 
 def instruction(name: str) -> Instruction:
     """What the world's annotators are asked: one of its instructions by name, or any text file by its path."""
-    if name in templates.INSTRUCTIONS:
+    if name in templates.TASK_OF:
         text = templates.instruction(name)
     else:
         path = pathlib.Path(name)
         if not is_file(path):
-            known = ", ".join(templates.INSTRUCTIONS)
+            known = ", ".join(templates.TASK_OF)
             raise UserError(f"instruction {name!r} doesn't exist: wanted {known} or the path of a text file")
         text = read_text(path, name).strip()
     trunk = templates.annotation(CONTEXT, text)
@@ -96,44 +99,47 @@ def instruction(name: str) -> Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Posts(Sequence[Example]):
-    """The posts of a split by their number, with references by a writer where one is named, or with pairs of at most so many
-    words that the gold judge labels; each is a pure function of (seed, split, number)."""
+    """A task's posts of a split by their number, with references by a writer where one is named, or with pairs of at most so
+    many words that the gold judge labels; each is a pure function of (seed, split, number)."""
 
     seed: int
     split: str
     writer: str = ""
     count: int = WITHOUT_END
     paired: int = 0  # words; 0: no pairs
+    task: Task = TLDR
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # slices aren't asked for
-        post = world.post(self.seed, self.split, index)
-        reference = writers.reference(self.seed, self.split, index, self.writer) if self.writer else ""
+        post = self.task.post(self.seed, self.split, index)
+        reference = self.task.reference(self.seed, self.split, index, self.writer) if self.writer else ""
         found = Example((Message("user", post.text),), reference=reference, source=f"{self.split}:{index}")
         if not self.paired:
             return found
         rng, difference = world.generator(self.seed, self.split, index, purpose=4), 0.0
         first = second = ""
         while not difference:
-            first, second = map(world.join, writers.candidates(rng, post.topics, self.paired))
-            difference = gold.score(post.text, first) - gold.score(post.text, second)
+            first, second = map(world.join, self.task.candidates(rng, post, self.paired))
+            difference = gold.score(post.text, first, self.task.name) - gold.score(post.text, second, self.task.name)
         chosen, rejected = (first, second) if difference > 0 else (second, first)
         return dataclasses.replace(found, chosen=chosen, rejected=rejected)
 
 
 def post_of(example: Example) -> str:
-    """The text of an example's post."""
+    """The text of an example's post, with its question where it has one."""
     return example.prompt[0].content
 
 
-GOLD = Gold(
-    score=lambda example, response: gold.score(post_of(example), response),
-    most=lambda example: float(len(world.topics_of(post_of(example)))),
-    utility=lambda example, response, name: gold.utility(post_of(example), response, name),
-    instructions=templates.INSTRUCTIONS,
-)
+def gold_of(task: str) -> Gold:
+    """The judge of a task."""
+    return Gold(
+        score=lambda example, response: gold.score(post_of(example), response, task),
+        most=lambda example: gold.worth(post_of(example), task).most,
+        utility=lambda example, response, name: gold.utility(post_of(example), response, name),
+        instructions=templates.TASKS[task],
+    )
 
 
 def dataset(
@@ -146,19 +152,23 @@ def dataset(
     writer: str = "reference",
     pairs: str = "tiny:pairs",
     candidates: str = "",
+    task: str = "tldr",
 ) -> DataSet:
-    """The world with a run's limits. `reads` says what training needs: prompts, references (by `writer`), pairs (the file
-    `pairs`, tiny:NAME or a path), or judged pairs (with the file `candidates` of policies' responses and degenerate ones beside
-    the ordinary, or without). UserError for limits that its texts don't fit."""
+    """The world's prompts of a task, with a run's limits. `reads` says what training needs: prompts, references (by `writer`),
+    pairs (the file `pairs`, tiny:NAME or a path), or judged pairs (with the file `candidates` of policies' responses and
+    degenerate ones beside the ordinary, or without). UserError for limits that its texts don't fit."""
     if train_posts < 1:
         raise UserError("config.data.train_posts=0: the tiny world has no end, wanted at least 1")
+    asks = TASKS[task]
     writer = writer if reads == "references" else ""
     paired = words_within(response_tokens) if reads == "pairs" else 0
-    splits: dict[str, Sequence[Example]] = {split: Posts(seed, split, writer, paired=paired) for split in world.SPLITS}
+    splits: dict[str, Sequence[Example]] = {
+        split: Posts(seed, split, writer, paired=paired, task=asks) for split in world.SPLITS
+    }
     splits["train"] = dataclasses.replace(splits["train"], count=train_posts)  # type: ignore[type-var]
     voice, limits = policy_voice(), Limits(seed, prompt_tokens, response_tokens)
     tokenizer = voice.tokenizer
-    answered = written.read(file_of(candidates), tokenizer.vocab_size) if reads == "judged" and candidates else []
+    answered = written.read(file_of(candidates), tokenizer.vocab_size, asks) if reads == "judged" and candidates else []
     around = {
         "first": tuple(tokenizer.encode(templates.FIRST)),
         "second": tuple(tokenizer.encode(templates.SECOND)),
@@ -170,16 +180,18 @@ def dataset(
 
     def by_instruction(split: str, batch: int) -> dict[str, Callable[[int], Arrays]]:
         def fresh(name: str, number: int) -> Arrays:
-            return judged_batch(split, seed, number, batch, limits, instructions=(name,))
+            return judged_batch(split, seed, number, batch, limits, instructions=(name,), task=asks)
 
-        return {name: functools.partial(fresh, name) for name in templates.INSTRUCTIONS}
+        return {name: functools.partial(fresh, name) for name in asks.instructions}
 
+    late = LATE if asks is TLDR else LATE_ASKED
     judged = Judged(
-        instructions=templates.INSTRUCTIONS,
+        instructions=asks.instructions,
         train=lambda _, seed, step, batch: judged_batch(
             *("train", seed, step, batch, limits),
-            shares=FURTHER if answered else EARLY if step < LIST_STEPS else LATE,
+            shares=FURTHER if answered else EARLY if step < LIST_STEPS else late,
             answered=answered,
+            task=asks,
         ),
         held_out=lambda _, split, count, chunk: held_out(count, chunk, template, by_instruction(split, chunk)),
         labelled_by="gold",
@@ -187,8 +199,8 @@ def dataset(
         words=(tokenizer.single(" no"), tokenizer.single(" yes")),
         marks=tuple(tokenizer.single(letter) for letter in MARKS),
     )
-    data = DataSet(splits, voice, prompt_tokens, response_tokens, is_endless=True, gold=GOLD, judged=judged)
-    longest = data.tokens_of(longest_post())[0]
+    data = DataSet(splits, voice, prompt_tokens, response_tokens, is_endless=True, gold=gold_of(task), judged=judged)
+    longest = data.tokens_of(longest_post(asks))[0]
     if longest > prompt_tokens:
         raise UserError(
             f"config.data.prompt_tokens={prompt_tokens}: posts have up to {longest} tokens, wanted at least that"
@@ -202,6 +214,10 @@ def dataset(
             Example((Message("user", pair.prompt),), pair.chosen, pair.rejected, preference=pair.preference)
             for pair in jsonl.read_pairs(file_of(pairs))
         ]
+        if asks.question and not asked.read(post_of(splits["train"][0])).asked:
+            raise UserError(
+                f"config.data.pairs={pairs!r}: its prompts end in no question, as config.data.task={task!r} has them"
+            )
         data.batch(splits["train"], reads)  # all of them fit the limits, or an error now
     return data
 
@@ -211,13 +227,14 @@ def words_within(response_tokens: int) -> int:
     return (response_tokens + 1) // 2 - 1
 
 
-def longest_post() -> Example:
-    """The post with the most tokens that the grammar can write."""
+def longest_post(task: Task = TLDR) -> Example:
+    """The post with the most tokens that the task's grammar can write."""
     tokenizer = policy_voice().tokenizer
     length = lambda text: len(tokenizer.encode(" " + text))  # noqa: E731
     fact = max((fact.format(topic) for fact in world.FACTS for topic in world.TOPICS), key=length)
-    talk = sorted(world.SMALL_TALK, key=length)[-world.MAX_SMALL_TALK :]
-    return Example((Message("user", " ".join([fact] * world.MAX_TOPICS + talk)),))
+    facts, talks = task.most
+    talk = sorted(world.SMALL_TALK, key=length)[-talks:]
+    return Example((Message("user", " ".join([*[fact] * facts, *talk, *filter(None, [task.question])])),))
 
 
 # ------------------------------------------------------------------------------------------------ judged pairs
@@ -252,23 +269,26 @@ def judged_batch(
     shares: Shares = Shares(),
     answered: Sequence[written.Answered] = (),
     kinds: Sequence[str] = tuple(degenerate.KINDS),
-    instructions: Sequence[str] = templates.INSTRUCTIONS,
+    instructions: Sequence[str] = (),
+    task: Task = TLDR,
 ) -> Arrays:
-    """Judged pairs of candidates under instructions in turn, with dense targets, for training an annotator.
+    """Judged pairs of a task's candidates under instructions in turn, by default all of the task's, with dense targets, for
+    training an annotator.
 
     words [B, 2, R]: at each token, 1 where it adds to the score and 0 where it doesn't; none at a comma that a word may follow.
     marks [B, 2, R]: at each token that is no whole word, the mark of the summary so far under the row's instruction. -1 where
     there is no target. mark [B, 2]: the whole summary's. label [B]: 1 where the first is better, 0 where the second is, 1/2 for
     a tie; choice [B]: the same with ties broken by taste (gold.first_in_tie).
     """
+    instructions = instructions or task.instructions
     texts = {name: templates.instruction(name) for name in instructions}
     width = max(limits.question_tokens(text) for text in texts.values())
     rng = world.generator(seed, split, step, purpose=2)
-    posts = [world.write_post(rng) for _ in range(batch)]
+    posts = [task.write_post(rng) for _ in range(batch)]
     names = [instructions[i % len(instructions)] for i in range(batch)]
     voice, pairs = plain_voice(), []
     for i in range(batch):
-        posts[i], pair = _candidates(rng, posts[i], limits, shares, answered, tuple(kinds))
+        posts[i], pair = _candidates(rng, posts[i], limits, shares, answered, tuple(kinds), task)
         pairs.append(pair)
     rows = [
         voice.tokenizer.encode(templates.annotation(post.text, texts[name]))
@@ -305,13 +325,13 @@ def judged_batch(
 def dense_targets(post: str, ids: Sequence[int], instruction: str) -> tuple[list[int], list[int]]:
     """At each token of a summary, from what gold says of the text up to it: does it add to the score (1, 0), and the mark of the
     summary so far; -1 where there is no such target, see judged_batch."""
-    pieces, found = _pieces(), ([], [])
+    pieces, found, task = _pieces(), ([], []), templates.TASK_OF[instruction]
     before = ""
     for k, token in enumerate(ids):
         now = text_of(ids[: k + 1])
         is_word = token in pieces.whole_words
         may_go_on = token == pieces.comma and before[-1:].strip(",. \n") != ""
-        difference = gold.score(post, gold.so_far(now)) - gold.score(post, gold.so_far(before))
+        difference = gold.score(post, gold.so_far(now), task) - gold.score(post, gold.so_far(before), task)
         found[0].append(-1 if may_go_on else int(difference > 0))
         found[1].append(-1 if is_word else int(mark_of(np.array(gold.utility(post, gold.so_far(now), instruction)))))
         before = now
@@ -335,18 +355,19 @@ def _candidates(
     shares: Shares,
     answered: Sequence[written.Answered],
     kinds: tuple[str, ...],
+    task: Task,
 ) -> tuple[world.Post, tuple[list[int], list[int]]]:
     """A post, which is another one where policies answered it, and two summaries of it in token ids."""
     voice, limit, drawn = plain_voice(), limits.response_tokens, rng.random()
     ids_of = lambda named: voice.answer(world.join(named), stop=False)  # noqa: E731
     if drawn < shares.lists:
-        first, second = writers.word_lists(rng, post.topics, words_within(limit))
+        first, second = task.word_lists(rng, post, words_within(limit))
         return post, (ids_of(first), ids_of(second))
     is_written = drawn < shares.lists + shares.written
     if is_written:
         row = answered[int(rng.integers(len(answered)))]
         post = row.post
-    ordinary = writers.candidates(rng, post.topics, words_within(limit))
+    ordinary = task.candidates(rng, post, words_within(limit))
     first, second = map(ids_of, ordinary)
     pen = degenerate.Pen(rng, _pieces(), voice.tokenizer.encode(" " + post.text))
     if is_written:

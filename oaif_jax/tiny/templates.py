@@ -4,7 +4,10 @@ import functools
 import pathlib
 
 INSTRUCTION_DIR = pathlib.Path(__file__).parent / "instructions"
-INSTRUCTIONS = ("helpful", "short", "very_short")
+INSTRUCTIONS = ("helpful", "short", "very_short")  # of summaries
+# By task: the instructions that its annotators learn, its own first. Two tasks have the same prompts, and the same annotators.
+TASKS = {"tldr": INSTRUCTIONS, "helpful": ("answer", "harmless"), "harmless": ("harmless", "answer")}
+TASK_OF = {**dict.fromkeys(INSTRUCTIONS, "tldr"), "answer": "helpful", "harmless": "harmless"}
 
 TASK, POST, CUE = "TASK:", "POST:", "\nTL;DR:"
 FIRST, SECOND, CLOSING = "\n1:", "\n2:", "\nbetter:"
@@ -24,7 +27,7 @@ def annotation(post: str, text: str) -> str:
 
 def path_of(name_or_path: str) -> pathlib.Path:
     """The file of an instruction: one that comes with the tiny world, or any other by its path."""
-    return INSTRUCTION_DIR / f"{name_or_path}.txt" if name_or_path in INSTRUCTIONS else pathlib.Path(name_or_path)
+    return INSTRUCTION_DIR / f"{name_or_path}.txt" if name_or_path in TASK_OF else pathlib.Path(name_or_path)
 
 
 @functools.cache

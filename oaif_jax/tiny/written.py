@@ -1,7 +1,7 @@
 """What policies wrote that were trained against earlier annotators: texts that look good to these and aren't.
 
-A file has one JSON object to a line, {"post": 17, "responses": [[...], ...]}: the number of a training post of seed 0, and token
-ids of different responses to it, without a stop token. Ids and not texts: a policy may write a word in pieces.
+A file has one JSON object to a line, {"post": 17, "responses": [[...], ...]}: the number of a task's training post of seed 0,
+and token ids of different responses to it, without a stop token. Ids and not texts: a policy may write a word in pieces.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from oaif_jax.base.errors import UserError
 from oaif_jax.data import jsonl
 from oaif_jax.data.records import RecordError
 from oaif_jax.tiny import world
+from oaif_jax.tiny.tasks import TLDR, Task
 
 Ids = list[int]
 
@@ -33,8 +34,8 @@ class Answered:
         return self.responses[one], self.responses[other]
 
 
-def read(path: pathlib.Path, vocab_size: int) -> list[Answered]:
-    """All posts of a file; a line that isn't one raises, with file and line."""
+def read(path: pathlib.Path, vocab_size: int, task: Task = TLDR) -> list[Answered]:
+    """All posts of a task's file; a line that isn't one raises, with file and line."""
     found = []
     for number, line in jsonl.lines(path, "candidates"):
         try:
@@ -48,7 +49,7 @@ def read(path: pathlib.Path, vocab_size: int) -> list[Answered]:
             isinstance(ids, list) and all(type(i) is int and 0 <= i < vocab_size for i in ids) for ids in responses
         ):
             raise UserError(f"{path}:{number}: wanted responses in token ids, each from 0 to {vocab_size - 1}")
-        found.append(Answered(world.post(0, "train", index), responses))
+        found.append(Answered(task.post(0, "train", index), responses))
     if not found:
         raise UserError(f"candidates {path}: no responses in it")
     return found

@@ -85,7 +85,7 @@ class Loop:
         self._log = open_log(workdir, self._first, say)
         by = {"annotator": setup.measured_as, "instruction": setup.instruction}
         learns = setup.method.evaluation == "agreement"
-        self.health = Health(cfg, **by, is_tiny=setup.data.gold is not None, learns=learns)
+        self.health = Health(cfg, **by, gold=setup.data.gold.instructions[0] if setup.data.gold else "", learns=learns)
         self.health.replay(hosts.from_first(self._log.lines))
         self._evaluations = Evaluations(setup)
 
