@@ -457,5 +457,5 @@ def test_paths_of_chat_templates_and_tokenizers(tmp_path):
 
 @pytest.mark.parametrize("name", ["/etc", "**", "", "../data", "no\nsuch"])
 def test_assets_that_are_none(name):
-    with pytest.raises(UserError, match="no such asset, there are annotator, .*judge"):
+    with pytest.raises(UserError, match=r"no such asset, there are annotator, .*judge"):
         tiny.asset(name)
