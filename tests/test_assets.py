@@ -39,6 +39,23 @@ def model(name: str) -> Model:
     return Model(cfg, params, data_for("prompts").voice, Source(name, f"tiny:{name}", ""))
 
 
+def sampled(name: str, task: str = "tldr"):
+    """A policy's samples on fresh test prompts of a task, measured."""
+    policy, data = model(name), data_for("references", task)
+    return likelihood.evaluate(
+        policy.params,
+        jax.random.key(1),
+        data=data,
+        split="test",
+        count=COUNT,
+        chunk=COUNT,
+        policy=policy,
+        sampler=Sampler(0.9, 0, 1.0, 16, data.voice.stop_ids, data.voice.tokenizer.pad_id),
+        compute=ComputeConfig(),
+        place=on_device,
+    )
+
+
 def test_they_are_small():
     assert sum(path.stat().st_size for path in ASSETS.iterdir()) <= build.BUDGET
 
@@ -102,19 +119,7 @@ def test_what_learners_wrote():
 
 
 def test_the_sft_policy_is_mediocre_on_fresh_posts():
-    policy, data = model("sft"), data_for("references")
-    metrics, records = likelihood.evaluate(
-        policy.params,
-        jax.random.key(1),
-        data=data,
-        split="test",
-        count=COUNT,
-        chunk=COUNT,
-        policy=policy,
-        sampler=Sampler(0.9, 0, 1.0, 16, data.voice.stop_ids, data.voice.tokenizer.pad_id),
-        compute=ComputeConfig(),
-        place=on_device,
-    )
+    metrics, records = sampled("sft")
     assert len(records) == COUNT
     assert 0.3 <= metrics["gold_share"] <= 0.6
     assert abs(metrics["gold_share"] - SFT_SHARE) < 0.08
@@ -138,19 +143,7 @@ def test_annotators_of_answers_agree_with_gold_and_with_themselves(name):
 @pytest.mark.parametrize("task", ["helpful", "harmless"])
 def test_the_policy_that_answers_is_mediocre_on_fresh_prompts(task):
     """As helpful as its references, and telling what is dangerous."""
-    policy, data = model("sft_asked"), data_for("references", task)
-    metrics, _ = likelihood.evaluate(
-        policy.params,
-        jax.random.key(1),
-        data=data,
-        split="test",
-        count=COUNT,
-        chunk=COUNT,
-        policy=policy,
-        sampler=Sampler(0.9, 0, 1.0, 16, data.voice.stop_ids, data.voice.tokenizer.pad_id),
-        compute=ComputeConfig(),
-        place=on_device,
-    )
+    metrics, _ = sampled("sft_asked", task)
     assert abs(metrics["gold_share"] - ASKED_SHARE[task]) < 0.12
     assert ASKED_SHARE[task] < 0.5
 

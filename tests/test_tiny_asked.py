@@ -1,5 +1,6 @@
 """Questions about posts in the tiny world: its tasks `helpful` and `harmless`, gold's word on answers, their training data."""
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -387,15 +388,8 @@ def test_two_steps_of_each_member(tmp_path, member):
 
 def test_a_run_of_an_earlier_version_was_of_summaries(tmp_path):
     """Its config.json has no data.task."""
-    values = config.flatten(config.Config())
-    del values["data.task"]
-    made: dict = {}
-    for name, value in values.items():
-        *sections, last = name.split(".")
-        inner = made
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[last] = value
+    made = dataclasses.asdict(config.Config())
+    del made["data"]["task"]
     (tmp_path / "config.json").write_text(json.dumps(made))
     assert config.read(tmp_path / "config.json")[0].data.task == "tldr"
 
