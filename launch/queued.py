@@ -13,6 +13,7 @@ stop with a checkpoint and exit code 143. On that code, and on those of a kill o
 same command, after the one that deletes it.
 """
 
+import math
 import pathlib
 import shlex
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 from absl import flags
 
 from launch.topologies import check_topology
-from launch.tpus import MOUNT, NAMED, RESTARTED, accelerator_type, carry_out, check_arguments
+from launch.tpus import KINDS, MOUNT, NAMED, RESTARTED, carry_out, check_arguments
 from oaif_jax.base import cli, files, options
 from oaif_jax.base.errors import UserError
 
@@ -64,15 +65,25 @@ exit "$code"
 """
 
 
+def slice_flags(topology: str) -> list[str]:
+    """How gcloud is asked for a slice. By the shape where that has three dimensions: several shapes have as many chips, and an
+    accelerator type counts these alone.
+
+    In: "v5e:4x4", "v5p:4x4x16" -> Out: "--accelerator-type=v5litepod-16", "--type=v5p --topology=4x4x16".
+    """
+    kind, shape = topology.split(":")
+    sizes, prefix = [int(size) for size in shape.split("x")], KINDS[kind][1]
+    if len(sizes) == 3:
+        return [f"--type={prefix}", f"--topology={shape}"]
+    return [f"--accelerator-type={prefix}-{math.prod(sizes)}"]
+
+
 def commands(
     file: pathlib.Path, *, name: str, project: str, zone: str, topology: str, image: str, grace: int, spot: bool
 ) -> dict[str, list[list[str]]]:
     """What is run, and what the user may want to run then."""
     tpus, place = ["gcloud", "compute", "tpus"], [f"--project={project}", f"--zone={zone}"]
-    wanted = [
-        f"--accelerator-type={accelerator_type(topology)}",
-        f"--runtime-version={SYSTEMS[topology.split(':')[0]]}",
-    ]
+    wanted = [*slice_flags(topology), f"--runtime-version={SYSTEMS[topology.split(':')[0]]}"]
 
     def on(workers: str, what: str) -> list[str]:
         return [*tpus, "tpu-vm", "ssh", name, *place, f"--worker={workers}", f"--command={what}"]

@@ -46,7 +46,8 @@ from oaif_jax.report.table import Table, to_markdown, to_rich
 from oaif_jax.report.text import NONE, decimal, one_line, percent, percents
 from oaif_jax.rollout import named_key
 from oaif_jax.run.setup import compute_of, sampler_of, stored_model
-from oaif_jax.stored.open import POLICY, Model, Source, open_model, voice_of
+from oaif_jax.stored.open import Model, open_model
+from oaif_jax.stored.source import POLICY, Source, voice_of
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EVERYDAY = ROOT / "experiments" / "everyday"

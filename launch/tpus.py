@@ -1,6 +1,5 @@
 """What launchers know of TPUs, and what they ask of a run's name and of the trainer's arguments."""
 
-import math
 import re
 import shlex
 import subprocess
@@ -10,25 +9,18 @@ from oaif_jax.base import cli, options
 from oaif_jax.base.bucket import SCHEME, Bucket, is_url
 from oaif_jax.base.errors import UserError
 
-# Kind -> GKE's label, and xpk's prefix with how it counts ("chips", or "cores": two to a chip).
+# Kind -> GKE's label, and the prefix of its name elsewhere.
 KINDS = {
-    "v4": ("tpu-v4-podslice", "v4", "cores"),
-    "v5e": ("tpu-v5-lite-podslice", "v5litepod", "chips"),
-    "v5p": ("tpu-v5p-slice", "v5p", "cores"),
-    "v6e": ("tpu-v6e-slice", "v6e", "chips"),
-    "7x": ("tpu7x", "tpu7x", "cores"),
+    "v4": ("tpu-v4-podslice", "v4"),
+    "v5e": ("tpu-v5-lite-podslice", "v5litepod"),
+    "v5p": ("tpu-v5p-slice", "v5p"),
+    "v6e": ("tpu-v6e-slice", "v6e"),
+    "7x": ("tpu7x", "tpu7x"),
 }
 # 128 + a signal: it was ended (143, with a checkpoint), killed or has crashed, on its own host or because another one was gone.
 RESTARTED = tuple(range(128, 256))
 MOUNT = "/runs"
 LONGEST = 28  # characters of a name: pods' names are made of it
-
-
-def accelerator_type(topology: str) -> str:
-    """In: "v5e:4x4", "v5p:4x4x4" -> Out: "v5litepod-16", "v5p-128"."""
-    kind, shape = topology.split(":")
-    _, prefix, counted = KINDS[kind]
-    return f"{prefix}-{math.prod(map(int, shape.split('x'))) * (2 if counted == 'cores' else 1)}"
 
 
 def _name(text: str) -> str:

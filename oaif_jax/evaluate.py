@@ -41,7 +41,8 @@ from oaif_jax.run import resume
 from oaif_jax.run.asked import EVALUATED
 from oaif_jax.run.log import json_lines
 from oaif_jax.run.setup import open_setup
-from oaif_jax.stored.open import checkpoint_step, read_run
+from oaif_jax.stored.open import read_run
+from oaif_jax.stored.source import checkpoint_step
 
 MOST = 1_000_000  # prompts
 

@@ -60,7 +60,8 @@ def train_step(
     contribute = functools.partial(contribution, state.params, frozen, key=step_key, step=step)
     total = add_up(contribute, batch, step.parts)
     weight = jnp.maximum(total.weight, 1.0)
-    gradients = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, total.gradients)
+    # By a factor: quotients would be written out, see update/adam.py.
+    gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * (1.0 / weight), total.gradients)
     with jax.named_scope("optimizer"):
         state, metrics = apply_gradients(state, gradients, total.weight, tx)
     metrics |= {

@@ -13,7 +13,8 @@ from oaif_jax.evals import agreement, likelihood
 from oaif_jax.models.config import ComputeConfig
 from oaif_jax.rollout import Sampler
 from oaif_jax.stored import single
-from oaif_jax.stored.open import Model, Source
+from oaif_jax.stored.open import Model
+from oaif_jax.stored.source import Source
 from oaif_jax.tiny import asked, degenerate, gold, templates, tokenizer_recipe, world, written
 from oaif_jax.tiny.data import ASSETS, asset, dataset, text_of
 

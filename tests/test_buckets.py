@@ -28,8 +28,8 @@ from oaif_jax.base.files import sha256_of_tree
 from oaif_jax.report.__main__ import draw, parse_flags
 from oaif_jax.run import in_bucket, inputs
 from oaif_jax.stored.checkpoint import Checkpoints
-from oaif_jax.stored.open import Source
 from oaif_jax.stored.reader import CheckpointError, Reader, load_params
+from oaif_jax.stored.source import Source
 
 URL, BELOW = "gs://bucket/runs/sft", "runs/sft/"
 KEPT = {"checkpoint__keep": 1}  # so that some are deleted

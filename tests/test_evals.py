@@ -15,7 +15,8 @@ from oaif_jax.data.dataset import context_of
 from oaif_jax.evals import agreement, comparison, drawing, likelihood, verdicts
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.rollout import Sampler, score
-from oaif_jax.stored.open import Model, Source
+from oaif_jax.stored.open import Model
+from oaif_jax.stored.source import Source
 from oaif_jax.tiny import data as tiny
 from oaif_jax.tiny import gold, templates, world
 from oaif_jax.types import Scores

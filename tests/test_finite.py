@@ -27,7 +27,8 @@ from oaif_jax.stored.checkpoint import Checkpoints
 from oaif_jax.stored.hf import pieces
 from oaif_jax.stored.hf.directory import abstract_params
 from oaif_jax.stored.hf.families import FAMILIES
-from oaif_jax.stored.open import Source, read_run
+from oaif_jax.stored.open import read_run
+from oaif_jax.stored.source import Source
 from oaif_jax.tiny.data import asset
 from oaif_jax.types import Scores
 

@@ -28,7 +28,8 @@ from oaif_jax.run import inputs
 from oaif_jax.run.setup import stored_model
 from oaif_jax.stored import gguf, hf
 from oaif_jax.stored.checkpoint import Checkpoints
-from oaif_jax.stored.open import Source, home, open_model, voice_of
+from oaif_jax.stored.open import open_model
+from oaif_jax.stored.source import Source, home, voice_of
 
 pytest.importorskip("gguf")
 pytestmark = pytest.mark.filterwarnings(

@@ -274,6 +274,22 @@ def test_what_is_collected_has_the_shapes_that_were_said(home):
         assert shapes_of(said) == shapes_of(ready.batch)
 
 
+def test_one_model_in_two_roles_is_held_once(home):
+    """The base under LoRA, or the reference, is also the annotator's where both are of one directory; another's isn't, nor one in
+    another type."""
+    own = str(home / "policy")
+    for changes, is_one in (
+        ({"policy__lora__rank": "2", "annotator__path": own}, True),
+        ({"annotator__path": own}, True),
+        ({"policy__lora__rank": "2"}, False),
+        ({"policy__lora__rank": "2", "annotator__path": own, "policy__quant": "int8"}, False),
+    ):
+        setup = setup_of(home, **changes)
+        held, asked = setup.policy.base or setup.reference.params, setup.mesh_annotator.params
+        assert all((held["layers"][name] is leaf) == is_one for name, leaf in asked["layers"].items() if name == "qkv")
+        assert setup.mesh_annotator.params["embedding"] is not setup.policy.params.get("embedding")
+
+
 def shapes_of(tree) -> Batch:
     return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 

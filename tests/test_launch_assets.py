@@ -14,7 +14,8 @@ from oaif_jax.base import cli
 from oaif_jax.base.phases import Phase
 from oaif_jax.data.jsonl import read_pairs
 from oaif_jax.stored import single
-from oaif_jax.stored.open import Model, Source
+from oaif_jax.stored.open import Model
+from oaif_jax.stored.source import Source
 from oaif_jax.tiny import asked, gold, written
 from oaif_jax.tiny.data import asset, file_of, policy_voice
 

@@ -18,7 +18,8 @@ from oaif_jax.models import lora, sharding, transformer
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.models.rows import Rows, branch
 from oaif_jax.rollout import Sampler, sample
-from oaif_jax.stored.open import Model, Source, with_lora
+from oaif_jax.stored.open import Model, with_lora
+from oaif_jax.stored.source import Source
 
 CFG = dataclasses.replace(MODEL, lora_scale=0.5)
 PLAIN_MLP = dataclasses.replace(CFG, gated=False, biases="all", activation="gelu")

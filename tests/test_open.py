@@ -15,7 +15,8 @@ from oaif_jax.data.voice import Voice
 from oaif_jax.models import sharding
 from oaif_jax.stored import reader, single
 from oaif_jax.stored.checkpoint import Checkpoints
-from oaif_jax.stored.open import Model, Source, checkpoint_step, open_model, read_run
+from oaif_jax.stored.open import Model, open_model, read_run
+from oaif_jax.stored.source import Source, checkpoint_step
 from oaif_jax.tiny import data
 
 SHAPE = config.Shape(width=16, layers=1, heads=2, kv_heads=2, head_dim=8, mlp=24)

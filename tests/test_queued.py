@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from launch import queued, tpus
+from launch import queued
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMAND = ["python", "-m", "oaif_jax.train", "--distributed", "--config=c.py", "--workdir=/runs/a b"]
@@ -69,10 +69,15 @@ def test_it_stays_ended_where_it_was_told_to_end(tmp_path):
 
 @pytest.mark.parametrize(
     ("topology", "wanted"),
-    [("v4:2x2x2", "v4-16"), ("v5e:4x4", "v5litepod-16"), ("v5p:4x4x4", "v5p-128"), ("v6e:4x4", "v6e-16")],
+    [
+        ("v4:2x2x2", ["--type=v4", "--topology=2x2x2"]),
+        ("v5e:4x4", ["--accelerator-type=v5litepod-16"]),
+        ("v5p:8x8x4", ["--type=v5p", "--topology=8x8x4"]),  # as many chips as 4x4x16
+        ("v6e:4x8", ["--accelerator-type=v6e-32"]),
+    ],
 )
 def test_slices(topology, wanted):
-    assert tpus.accelerator_type(topology) == wanted
+    assert queued.slice_flags(topology) == wanted
     assert topology.split(":")[0] in queued.SYSTEMS
 
 

@@ -28,7 +28,8 @@ from oaif_jax.evals import drawing
 from oaif_jax.models import sharding
 from oaif_jax.models.config import ComputeConfig
 from oaif_jax.rollout import Sampler
-from oaif_jax.stored.open import Source, open_model, voice_of
+from oaif_jax.stored.open import open_model
+from oaif_jax.stored.source import Source, voice_of
 from oaif_jax.types import Prompts
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -42,8 +42,9 @@ from oaif_jax.run import inputs, resume
 from oaif_jax.run.interrupts import Interrupts
 from oaif_jax.run.log import MetricsLog
 from oaif_jax.stored.checkpoint import Checkpoints
-from oaif_jax.stored.open import POLICY, open_model, source_of
+from oaif_jax.stored.open import open_model
 from oaif_jax.stored.reader import Reader, load_params
+from oaif_jax.stored.source import POLICY, source_of
 from oaif_jax.tiny.data import policy_voice
 
 CLOCK = ("seconds", "command", "checkpoints", "peak_bytes")  # of a summary: what may differ

@@ -7,6 +7,7 @@ import re
 
 import fakes
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
@@ -121,6 +122,24 @@ def test_what_each_device_holds():
     for name, leaf in named_leaves(placed).items():
         parts = 1 if name.endswith("norm/scale") else 4
         assert [shard.data.size for shard in leaf.addressable_shards] == [leaf.size // parts] * 8, name
+
+
+def test_what_is_there_twice_is_held_once():
+    """Leaves that are equal and lie alike are one array; others stay: changed in one bit, of another type, or on another mesh."""
+    params = fakes.make_params()
+    held = jax.device_put(params, param_shardings(params, mesh()))
+    again = sharding.place(held, mesh(), "float32")
+    again["embedding"] = jax.jit(lambda x: x.at[0, 0].set(jnp.nextafter(x[0, 0], 9.0)))(again["embedding"])
+    again["lora"] = {"q": held["embedding"]}
+    found, leaves = sharding.shared(again, {**held, "score": held["embedding"]}), named_leaves(held)
+    assert jax.tree.structure(found) == jax.tree.structure(again)
+    for name, leaf in named_leaves(found).items():
+        is_one = name not in ("embedding", "lora/q")
+        assert (leaf is leaves.get(name)) == is_one, name
+        assert is_one or leaf is named_leaves(again)[name]
+    for other in (sharding.place(held, mesh(), "bfloat16"), sharding.place(held, mesh(8, 1, 1), "float32")):
+        assert all(leaf is not leaves[name] for name, leaf in named_leaves(sharding.shared(other, held)).items())
+    assert sharding.shared(again, None) == again
 
 
 def test_on_one_device_anything_fits():

@@ -12,7 +12,7 @@ from oaif_jax.evals import verdicts
 from oaif_jax.losses import PairLoss
 from oaif_jax.methods import base, pairs
 from oaif_jax.run import asked, checks, schedule
-from oaif_jax.stored.open import Source
+from oaif_jax.stored.source import Source
 from oaif_jax.tiny import data as tiny
 from oaif_jax.tiny import templates
 from oaif_jax.types import Logps, Prompts, Rollout, Scores

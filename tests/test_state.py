@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import fakes
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,9 @@ from oaif_jax.models import sharding
 from oaif_jax.models.config import ModelConfig
 from oaif_jax.models.sharding import place
 from oaif_jax.update import optim
+from oaif_jax.update.adam import AdamState
 from oaif_jax.update.state import TrainState, apply_gradients, create, next_round, state_shardings
+from oaif_jax.update.value import without_value
 
 ADAMW = optim.OptimizerConfig(
     name="adamw",
@@ -87,12 +90,81 @@ def test_create(name):
 
 def test_moments_lie_as_their_parameters():
     state, _ = made("adamw")
-    adam = next(part for part in state.optimizer if isinstance(part, optax.ScaleByAdamState))
+    adam = next(part for part in state.optimizer if isinstance(part, AdamState))
     for moment in (adam.mu, adam.nu):
         for leaf, param in zip(jax.tree.leaves(moment), jax.tree.leaves(state.params), strict=True):
             assert leaf.sharding.is_equivalent_to(param.sharding, leaf.ndim)
     # Eight devices hold a quarter each of what is split by fsdp and tensor.
     assert adam.mu["embedding"].addressable_shards[0].data.size * 4 == adam.mu["embedding"].size
+
+
+PLAIN = dataclasses.replace(ADAMW, schedule="constant", warmup=0)
+OPTAX = {  # config -> the policy's rule, as optax has it
+    "clipped, with decay": (PLAIN, "float32"),
+    "by a schedule": (ADAMW, "float32"),
+    "neither": (dataclasses.replace(PLAIN, clip=0.0, weight_decay=0.0), "float32"),
+    "bfloat16 moments": (dataclasses.replace(PLAIN, moments="bfloat16"), "float32"),
+    "bfloat16 parameters": (PLAIN, "bfloat16"),
+    "beside a value model": (dataclasses.replace(PLAIN, value_lr=0.3), "float32"),
+    "that waits": (dataclasses.replace(PLAIN, value_lr=0.3, value_warmup=2), "float32"),
+}
+
+
+@pytest.mark.parametrize("case", OPTAX)
+def test_a_step_is_optax_step(case):
+    """Parameters, moments and what is said of an update, over four gradients of which the third has no weight."""
+    cfg, dtype = OPTAX[case]
+    tolerance = 1e-2 if "bfloat16" in (dtype, cfg.moments) else 1e-6
+    rules = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
+    rules += [optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.moments)]
+    rules += [optax.add_decayed_weights(cfg.weight_decay)] if cfg.weight_decay else []
+    usual = optax.chain(*rules, optax.scale_by_learning_rate(optim.schedule(cfg)))
+    small = ModelConfig(vocab_size=12, width=6, layers=2, heads=2, kv_heads=1, head_dim=4, mlp=10)  # rows of no eight
+    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), fakes.make_params(small))
+    expected, moments = params, usual.init(jax.tree.map(lambda x: x.astype(jnp.float32), params))
+    tx = optim.optimizer(cfg)
+    trained = {**params, "value": {"score": jnp.ones((1, 6))}} if cfg.value_lr else params
+    state = TrainState(jnp.array(0), trained, tx.init(trained))
+    step = jax.jit(functools.partial(apply_gradients, tx=tx))
+    take, apply = jax.jit(usual.update), jax.jit(optax.apply_updates)
+    for number, weight in enumerate((3.0, 2.0, 0.0, 1.0)):
+        gradients = jax.tree.map(lambda x, n=number: jnp.cos(7.0 * n + x.astype(jnp.float32) * 50), trained)
+        before = without_value(state.params)
+        state, metrics = step(state, gradients, jnp.float32(weight))
+        after = without_value(state.params)
+        waits = number < cfg.value_warmup
+        if weight and not waits:
+            updates, moments = take(
+                without_value(gradients), moments, jax.tree.map(lambda x: x.astype(jnp.float32), expected)
+            )
+            expected = apply(expected, updates)
+        else:
+            updates = jax.tree.map(jnp.zeros_like, after)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=1e-7), after, expected)
+        size = sum(leaf.size for leaf in jax.tree.leaves(updates))
+        others = sum(int((a != b).sum()) for a, b in zip(host(after), host(before), strict=True))
+        np.testing.assert_allclose(metrics["changed"], others / size, rtol=1e-6)
+        assert (others > 0) == (weight > 0 and not waits)
+        np.testing.assert_allclose(metrics["update_rms"], optax.tree.norm(updates) / size**0.5, rtol=1e-5)
+    own = state.optimizer.policy if cfg.value_lr else state.optimizer
+    found = next(part for part in own if isinstance(part, AdamState))
+    kept = next(part for part in moments if isinstance(part, optax.ScaleByAdamState))
+    assert int(found.count) == int(kept.count) == 3 - cfg.value_warmup
+    assert jax.tree.map(lambda x: x.dtype, found.mu) == jax.tree.map(lambda x: x.dtype, kept.mu)
+    for a, b in zip(jax.tree.leaves((found.mu, found.nu)), jax.tree.leaves((kept.mu, kept.nu)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-2 if a.dtype == jnp.bfloat16 else 1e-5, atol=1e-8)
+
+
+def test_on_a_cpu_nothing_is_copied_and_no_update_is_written_out():
+    """A donated state's leaves are written where they lie; beside them there are two sums of each eight numbers."""
+    state, tx = create(params_of(), optim.optimizer(PLAIN), mesh(1, 1, 1)), optim.optimizer(PLAIN)
+    gradients = jax.tree.map(jnp.ones_like, state.params)
+    take = jax.jit(functools.partial(apply_gradients, tx=tx), donate_argnums=0)
+    compiled = take.lower(state, gradients, jnp.float32(1)).compile()
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.3 * whole
+    copies = [line for line in hlo.everything(hlo.parse(compiled.as_text())) if line.opcode == "copy"]
+    assert max((np.prod(shape) for line in copies for shape in line.shapes), default=0) < 100
 
 
 def test_reduced_moments_are_everywhere():

@@ -56,7 +56,8 @@ def _forward(q: Array, keys: Sequence[KeyValues], masks: Sequence[Array], cap: f
     weights = [jnp.exp(each - peak) for each in logits]
     total = functools.reduce(jnp.add, (jnp.sum(each, -1, keepdims=True) for each in weights))
     parts = (
-        jnp.einsum(f"{WEIGHTS},{VALUES[v.ndim]}->{QUERIES}", each.astype(v.dtype), v).astype(jnp.float32)
+        # Weights come second: first, XLA on CPU takes ten times as long for one query of each branch (42 us instead of 4).
+        jnp.einsum(f"{VALUES[v.ndim]},{WEIGHTS}->{QUERIES}", v, each.astype(v.dtype)).astype(jnp.float32)
         for each, (_, v) in zip(weights, keys, strict=True)
     )
     return (functools.reduce(jnp.add, parts) / total).astype(q.dtype), peak + jnp.log(total)
@@ -82,7 +83,7 @@ def _backward(cap: float, kept, d_attended: Array):
         if cap:
             d_logits = d_logits * (1.0 - jnp.square(jnp.where(mask[:, None, None], logits / cap, 0.0)))
         d_logits = d_logits.astype(q.dtype)
-        d_q.append(jnp.einsum(f"{WEIGHTS},{KEYS[k.ndim]}->{QUERIES}", d_logits, k))
+        d_q.append(jnp.einsum(f"{KEYS[k.ndim]},{WEIGHTS}->{QUERIES}", k, d_logits))
         d_k = jnp.einsum(f"{WEIGHTS},{QUERIES}->{KEYS[k.ndim]}", d_logits, q)
         d_v = jnp.einsum(f"{WEIGHTS},{QUERIES}->{VALUES[v.ndim]}", weights.astype(v.dtype), d_attended)
         d_keys.append((d_k, d_v))

@@ -1,5 +1,7 @@
 """The language-model head, applied to few tokens at a time (an array [tokens, V] never exists), and a reward model's."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -38,8 +40,9 @@ def token_logprobs(
     cfg: ModelConfig,
     compute: ComputeConfig,
 ) -> Float[Array, "*batch"]:
-    """log p(target) at each position in float32, in chunks of about `compute.head_chunk` tokens that the backward pass
-    computes again. A chunk has some columns of every row: rows are what devices share, and each computes its own."""
+    """log p(target) at each position in float32, in chunks of about `compute.head_chunk` tokens, whose logits the backward pass
+    computes again; where one chunk has all tokens they are kept, since that pass begins with them. A chunk has some columns of
+    every row: rows are what devices share, and each computes its own."""
     rows = len(targets)
     tokens = targets.size // rows
     columns = min(max(1, compute.head_chunk // rows), tokens)
@@ -49,7 +52,9 @@ def token_logprobs(
     hidden_XBTD = split(jnp.pad(hidden.reshape(rows, tokens, -1), ((0, 0), (0, pad), (0, 0))))
     targets_XBT = split(jnp.pad(targets.reshape(rows, tokens), ((0, 0), (0, pad))))
 
-    @jax.checkpoint
+    kept = jax.checkpoint_policies.dots_saveable if chunks == 1 else jax.checkpoint_policies.nothing_saveable
+
+    @functools.partial(jax.checkpoint, policy=kept)
     def one_chunk(hidden_BTD, targets_BT):
         logits_MV = logits(params, hidden_BTD.reshape(rows * columns, -1), cfg=cfg)
         targets_M = targets_BT.reshape(-1)

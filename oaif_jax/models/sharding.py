@@ -216,6 +216,21 @@ def place_rows(batch: PyTree, mesh: Mesh, count: int) -> PyTree:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(on, x, (count, *x.shape[1:])), batch)
 
 
+def shared(params: PyTree, held: PyTree) -> PyTree:
+    """`params`, with each leaf that is also in `held`, bit for bit and as it lies there, replaced by that one: a frozen model in
+    two roles is in memory once."""
+    others = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(held)}
+
+    def one(path, leaf: Array) -> Array:
+        other = others.get(path_name(path))
+        if other is None or not (isinstance(leaf, jax.Array) and isinstance(other, jax.Array)):
+            return leaf
+        lie_alike = leaf.shape == other.shape and leaf.dtype == other.dtype and leaf.sharding == other.sharding
+        return other if lie_alike and bool(jnp.array_equal(leaf, other)) else leaf
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
 def free(params: PyTree) -> None:
     """Gives the memory of parameters back that nobody uses any more, where they lie on devices."""
     for leaf in jax.tree.leaves(params):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import jax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from oaif_jax import config
 from oaif_jax.annotate import prompts, python
@@ -22,7 +23,8 @@ from oaif_jax.methods.base import Method
 from oaif_jax.models import hosts, sharding
 from oaif_jax.models.config import ComputeConfig
 from oaif_jax.run.checks import check_context
-from oaif_jax.stored.open import Model, Source, home, is_reward, open_frozen, source_of, voice_of
+from oaif_jax.stored.open import Model, open_frozen
+from oaif_jax.stored.source import Source, home, is_reward, source_of, voice_of
 from oaif_jax.tiny import data as tiny
 from oaif_jax.tiny import templates
 
@@ -45,15 +47,22 @@ class Asked:
 
 
 def open_annotator(
-    cfg: Config, kind: type[Method], data: DataSet, compute: ComputeConfig, mesh: Mesh, evaluated: tuple[str, ...]
+    cfg: Config,
+    kind: type[Method],
+    data: DataSet,
+    compute: ComputeConfig,
+    mesh: Mesh,
+    evaluated: tuple[str, ...],
+    held: PyTree = None,
 ) -> Asked:
-    """The annotator that a config names; UserError where the method or the mesh has no use for it."""
+    """The annotator that a config names; UserError where the method or the mesh has no use for it. `held`: frozen parameters of
+    which it need not have a second copy."""
     if cfg.annotator.init.startswith(python.PREFIX):
         check_rows(cfg, mesh)
         annotator = python.open_annotator(cfg.annotator.init)
         asked = Asked(annotator, {annotator.name: annotator}, annotator.name)
     else:
-        asked = _model(cfg, data, compute, mesh, evaluated)
+        asked = _model(cfg, data, compute, mesh, evaluated, held)
     if kind.asks and asked.annotator.compares and len(kind.at_most(cfg)) == 1:
         raise UserError(
             f"{source_of('annotator', cfg.annotator)} compares responses, and there is one to each prompt: wanted a reward "
@@ -67,9 +76,11 @@ def open_annotator(
     return asked
 
 
-def _model(cfg: Config, data: DataSet, compute: ComputeConfig, mesh: Mesh, evaluated: tuple[str, ...]) -> Asked:
+def _model(
+    cfg: Config, data: DataSet, compute: ComputeConfig, mesh: Mesh, evaluated: tuple[str, ...], held: PyTree
+) -> Asked:
     """A language model that is asked by an instruction, or a reward model."""
-    model = _open_frozen(cfg, "annotator", cfg.annotator, mesh, cfg.annotator.quant)
+    model = _open_frozen(cfg, "annotator", cfg.annotator, mesh, cfg.annotator.quant, held)
     if model.is_reward:
         asked, name, instruction = _scores(cfg, model, data, compute), SCORED_BY, ""
         annotator = HostRewardAnnotator(asked, data.voice, functools.partial(sharding.place_batch, mesh=mesh))
@@ -91,8 +102,9 @@ def open_judge(
     compute: ComputeConfig,
     mesh: Mesh,
     evaluated: tuple[str, ...],
+    held: PyTree = None,
 ) -> tuple[Annotator, str]:
-    """Who compares policy and reference in evaluations, and its name for reports."""
+    """Who compares policy and reference in evaluations, and its name for reports. `held`: as for the annotator."""
     if cfg.judge.init.startswith(python.PREFIX):
         check_rows(cfg, mesh, "judge")
         return python.open_annotator(cfg.judge.init, "judge"), cfg.judge.init
@@ -101,19 +113,22 @@ def open_judge(
         assert asked is not None
         return asked.annotator, said_of(source_of("annotator", cfg.annotator))
     if cfg.judge.init != "annotator":
-        model = _open_frozen(cfg, "judge", cfg.judge, mesh, "none")
+        model = _open_frozen(cfg, "judge", cfg.judge, mesh, "none", held)
     assert model is not None
     judge = _asks(cfg, model, cfg.judge.instruction, data, compute, evaluated)
     judged_by = f"{said_of(model.source)}, {name_of(judge.questions.instruction, model.source)}"
     return _on_host(judge, data, mesh), judged_by
 
 
-def _open_frozen(cfg: Config, key: str, section: config.Annotator | config.Judge, mesh: Mesh, quant: str) -> Model:
+def _open_frozen(
+    cfg: Config, key: str, section: config.Annotator | config.Judge, mesh: Mesh, quant: str, held: PyTree
+) -> Model:
     source = source_of(key, section)
     with phase(f"loading the {key}"):
         voice = voice_of(source, section.chat, section.chat_args)
         scores = key == "annotator" and is_reward(source)
-        return open_frozen(source, voice, mesh, cfg.compute.frozen, quant, as_reward=scores)
+        model = open_frozen(source, voice, mesh, cfg.compute.frozen, quant, as_reward=scores)
+        return dataclasses.replace(model, params=sharding.shared(model.params, held))
 
 
 @phase("fitting prompts")

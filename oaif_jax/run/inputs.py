@@ -25,8 +25,9 @@ from oaif_jax.config import Config
 from oaif_jax.data import chat, readers, special_tokens, splits, tokenizer
 from oaif_jax.stored import gguf
 from oaif_jax.stored.hf.tensors import INDEX, weight_files
-from oaif_jax.stored.open import (
-    NORMAL,
+from oaif_jax.stored.open import NORMAL
+from oaif_jax.stored.reader import Reader
+from oaif_jax.stored.source import (
     POLICY,
     Source,
     chat_of,
@@ -38,7 +39,6 @@ from oaif_jax.stored.open import (
     run_of,
     source_of,
 )
-from oaif_jax.stored.reader import Reader
 from oaif_jax.tiny import templates
 from oaif_jax.tiny.data import asset, file_of, policy_voice
 

@@ -28,22 +28,8 @@ from oaif_jax.run import inputs, sizes
 from oaif_jax.run.asked import EVALUATED, OVER_THE_HOST, judges_as_model, name_of, open_annotator, open_judge, said_of
 from oaif_jax.run.checks import check, check_context, lora_notes, moves_reference
 from oaif_jax.step import Frozen
-from oaif_jax.stored.open import (
-    POLICY,
-    Model,
-    Source,
-    as_one,
-    checkpoint_step,
-    home,
-    open_frozen,
-    open_model,
-    read_run,
-    shape_of,
-    source_of,
-    voice_of,
-    with_lora,
-    with_score,
-)
+from oaif_jax.stored.open import Model, as_one, open_frozen, open_model, read_run, with_lora, with_score
+from oaif_jax.stored.source import POLICY, Source, checkpoint_step, home, shape_of, source_of, voice_of
 from oaif_jax.tiny import data as tiny
 from oaif_jax.types import REFERENCE
 from oaif_jax.update.value import with_value, without_value
@@ -147,13 +133,14 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
     asked, judge, judged_by = None, None, ""
     annotators = sharding.annotators_mesh(mesh, cfg.mesh.annotator_fsdp, cfg.mesh.annotator_tensor)
     of_annotator, of_policy = (compute_of(cfg, annotators), annotators), (compute, mesh)
+    held = policy.base if policy.base is not None else None if reference is None else reference.params
     if kind.asks or (is_compared and cfg.judge.init == "annotator"):
-        asked = open_annotator(cfg, kind, data, *of_annotator, evaluated)
+        asked = open_annotator(cfg, kind, data, *of_annotator, evaluated, held)
         notes += [] if asked.model is None else [*asked.model.notes, *inputs.untaught(cfg)]
         notes += [OVER_THE_HOST] if kind.asks and asked.model is not None and asked.on_mesh is None else []
     if is_compared and cfg.judge.init != "none":
         where = of_annotator if cfg.judge.init == "annotator" else of_policy
-        judge, judged_by = open_judge(cfg, asked, data, *where, evaluated)
+        judge, judged_by = open_judge(cfg, asked, data, *where, evaluated, held)
     notes += heads_notes("policy", policy.cfg, mesh)
     notes += (
         heads_notes("annotator", asked.model.cfg, annotators) if asked is not None and asked.model is not None else []

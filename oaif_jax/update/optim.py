@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from oaif_jax.update import adam
 from oaif_jax.update.value import BesideValue, beside_value
 
 STACKED = ("layers", "lora")  # subtrees whose leaves have a leading L
@@ -82,36 +83,38 @@ def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformati
     return optax.GradientTransformation(init, update)
 
 
-def optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
+def optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then the named rule, then the learning rate (decay is decoupled and scaled by it). A value model
     has all of it by itself, at its own learning rate; the policy's schedule is that of the updates for which it doesn't wait."""
     if cfg.value_lr:
         value = dataclasses.replace(cfg, value_lr=0.0, value_warmup=0, lr=cfg.value_lr)
         return beside_value(optimizer(of_policy(cfg)), optimizer(value), cfg.value_warmup)
-    clip = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
+    clip = [adam.clip_by_global_norm(cfg.clip)] if cfg.clip else []
     decay = [optax.add_decayed_weights(cfg.weight_decay)] if cfg.weight_decay else []
     if cfg.name == "adamw":
-        rule = [in_float32(optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, mu_dtype=cfg.moments))]
+        rule = [in_float32(adam.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, cfg.moments))]
     else:
         # Shazeer & Stern 2018: factored second moments, updates clipped to RMS 1, no momentum.
         scale = [optax.scale_by_param_block_rms()] if cfg.scale_by_parameters else []
         inner = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), *scale)
         rule = [in_float32(per_layer(inner))]
     rate = scale_by_round(schedule(cfg)) if cfg.has_rounds else optax.scale_by_learning_rate(schedule(cfg))
-    return optax.chain(*clip, *rule, *decay, rate)
+    return optax.with_extra_args_support(optax.chain(*clip, *rule, *decay, rate))
 
 
-def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """A transformation whose state and updates are those of float32 leaves, whatever the leaves are: a second moment in bfloat16
     ends at half of what it should be, since what a step adds to it is then less than half of its last bit."""
 
     def as_float32(tree):
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
-    def update(updates, state, params=None):
-        return inner.update(as_float32(updates), state, None if params is None else as_float32(params))
+    extended = optax.with_extra_args_support(inner)
 
-    return optax.GradientTransformation(lambda params: inner.init(as_float32(params)), update)
+    def update(updates, state, params=None, **told):
+        return extended.update(as_float32(updates), state, None if params is None else as_float32(params), **told)
+
+    return optax.GradientTransformationExtraArgs(lambda params: inner.init(as_float32(params)), update)
 
 
 class RoundState(NamedTuple):

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from oaif_jax.models import sharding
+from oaif_jax.update import adam
 from oaif_jax.update.optim import in_round, updates_before
 from oaif_jax.update.value import without_value
 
@@ -92,24 +93,23 @@ def apply_gradients(
     state: TrainState, gradients: PyTree, weight: Float[Array, ""], tx: optax.GradientTransformation
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step. Where no pair had any weight, nothing moves: neither parameters (decay included) nor moments."""
-    updates, optimizer = tx.update(gradients, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
-    moved = TrainState(step=state.step, params=params, optimizer=optimizer)
-    stay = dataclasses.replace(state)
-    kept = jax.tree.map(lambda new, old: jnp.where(weight > 0, new, old), moved, stay)
+    moves, tx = weight > 0, optax.with_extra_args_support(tx)
+    updates, optimizer = tx.update(gradients, state.optimizer, state.params, moves=moves)
+    again = adam.computed_again(tx, updates, state.optimizer, optimizer, state.params)
+    optimizer = adam.kept(moves, optimizer, state.optimizer)
+    tree = jax.tree.structure(state.params)
+    each = (jax.tree.leaves(tree) for tree in (state.params, updates, again))
+    found = [adam.moved(*leaves, moves) for leaves in zip(*each, strict=True)]
+    params, squares, others = (jax.tree.unflatten(tree, each) for each in zip(*found, strict=True))
     # Of the policy: a value model beside it moves by another learning rate.
-    before, after, gradients, updates = map(without_value, (state.params, kept.params, gradients, updates))
-    size = sum(leaf.size for leaf in jax.tree.leaves(after))
-    # Rows are counted exactly, and added in float32: models have more weights than an int32 can count.
-    changed = sum(
-        jnp.sum(jnp.sum(new != old, axis=-1), dtype=jnp.float32)
-        for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True)
-    )
+    gradients, squares, others = map(without_value, (gradients, squares, others))
+    size = sum(leaf.size for leaf in jax.tree.leaves(without_value(params)))
+    total = lambda sums: jnp.where(moves, sum(jax.tree.leaves(sums)), 0.0)  # noqa: E731
     metrics = {
         "grad_norm": optax.tree.norm(gradients),
-        "update_rms": jnp.where(weight > 0, optax.tree.norm(updates) / size**0.5, 0.0),
-        "changed": changed / float(size),
+        "update_rms": jnp.sqrt(total(squares) / size),
+        "changed": total(others) / size,
     }
-    updates = updates_before(state.optimizer)
-    metrics |= {} if updates is None else {"updates": updates}
-    return dataclasses.replace(kept, step=state.step + 1), metrics
+    before = updates_before(state.optimizer)
+    metrics |= {} if before is None else {"updates": before}
+    return TrainState(step=state.step + 1, params=params, optimizer=optimizer), metrics

@@ -6,7 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
+
+from oaif_jax.update import adam
 
 VALUE = "value"  # the leaf
 
@@ -36,23 +38,24 @@ class BesideValue(NamedTuple):
 
 
 def beside_value(
-    policy: optax.GradientTransformation, value: optax.GradientTransformation, waits: int
-) -> optax.GradientTransformation:
+    policy: optax.GradientTransformationExtraArgs, value: optax.GradientTransformationExtraArgs, waits: int
+) -> optax.GradientTransformationExtraArgs:
     """An optimizer for each of policy and value model. For the first `waits` updates the policy's parameters, moments and
     schedule stay bit for bit as they are."""
 
     def init(params):
         return BesideValue(policy.init(without_value(params)), value.init(params[VALUE]), jnp.array(waits, jnp.int32))
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, *, moves: Bool[Array, ""] | bool = True, **told):
         assert params is not None
         waiting = state.waits > 0
-        moved, of_policy = policy.update(without_value(updates), state.policy, without_value(params))
+        goes, own = moves & ~waiting, (without_value(updates), state.policy, without_value(params))
+        moved, of_policy = policy.update(*own, moves=goes, **told)
         # -0.0, since 0.0 added to a parameter that is -0.0 would change its bits.
         moved = jax.tree.map(lambda x: jnp.where(waiting, -jnp.zeros_like(x), x), moved)
-        of_policy = jax.tree.map(lambda new, old: jnp.where(waiting, old, new), of_policy, state.policy)
-        of_value, value_state = value.update(updates[VALUE], state.value, params[VALUE])
+        of_policy = adam.kept(~waiting, of_policy, state.policy)
+        of_value, value_state = value.update(updates[VALUE], state.value, params[VALUE], moves=moves, **told)
         left = jnp.maximum(state.waits - 1, 0)
         return {**moved, VALUE: of_value}, BesideValue(of_policy, value_state, left)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
