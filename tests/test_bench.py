@@ -166,11 +166,15 @@ def test_scoring_is_what_is_counted():
     assert traced(score, PARAMS, PAIRS) == bench_count.score(MODEL, SIZES, "float32").operations + 5 * masked(7, 2, 6)
 
 
-def test_backward_is_twice_forward():
-    """But for the head, which is computed again, chunk by chunk, and one of attention's two products: they aren't counted."""
+@pytest.mark.parametrize(("chunk", "again"), [(60, 0), (30, 60)])
+def test_backward_is_twice_forward(chunk, again):
+    """But for one of attention's two products, and the head where it has several chunks, which are computed again: that isn't
+    counted."""
+    compute = dataclasses.replace(COMPUTE, head_chunk=chunk)
+    gradient = jax.grad(lambda params, rollout: scored(params, rollout, cfg=MODEL, compute=compute).sum())
     counted = bench_count.update(MODEL, SIZES, "float32", "float32").operations
-    again = 60 * 2 * HEAD + 5 * attended(7, 2, 6) // 2
-    assert traced(jax.grad(score), PARAMS, PAIRS) == counted + 3 * 5 * masked(7, 2, 6) + again
+    again = again * 2 * HEAD + 5 * attended(7, 2, 6) // 2
+    assert traced(gradient, PARAMS, PAIRS) == counted + 3 * 5 * masked(7, 2, 6) + again
 
 
 def test_annotating_is_what_is_counted():

@@ -49,7 +49,7 @@ def scale_by_adam(b1: float, b2: float, eps: float, moments: str) -> optax.Gradi
     usual = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=moments)
 
     def init(params) -> AdamState:
-        return AdamState(*usual.init(params))
+        return AdamState(*usual.init(params))  # type: ignore[misc]  # it is a NamedTuple
 
     def direction(state: AdamState) -> PyTree:
         count = state.count.astype(jnp.float32)

@@ -98,8 +98,8 @@ def apply_gradients(
     again = adam.computed_again(tx, updates, state.optimizer, optimizer, state.params)
     optimizer = adam.kept(moves, optimizer, state.optimizer)
     tree = jax.tree.structure(state.params)
-    each = (jax.tree.leaves(tree) for tree in (state.params, updates, again))
-    found = [adam.moved(*leaves, moves) for leaves in zip(*each, strict=True)]
+    each = zip(*map(jax.tree.leaves, (state.params, updates, again)), strict=True)
+    found = [adam.moved(param, update, same, moves) for param, update, same in each]
     params, squares, others = (jax.tree.unflatten(tree, each) for each in zip(*found, strict=True))
     # Of the policy: a value model beside it moves by another learning rate.
     gradients, squares, others = map(without_value, (gradients, squares, others))
