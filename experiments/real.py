@@ -53,7 +53,9 @@ def get_config(argument: str = "annotator") -> ConfigDict:
         config.checkpoint.every = 25
         return config.lock()
     (name,) = names
-    config.steps = 60  # after 30 a policy is half-way, and how far it came differed from 62 to 94 % between two machines
+    config.steps = (
+        60  # after 30 a policy is half-way, and how far it came differed from 62 to 94 % between two machines
+    )
     config.data.batch = 4
     config.loss.beta = 0.1
     config.optimizer.lr = 5e-4

@@ -1,7 +1,7 @@
 """Memory of one device by tree, by arithmetic: what a run keeps all the time, and what a step and an evaluation need beside it.
 
-What is kept is exact but for the padding of layouts. What passes is an estimate of the largest arrays that are there at one time;
-the compiled program has the last word on it.
+What is kept is exact but for the padding of layouts, and for a frozen model in two roles, which a run has once. What passes is an
+estimate of the largest arrays that are there at one time; the compiled program has the last word on it.
 """
 
 import dataclasses

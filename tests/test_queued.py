@@ -72,7 +72,7 @@ def test_it_stays_ended_where_it_was_told_to_end(tmp_path):
     [
         ("v4:2x2x2", ["--type=v4", "--topology=2x2x2"]),
         ("v5e:4x4", ["--accelerator-type=v5litepod-16"]),
-        ("v5p:8x8x4", ["--type=v5p", "--topology=8x8x4"]),  # as many chips as 4x4x16
+        ("v5p:4x8x8", ["--type=v5p", "--topology=4x8x8"]),  # as many chips as 4x4x16
         ("v6e:4x8", ["--accelerator-type=v6e-32"]),
     ],
 )

@@ -131,15 +131,19 @@ def test_what_is_there_twice_is_held_once():
     again = sharding.place(held, mesh(), "float32")
     again["embedding"] = jax.jit(lambda x: x.at[0, 0].set(jnp.nextafter(x[0, 0], 9.0)))(again["embedding"])
     again["lora"] = {"q": held["embedding"]}
-    found, leaves = sharding.shared(again, {**held, "score": held["embedding"]}), named_leaves(held)
+    found, leaves = sharding.shared(again, [None, {**held, "score": held["embedding"]}]), named_leaves(held)
     assert jax.tree.structure(found) == jax.tree.structure(again)
     for name, leaf in named_leaves(found).items():
         is_one = name not in ("embedding", "lora/q")
         assert (leaf is leaves.get(name)) == is_one, name
         assert is_one or leaf is named_leaves(again)[name]
     for other in (sharding.place(held, mesh(), "bfloat16"), sharding.place(held, mesh(8, 1, 1), "float32")):
-        assert all(leaf is not leaves[name] for name, leaf in named_leaves(sharding.shared(other, held)).items())
-    assert sharding.shared(again, None) == again
+        assert all(leaf is not leaves[name] for name, leaf in named_leaves(sharding.shared(other, [held])).items())
+    assert sharding.shared(again, []) == again
+    signed = {"embedding": jax.tree.map(jnp.negative, jnp.zeros_like(held["embedding"]))}
+    assert (
+        sharding.shared(signed, [jax.tree.map(jnp.zeros_like, signed)])["embedding"] is signed["embedding"]
+    )  # -0.0 and 0.0
 
 
 def test_on_one_device_anything_fits():

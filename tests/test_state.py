@@ -16,7 +16,7 @@ from oaif_jax.models.config import ModelConfig
 from oaif_jax.models.sharding import place
 from oaif_jax.update import optim
 from oaif_jax.update.adam import AdamState
-from oaif_jax.update.state import TrainState, apply_gradients, create, next_round, state_shardings
+from oaif_jax.update.state import TrainState, abstract, apply_gradients, create, next_round, state_shardings
 from oaif_jax.update.value import without_value
 
 ADAMW = optim.OptimizerConfig(
@@ -165,6 +165,31 @@ def test_on_a_cpu_nothing_is_copied_and_no_update_is_written_out():
     assert compiled.memory_analysis().temp_size_in_bytes < 0.3 * whole
     copies = [line for line in hlo.everything(hlo.parse(compiled.as_text())) if line.opcode == "copy"]
     assert max((np.prod(shape) for line in copies for shape in line.shapes), default=0) < 100
+
+
+def test_models_have_more_parameters_than_an_int32_can_count():
+    tx = optim.optimizer(PLAIN)
+    leaf = jax.ShapeDtypeStruct((3 * 2**20, 1024), jnp.float32)
+    moments = jax.eval_shape(tx.init, {"embedding": leaf})
+    start = TrainState(jax.ShapeDtypeStruct((), jnp.int32), {"embedding": leaf}, moments)
+    weight = jax.ShapeDtypeStruct((), jnp.float32)
+    _, metrics = jax.eval_shape(functools.partial(apply_gradients, tx=tx), start, {"embedding": leaf}, weight)
+    assert metrics["changed"].dtype == metrics["update_rms"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("width", [72, 128])
+def test_no_leaf_is_gathered_by_an_update(width):
+    """Rows that eight devices share, in parts that are whole eights or are not: at most a sum of each part is gathered."""
+    cfg, on = dataclasses.replace(CFG, width=width, mlp=2 * width), mesh(1, 8, 1)
+    params = jax.eval_shape(lambda: fakes.make_params(cfg))
+    tx = optim.optimizer(dataclasses.replace(PLAIN, clip=0.0))
+    start = abstract(params, tx, on)
+    out = (state_shardings(params, tx, on), None)
+    take = jax.jit(functools.partial(apply_gradients, tx=tx), donate_argnums=0, out_shardings=out)
+    program = take.lower(start, start.params, jax.ShapeDtypeStruct((), jnp.float32)).compile().as_text()
+    gathered = [line for line in hlo.everything(hlo.parse(program)) if line.opcode.startswith("all-gather")]
+    largest = max(leaf.size for leaf in jax.tree.leaves(params))
+    assert max((np.prod(shape) for line in gathered for shape in line.shapes), default=0) <= largest // width * 8
 
 
 def test_reduced_moments_are_everywhere():

@@ -1,4 +1,5 @@
-"""The language-model head, applied to few tokens at a time (an array [tokens, V] never exists), and a reward model's."""
+"""The language-model head, applied to `compute.head_chunk` tokens at a time (no array of all tokens and V exists), and a reward
+model's."""
 
 import functools
 

@@ -17,12 +17,15 @@ ACTIVATIONS = {
 }
 
 
-def dense(x: Float[Array, "B T D"], weight: Float[Array, "D *out"]) -> Float[Array, "B T *out"]:
-    """x @ weight as one two-dimensional product: with [B, T] as two dimensions, XLA on CPU transposes the large operand
-    of the weight's gradient, and the MLP's backward pass takes twice as long."""
-    rows, tokens, width = x.shape
-    product = x.reshape(rows * tokens, width) @ weight.reshape(width, -1).astype(x.dtype)
-    return product.reshape(rows, tokens, *weight.shape[1:])
+def dense(x: Float[Array, "B T D"], weight: Float[Array, "..."], inputs: int = 1) -> Float[Array, "B T *out"]:
+    """x @ weight, [*in, *out] with `inputs` dimensions that D is made of. [B, T] is one dimension: as two, XLA on CPU transposes
+    the large operand of the weight's gradient, and the MLP's backward pass takes twice as long. The weight keeps its dimensions:
+    reshaped within a scan, it would be kept for the backward pass a second time, of all layers."""
+    rows, tokens, _ = x.shape
+    summed = (tuple(range(1, 1 + inputs)), tuple(range(inputs)))
+    x_MD = x.reshape(rows * tokens, *weight.shape[:inputs])
+    product = jax.lax.dot_general(x_MD, weight.astype(x.dtype), (summed, ((), ())))
+    return product.reshape(rows, tokens, *weight.shape[inputs:])
 
 
 def dense_of_few(x: Float[Array, "B T D"], weight: Float[Array, "*out D"]) -> Float[Array, "B T *out"]:

@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -216,19 +217,32 @@ def place_rows(batch: PyTree, mesh: Mesh, count: int) -> PyTree:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(on, x, (count, *x.shape[1:])), batch)
 
 
-def shared(params: PyTree, held: PyTree) -> PyTree:
-    """`params`, with each leaf that is also in `held`, bit for bit and as it lies there, replaced by that one: a frozen model in
-    two roles is in memory once."""
-    others = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(held)}
+def shared(params: PyTree, held: Sequence[PyTree]) -> PyTree:
+    """`params`, with each leaf that one of the trees in `held` also has, bit for bit and as it lies there, replaced by that one:
+    once opened, a frozen model in two roles is in memory once."""
+    others = [(path_name(path), leaf) for tree in held for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
-    def one(path, leaf: Array) -> Array:
-        other = others.get(path_name(path))
-        if other is None or not (isinstance(leaf, jax.Array) and isinstance(other, jax.Array)):
-            return leaf
-        lie_alike = leaf.shape == other.shape and leaf.dtype == other.dtype and leaf.sharding == other.sharding
-        return other if lie_alike and bool(jnp.array_equal(leaf, other)) else leaf
+    def one(path, leaf):
+        same = (other for name, other in others if name == path_name(path) and _are_same(leaf, other))
+        return next(same, leaf)
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _are_same(leaf, other) -> bool:
+    """Whether two arrays on devices lie alike and have the same bits."""
+    if not (isinstance(leaf, jax.Array) and isinstance(other, jax.Array)):
+        return False
+    if (leaf.shape, leaf.dtype, leaf.sharding) != (other.shape, other.dtype, other.sharding):
+        return False
+    return bool(_have_same_bits(leaf, other))
+
+
+@jax.jit  # as one program, so that no array of comparisons is made
+def _have_same_bits(leaf: Array, other: Array) -> Array:
+    if jnp.issubdtype(leaf.dtype, jnp.floating):  # 0.0 equals -0.0, and nan nothing
+        leaf, other = (jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}") for x in (leaf, other))
+    return jnp.all(leaf == other)
 
 
 def free(params: PyTree) -> None:

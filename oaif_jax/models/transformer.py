@@ -106,8 +106,7 @@ class Block(nn.Module):
         if not self.has_variable("lora", name):
             return 0.0
         low = self.get_variable("lora", name)
-        rank = low["a"].shape[-1]
-        return dense(dense(x_BTD, low["a"].reshape(-1, rank)), low["b"]) * self.cfg.lora_scale
+        return dense(dense(x_BTD, low["a"], inputs=low["a"].ndim - 1), low["b"]) * self.cfg.lora_scale
 
     def heads(self, x_BTD: Array, positions: Int[Array, "B T"], is_local) -> tuple[Array, Array, Array]:
         """Scaled queries [B, K, G, T, H], and keys and values [B, K, T, H]."""
@@ -128,10 +127,9 @@ class Block(nn.Module):
 
     def mlp(self, y_BTD: Array) -> Array:
         """The MLP of normed activations."""
-        gate_BTF = ACTIVATIONS[self.cfg.activation](self.biased("gate", y_BTD))
-        if self.cfg.gated:
-            gate_BTF = gate_BTF * self.biased("up", y_BTD)
-        return self.biased("down", gate_BTF)
+        gate_BTF = self.biased("gate", y_BTD)
+        up_BTF = self.biased("up", y_BTD) if self.cfg.gated else None
+        return self.biased("down", _gated(ACTIVATIONS[self.cfg.activation], gate_BTF, up_BTF))
 
     def biased(self, name: str, x_BTD: Array) -> Array:
         """A projection of the MLP, with its low-rank addition and its bias where it has them."""
@@ -143,11 +141,10 @@ class Block(nn.Module):
     def finish(self, x_BTD: Array, attended_BKGTH: Array) -> Array:
         """The residual stream after attention's output projection and the MLP."""
         cfg = self.cfg
-        rows, tokens, width = x_BTD.shape
+        rows, tokens, _ = x_BTD.shape
         attended = attended_BKGTH.astype(x_BTD.dtype).transpose(0, 3, 1, 2, 4).reshape(rows, tokens, -1)
-        attended = self.project("out", attended, lambda x, w: dense(x, w.reshape(-1, width))) + self.added(
-            "out", attended
-        )
+        product = functools.partial(dense, inputs=3)
+        attended = self.project("out", attended, product) + self.added("out", attended)
         if cfg.biases == "all":
             attended = attended + self.out_bias.astype(attended.dtype)[None, None]
         if cfg.parallel:
@@ -202,6 +199,13 @@ class Block(nn.Module):
         keys = [prefix, (own(suffix[0]), own(suffix[1]))]
         attended = attend(q[:, :, :, :, None], keys, [sees.branch_trunk, sees.own], self.cfg.attention_softcap)
         return self.finish(x_PCD, attended[:, :, :, :, 0]), suffix
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
+def _gated(activation: Callable[[Array], Array], gate_BTF: Array, up_BTF: Array | None) -> Array:
+    """What the MLP's last projection reads; the backward pass computes it again, and three arrays less of each layer are kept."""
+    active_BTF = activation(gate_BTF)
+    return active_BTF if up_BTF is None else active_BTF * up_BTF
 
 
 def init(key: Array, cfg: ModelConfig) -> Params:

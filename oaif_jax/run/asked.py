@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -53,7 +53,7 @@ def open_annotator(
     compute: ComputeConfig,
     mesh: Mesh,
     evaluated: tuple[str, ...],
-    held: PyTree = None,
+    held: Sequence[PyTree] = (),
 ) -> Asked:
     """The annotator that a config names; UserError where the method or the mesh has no use for it. `held`: frozen parameters of
     which it need not have a second copy."""
@@ -77,7 +77,7 @@ def open_annotator(
 
 
 def _model(
-    cfg: Config, data: DataSet, compute: ComputeConfig, mesh: Mesh, evaluated: tuple[str, ...], held: PyTree
+    cfg: Config, data: DataSet, compute: ComputeConfig, mesh: Mesh, evaluated: tuple[str, ...], held: Sequence[PyTree]
 ) -> Asked:
     """A language model that is asked by an instruction, or a reward model."""
     model = _open_frozen(cfg, "annotator", cfg.annotator, mesh, cfg.annotator.quant, held)
@@ -102,7 +102,7 @@ def open_judge(
     compute: ComputeConfig,
     mesh: Mesh,
     evaluated: tuple[str, ...],
-    held: PyTree = None,
+    held: Sequence[PyTree] = (),
 ) -> tuple[Annotator, str]:
     """Who compares policy and reference in evaluations, and its name for reports. `held`: as for the annotator."""
     if cfg.judge.init.startswith(python.PREFIX):
@@ -121,7 +121,7 @@ def open_judge(
 
 
 def _open_frozen(
-    cfg: Config, key: str, section: config.Annotator | config.Judge, mesh: Mesh, quant: str, held: PyTree
+    cfg: Config, key: str, section: config.Annotator | config.Judge, mesh: Mesh, quant: str, held: Sequence[PyTree]
 ) -> Model:
     source = source_of(key, section)
     with phase(f"loading the {key}"):

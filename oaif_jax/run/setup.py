@@ -133,9 +133,10 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
     asked, judge, judged_by = None, None, ""
     annotators = sharding.annotators_mesh(mesh, cfg.mesh.annotator_fsdp, cfg.mesh.annotator_tensor)
     of_annotator, of_policy = (compute_of(cfg, annotators), annotators), (compute, mesh)
-    held = policy.base if policy.base is not None else None if reference is None else reference.params
+    held = [policy.base, None if reference is None else reference.params]
     if kind.asks or (is_compared and cfg.judge.init == "annotator"):
         asked = open_annotator(cfg, kind, data, *of_annotator, evaluated, held)
+        held += [None if asked.model is None else asked.model.params]
         notes += [] if asked.model is None else [*asked.model.notes, *inputs.untaught(cfg)]
         notes += [OVER_THE_HOST] if kind.asks and asked.model is not None and asked.on_mesh is None else []
     if is_compared and cfg.judge.init != "none":
@@ -299,7 +300,8 @@ def _reference(cfg: Config, policy: Model, mesh: Mesh) -> Model:
         ours, theirs = policy.voice.tokenizer.path, voice.tokenizer.path
         if not policy.voice.same_ids(voice):
             raise UserError(f"{source} has another tokenizer ({theirs}) than the policy ({ours}), wanted the same")
-        return open_frozen(source, policy.voice, mesh, cfg.compute.frozen)
+        opened = open_frozen(source, policy.voice, mesh, cfg.compute.frozen)
+        return dataclasses.replace(opened, params=sharding.shared(opened.params, [policy.base]))
     if policy.base is not None and not policy.goes_on:
         return dataclasses.replace(policy, params=policy.base, base=None)
     return dataclasses.replace(policy, params=sharding.place(policy.params, mesh, cfg.compute.frozen))

@@ -66,9 +66,16 @@ def models(cfg: Config, kind: type[Method], shapes: Mapping[str, ModelConfig], m
         total += policy.parameters * frozen  # a copy of the policy's start
     quants = {"annotator": cfg.annotator.quant}
     for name, shape in shapes.items():
-        if name != "policy":
+        if name != "policy" and not (is_held(cfg, name) and (rank or kind.has_reference)):
             total += shape.parameters * (BITS[quants.get(name, "none")] or 8 * frozen) // 8
     return total * mesh.shape["data"]
+
+
+def is_held(cfg: Config, name: str) -> bool:
+    """Whether a frozen model is the one that the policy begins with: a run has its parameters once."""
+    policy, other = cfg.policy, getattr(cfg, name)
+    quants = policy.quant, getattr(other, "quant", "none")
+    return (other.init, other.path) == (policy.init, policy.path) and quants == ("none", "none")
 
 
 def step(cfg: Config, kind: type[Method], shapes: Mapping[str, ModelConfig]) -> int:

@@ -99,7 +99,7 @@ def optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
         inner = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), *scale)
         rule = [in_float32(per_layer(inner))]
     rate = scale_by_round(schedule(cfg)) if cfg.has_rounds else optax.scale_by_learning_rate(schedule(cfg))
-    return optax.with_extra_args_support(optax.chain(*clip, *rule, *decay, rate))
+    return optax.chain(*clip, *rule, *decay, rate)
 
 
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

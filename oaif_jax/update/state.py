@@ -103,7 +103,7 @@ def apply_gradients(
     params, squares, others = (jax.tree.unflatten(tree, each) for each in zip(*found, strict=True))
     # Of the policy: a value model beside it moves by another learning rate.
     gradients, squares, others = map(without_value, (gradients, squares, others))
-    size = sum(leaf.size for leaf in jax.tree.leaves(without_value(params)))
+    size = float(sum(leaf.size for leaf in jax.tree.leaves(without_value(params))))  # more than an int32 can count
     total = lambda sums: jnp.where(moves, sum(jax.tree.leaves(sums)), 0.0)  # noqa: E731
     metrics = {
         "grad_norm": optax.tree.norm(gradients),
