@@ -123,7 +123,7 @@ def soak(workdir: pathlib.Path, kills: int, seed: int, processes: int, devices: 
         took.append(time.monotonic() - began)
     is_same = outcome(alone) == outcome(workdir / "again")
     print(f"undisturbed: {took[0]:.0f} s, again {took[1]:.0f} s, {'equal' if is_same else 'NOT EQUAL'}", flush=True)
-    chance, found, left = random.Random(seed), [], []
+    chance, found, left, ended = random.Random(seed), [], [], 0
     while len(found) < kills:
         launcher, began = start(processes, devices, arguments, disturbed), time.monotonic()
         kind, which, after = chance.choice(KINDS), chance.randrange(processes), chance.uniform(0.15, 1.0) * took[1]
@@ -134,8 +134,8 @@ def soak(workdir: pathlib.Path, kills: int, seed: int, processes: int, devices: 
                 raise UserError(f"a start that nobody disturbed ended with {launcher.returncode}, see {disturbed}.log")
             if outcome(disturbed) != outcome(alone):
                 break
-            (disturbed.with_name(f"disturbed_until_{len(found)}")).mkdir()
-            disturbed.rename(disturbed.with_name(f"disturbed_until_{len(found)}") / "run")
+            ended += 1  # also twice in a row, where a start is faster than the one that was timed
+            disturbed.rename(workdir / f"ended_{ended}")
             continue
         own, at_step, sent = children(launcher.pid), steps_in(disturbed), time.monotonic()
         disturb(launcher, kind, which)

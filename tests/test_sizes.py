@@ -154,6 +154,18 @@ def test_bytes_of_the_models():
     assert sizes.models(cfg, Offline, {"policy": fakes.MODEL}, mesh) == added * 4 * 4 + numbers // 2
 
 
+def test_a_model_in_two_roles_is_counted_once():
+    own = {"policy__init": "hf", "policy__path": "x", "annotator__init": "hf", "annotator__path": "x"}
+    shapes, mesh = {"policy": fakes.MODEL, "annotator": fakes.MODEL}, sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    count = lambda **changes: sizes.models(config.parse(nested(**own | changes)), Online, shapes, mesh)  # noqa: E731
+    of_policy = sizes.models(config.parse({}), Online, {"policy": fakes.MODEL}, mesh)
+    assert count() == of_policy
+    assert count(annotator__path="y") == of_policy + 4 * fakes.MODEL.parameters
+    assert count(annotator__quant="int8") == of_policy + fakes.MODEL.parameters
+    lora_of = {"policy__lora": {"rank": 2, "targets": "q"}}
+    assert count(**lora_of, annotator__path="y") - count(**lora_of) == 4 * fakes.MODEL.parameters
+
+
 def test_a_run_is_refused_where_memory_ends_and_not_before(monkeypatch):
     cfg, mesh = config.parse({}), sharding.make_mesh(-1, 1, 1)
     shapes = {"policy": fakes.MODEL, "annotator": fakes.MODEL, "judge": fakes.MODEL}
