@@ -84,10 +84,10 @@ class Outcomes:
         return len(self.runs) - 1
 
     def write(self) -> None:
-        """Writes sweep.json."""
+        """Writes sweep.json; runs' directories are named from its own, so that the sweep may be moved."""
         results = [
             {"name": run.name, "config": run.file, "overrides": dict(run.overrides), "seed": run.seed,
-             "workdir": str(run.workdir), "failure": failure, "summary": summary}
+             "workdir": os.path.relpath(run.workdir, self._path.parent), "failure": failure, "summary": summary}
             for run, summary, failure in zip(self.runs, self.summaries, self.failures, strict=True)
         ]  # fmt: skip
         files.atomic_write_json(self._path, [files.finite(result) for result in results])

@@ -626,6 +626,23 @@ def test_student_quantiles_are_those_of_the_tables(freedom, wanted):
 # ------------------------------------------------------------------------------------------------ the curve
 
 
+def texts_out_of_place(figure) -> list[str]:
+    """Texts of a drawn matplotlib figure that leave it, and pairs of texts that lie on each other."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    low, high = figure.bbox.min, figure.bbox.max
+    texts = [text for ax in figure.axes for text in (*ax.texts, ax.xaxis.label)]
+    texts += [text for legend in figure.legends for text in (legend.get_title(), *legend.get_texts())]
+    assert texts
+    boxes = [(each.get_text(), each.get_window_extent(canvas.get_renderer())) for each in texts if each.get_text()]
+    found = [name for name, box in boxes if (box.min < low - 1).any() or (box.max > high + 1).any()]
+    for i, (name, box) in enumerate(boxes):
+        found += [f"{name} / {other}" for other, its in boxes[:i] if box.padded(-1.5).overlaps(its.padded(-1.5))]
+    return found
+
+
 def panel_titles(run: report.Run) -> list[str]:
     """The bold line above each panel."""
     return [ax.texts[-2].get_text() for ax in plots.figure(run).axes]
@@ -674,6 +691,27 @@ def test_the_svg_takes_its_colours_from_the_page(online):
     assert not any(colour in svg for colour in drawing.CSS_NAMES)
     assert set(re.findall(r"var\((--\w+)\)", svg)) <= set(drawing.CSS_NAMES.values())
     assert svg == plots.curve_svg(report.load(online))
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("kind", ["online", "offline", "annotator", "judged by a function", "judged by a reward model"])
+def test_no_text_leaves_the_figure_or_lies_on_another(online, workdir, kind, narrow):
+    run = report.load(online)
+    if kind == "annotator":
+        write_plain_run(workdir, "annotator", annotator_lines(), ANNOTATOR_RESULTS)
+    if kind in ("offline", "annotator"):
+        run = report.load(workdir)
+    elif kind != "online":
+        init = "python:mine.longer_wins" if kind.endswith("function") else "annotator"
+        scores = {"annotator.reward_model.gold_agreement": 0.7}
+        evals = tuple(line | (scores if init == "annotator" else {}) for line in run.evals)
+        judge = {"init": init, "instruction": "helpful"}
+        run = dataclasses.replace(run, config={**run.config, "judge": judge}, evals=evals, summary={})
+    figure = plots.figure(run, narrow=narrow)
+    assert texts_out_of_place(figure) == []
+    shown = " ".join(text.get_text() for ax in figure.axes for text in ax.texts)
+    if kind not in ("offline", "annotator"):
+        assert f"{kind.split(' a ')[-1] if ' a ' in kind else 'language model'} " in shown
 
 
 def test_smoothing_keeps_a_line_and_takes_out_noise():
@@ -876,6 +914,8 @@ def test_a_function_that_judges_isnt_called_a_model():
     assert "The function that judges: python:mine.shorter_wins." in text
     assert "| function | at" in text
     assert "language model" not in text
+    assert "language model" not in html.report(run_of(judged))
+    assert "language-model" not in html.report(run_of(judged))
     assert "Win rate, function judge" in html.report(run_of(judged))
 
 

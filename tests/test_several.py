@@ -9,7 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
-from test_report import EVERY, STEPS, Page, write_online_run
+from test_report import EVERY, STEPS, Page, texts_out_of_place, write_online_run
 
 from oaif_jax import report
 from oaif_jax.base.errors import UserError
@@ -140,6 +140,18 @@ def test_many_settings_have_no_more_than_the_lines_that_can_be_told_apart(table)
     assert named == [f"_${i}" for i in range(3, len(compared))]
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_no_text_leaves_the_figure_or_lies_on_another(table, narrow):
+    """With all measures, several seeds, and names that are longer than there is room for."""
+    compared = []
+    for each in several.read(table):
+        assert each.run is not None
+        evals = tuple(dict.fromkeys((measure[0] for measure in plots.MEASURES), 0.5) | line for line in each.run.evals)
+        label = f"{each.label}, {'optimizer.lr=1e-5 ' * 5}"
+        compared.append(dataclasses.replace(each, label=label, run=dataclasses.replace(each.run, evals=evals)))
+    assert texts_out_of_place(plots.figure(compared, narrow=narrow)) == []
+
+
 # ------------------------------------------------------------------------------------------------ the page
 
 
@@ -176,11 +188,12 @@ def test_the_command_compares_runs_where_they_are_or_elsewhere(table, tmp_path, 
 
 
 def test_the_command_compares_the_runs_of_a_sweep(tmp_path, capsys):
+    """From wherever it is started; and also where the sweep names its runs by their whole paths."""
     for name in "ab":
         write_online_run(tmp_path / name, steps=2, every=2, prompts=2)
     change(tmp_path / "b", loss__beta=0.5)
     listed = [
-        {"workdir": str(tmp_path / name), "failure": why} for name, why in (("a", ""), ("b", ""), ("c", "it broke"))
+        {"workdir": name, "failure": why} for name, why in (("a", ""), (str(tmp_path / "b"), ""), ("c", "it broke"))
     ]
     (tmp_path / "sweep.json").write_text(json.dumps(listed))
     assert command.draw(*command.parse_flags([str(tmp_path)])) == 0
@@ -188,6 +201,9 @@ def test_the_command_compares_the_runs_of_a_sweep(tmp_path, capsys):
     text = (tmp_path / "comparison.html").read_text()
     assert "c: it broke" in text
     assert 'href="a/report.html"' in text
+    (tmp_path / "sweep.json").write_text(json.dumps([{"workdir": "runs/gone", "failure": ""}]))
+    with pytest.raises(UserError, match=r"none of its 1 runs is there \(the first: runs/gone\)"):
+        command.draw(*command.parse_flags([str(tmp_path)]))
     (tmp_path / "sweep.json").write_text("[1]")
     with pytest.raises(UserError, match=r"wanted what launch\.sweep writes"):
         command.draw(*command.parse_flags([str(tmp_path)]))

@@ -121,10 +121,19 @@ def _runs_of(workdir: str) -> dict[str, str]:
         listed = {each["workdir"]: each["failure"] for each in files.read_json(kept)}
     except (LookupError, TypeError) as error:
         raise UserError(f"{kept}: wanted what launch.sweep writes") from error
-    # Of a sweep that goes on some haven't begun.
-    return {
-        each: failure for each, failure in listed.items() if failure or files.is_dir(pathlib.Path(each).expanduser())
+    # Named from the sweep's directory; those of earlier ones from where the sweep was started.
+    beside = {name: kept.parent / name for name in listed}
+    places = {
+        name: at if files.is_dir(at) or not files.is_dir(pathlib.Path(name)) else name for name, at in beside.items()
     }
+    # Of a sweep that goes on some haven't begun.
+    found = {str(at): listed[name] for name, at in places.items() if listed[name] or files.is_dir(pathlib.Path(at))}
+    if not found:
+        first = next(iter(listed), "none")
+        raise UserError(
+            f"{kept}: none of its {len(listed)} runs is there (the first: {first}), wanted one that has begun"
+        )
+    return found
 
 
 def main() -> None:

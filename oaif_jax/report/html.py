@@ -165,7 +165,11 @@ def _sample_browser(run: Run) -> str:
     head = "".join(f"<th scope=col>{name}</th>" for name in columns)
     rows = "".join(_sample_row(i, sample, columns) for i, sample in enumerate(samples))
     gold = f" Gold: {ours}'s score less {theirs}'s." if scored else ""
-    judge = f" Judge: how sure the language-model judge is that {ours}'s response is better." if judged else ""
+    judge = (
+        f" Judge: how sure the {setting.judge_kind(run)} that judges is that {ours}'s response is better."
+        if judged
+        else ""
+    )
     name = list(run.samples)[-1]
     evaluation = "the final evaluation" if name == FINAL else f"the evaluation {name}"
     note = f"{len(samples)} {example}s of {evaluation}.{gold}{judge}"

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from oaif_jax.report import setting
 from oaif_jax.report.drawing import (
     BLUE,
     CYCLE,
@@ -54,7 +55,7 @@ def figure(run: Run, *, narrow: bool = False):
 
 def _draw_win_rate(ax, run: Run) -> None:
     ends, lowest = [], 50.0
-    for judge, name, colour in (("gold", "gold", BLUE), ("judge", "language model", VERMILLION)):
+    for judge, name, colour in (("gold", "gold", BLUE), ("judge", setting.judge_kind(run), VERMILLION)):
         steps, score = _percent_series(run.evals, f"{judge}.score")
         if not steps:
             continue

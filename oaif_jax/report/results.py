@@ -14,7 +14,7 @@ from oaif_jax.report.read import ReportError, Run, Sample, leaves
 from oaif_jax.report.table import Table, to_markdown, to_rich
 from oaif_jax.report.text import NONE, decimal, duration, one_line, percent, percents, plain, readable
 
-JUDGES = {"gold": "gold", "judge": "language model"}
+JUDGES = ("gold", "judge")
 LENGTH_UNIT = "tokens"
 LOG_RATIO = "log-ratio to the reference"  # log pi(y) - log pi_ref(y) of the policy's own responses
 
@@ -88,8 +88,8 @@ def _win_table(run: Run) -> Table:
 
 
 def judges(run: Run) -> dict[str, str]:
-    """What those who judge are called: of the config's judge, whether it is a model or a function."""
-    return JUDGES | ({"judge": "function"} if setting.judge(run).startswith("python:") else {})
+    """What those who judge are called: of the config's judge, what kind it is of."""
+    return dict(zip(JUDGES, ("gold", setting.judge_kind(run)), strict=True))
 
 
 def _verdict(found: Any, name: str) -> tuple[str, ...]:

@@ -77,6 +77,15 @@ def judge(run: Run) -> str:
     return f"{who}, {one_line(str(run.key('judge.instruction', NONE)))}"
 
 
+def judge_kind(run: Run) -> str:
+    """What the judge is called: a language model, a reward model or a function."""
+    who = judge(run)
+    if who.startswith("python:"):
+        return "function"
+    is_reward_model = run.key("judge.init") == "annotator" and _only_scores(run, who)
+    return "reward model" if is_reward_model else "language model"
+
+
 OF_SCORES = (
     f"A normal loss: starts at about {plain(math.log(2))}, where all scores are alike, and falls slowly and noisily."
 )

@@ -15,7 +15,7 @@ from oaif_jax.report.several.runs import LOWER_IS_BETTER, Compared, groups, main
 # What is drawn, where any run has measured it: key, title, unit, factor, and how a single run's interval is called.
 MEASURES = (
     ("gold.score", "Win rate, gold judge", "win + tie/2 in %", 100, "gold"),
-    ("judge.score", "Win rate, language-model judge", "win + tie/2 in %", 100, "judge"),
+    ("judge.score", "Win rate, each run's judge", "win + tie/2 in %", 100, "judge"),
     ("validation_loss", "Loss, held out", "", 1, ""),
     ("accuracy", "Accuracy, held out", "in %", 100, ""),
     ("mean_length", "Length", "mean of a response, in tokens", 1, ""),
@@ -65,7 +65,8 @@ def figure(compared: Sequence[Compared], *, narrow: bool = False):
     measures = [measure for measure in MEASURES if any(measure[0] in line for line in evals)]
     drawn = {label: look for label, look in lines(compared).items() if look[0] != MUTED}
     across = 1 if narrow or len(drawn) < 3 else 2
-    made, axes = grid(max(len(measures), 1), narrow=narrow, head=0.24 * -(-len(drawn) // across) + 0.1)
+    how = _how(compared, any(measure[-1] for measure in measures))
+    made, axes = grid(max(len(measures), 1), narrow=narrow, head=0.24 * (-(-len(drawn) // across) + bool(how)) + 0.1)
     for ax, measure in zip(axes, measures, strict=False):
         _draw(ax, compared, *measure)
     for ax in axes:
@@ -86,7 +87,11 @@ def figure(compared: Sequence[Compared], *, narrow: bool = False):
         fontsize=9.5,
         labelcolor=INK,
         handlelength=2.4,
+        title=how,
+        title_fontsize=9.5,
+        alignment="left",
     )
+    legend.get_title().set_color(MUTED)
     for text in legend.get_texts():
         text.set_parse_math(False)
     return made
@@ -118,10 +123,16 @@ def _draw(ax, compared: Sequence[Compared], key: str, what: str, unit: str, fact
         ax.axhline(50, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
         seen.append(np.array([50.0]))
     fit(ax, np.concatenate(seen).tolist())
-    several = max(len(group) for group in found.values()) > 1
-    notes = [unit, "thick: mean over seeds" if several else ""]
-    notes += ["band: 95 % interval"] if has_bands and (interval or several) else []
-    title(ax, what, ", ".join(note for note in notes if note))
+    title(ax, what, unit)
+
+
+def _how(compared: Sequence[Compared], has_intervals: bool) -> str:
+    """What thick and thin lines and bands are. `has_intervals`: runs have measured some."""
+    found = groups(compared)
+    several = max(map(len, found.values()), default=0) > 1
+    of_mean = "thick: mean over seeds, thin: each seed" if several else ""
+    band = "band: 95 % interval" if len(found) <= MOST_BANDS and (several or has_intervals) else ""
+    return ", ".join(note for note in (of_mean, band) if note)
 
 
 def _together(courses: Sequence[tuple[list[int], Any]]) -> tuple[list[int], Any]:
