@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from oaif_jax.annotate.base import Annotator, asks_of
+from oaif_jax.base import memory
 from oaif_jax.base.errors import UserError
 from oaif_jax.data.records import Example
 from oaif_jax.evals import agreement, comparison, drawing, likelihood, reward, verdicts
@@ -48,6 +49,7 @@ class Evaluations:
         count, began = self._setup.cfg.eval.prompts, time.monotonic() - compiling.seconds()
         found = self._evaluate(params, "validation", count, thorough=thorough, cache=self._cache, temperature=None)
         self.seconds = max(time.monotonic() - compiling.seconds() - began, 0.0)
+        memory.give_back()  # a step has no use for buffers of an evaluation's shapes
         return found
 
     def check(self, metrics: Mapping[str, Any]) -> None:

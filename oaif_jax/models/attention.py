@@ -84,6 +84,7 @@ def _backward(cap: float, kept, d_attended: Array):
         if cap:
             d_logits = d_logits * (1.0 - jnp.square(jnp.where(mask[:, None, None], logits / cap, 0.0)))
         d_logits = d_logits.astype(q.dtype)
+        # As above: the weights' side comes last in the text, so that it is the left one of the product.
         d_q.append(jnp.einsum(f"{KEYS[k.ndim]},{WEIGHTS}->{QUERIES}", k, d_logits))
         d_k = jnp.einsum(f"{WEIGHTS},{QUERIES}->{KEYS[k.ndim]}", d_logits, q)
         d_v = jnp.einsum(f"{WEIGHTS},{QUERIES}->{VALUES[v.ndim]}", weights.astype(v.dtype), d_attended)

@@ -5,12 +5,18 @@ import threading
 
 import jax
 
+from oaif_jax.base import memory
+
+BACKEND = "/jax/core/compile/backend_compile_duration"  # of XLA itself
+LONG = 0.5  # seconds
 _seconds: dict[int, float] = collections.defaultdict(float)  # by thread
 
 
 def _heard(event: str, duration_secs: float, **_: str | int) -> None:
     if event.startswith("/jax/core/compile/"):
         _seconds[threading.get_ident()] += duration_secs
+    if event == BACKEND and duration_secs > LONG:
+        memory.give_back()  # up to 1 GB, of which the compiler has no further use
 
 
 jax.monitoring.register_event_duration_secs_listener(_heard)
