@@ -24,7 +24,7 @@ help:  ## this list
 quickstart: $(VENV)/installed fresh-workdir  ## the main job in WORKDIR (runs/quickstart); again: its results; FRESH=1: from the start
 	$(BIN)/python -m oaif_jax.train --config=$(CONFIG) --workdir="$(WORKDIR)" $(ARGS)
 
-real: $(VENV)/installed-real  ## SmolLM2 learns to judge and is aligned by it, in WORKDIR (runs/real), in 21 minutes or an hour; again: goes on
+real: $(VENV)/installed-real  ## SmolLM2 learns to judge and is aligned by it, in WORKDIR (runs/real), in 22 minutes or an hour; again: goes on
 	$(BIN)/python -m launch.real --workdir="$(WORKDIR)" $(ARGS)
 
 # A process for each core, up to 4 GB each; the tests of a file stay together, since they share what is slow to make.

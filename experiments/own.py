@@ -2,21 +2,23 @@
 
     python -m oaif_jax.train --config=experiments/own.py:online --workdir=runs/mine \
         --config.policy.path=POLICY --config.annotator.path=ANNOTATOR --config.data.path=prompts.jsonl
-    python -m oaif_jax.train --config=experiments/own.py:offline --workdir=runs/mine \
+    python -m oaif_jax.train --config=experiments/own.py:offline --workdir=runs/mine_offline \
         --config.policy.path=POLICY --config.data.path=pairs.jsonl
-    python -m oaif_jax.train --config=experiments/own.py:selm --workdir=runs/mine \
+    python -m oaif_jax.train --config=experiments/own.py:selm --workdir=runs/mine_selm \
         --config.policy.path=POLICY --config.annotator.path=ANNOTATOR --config.data.path=pairs.jsonl
-    python -m oaif_jax.train --config=experiments/own.py:sft --workdir=runs/mine \
+    python -m oaif_jax.train --config=experiments/own.py:sft --workdir=runs/mine_sft \
         --config.policy.path=POLICY --config.data.path=references.jsonl
-
-    python -m oaif_jax.train --config=experiments/own.py:reward --workdir=runs/mine \
+    python -m oaif_jax.train --config=experiments/own.py:reward --workdir=runs/reward \
         --config.policy.path=POLICY --config.data.path=pairs.jsonl
-    python -m oaif_jax.train --config=experiments/own.py:annotator --workdir=runs/mine \
+    python -m oaif_jax.train --config=experiments/own.py:annotator --workdir=runs/mine_annotator \
         --config.policy.path=MODEL --config.data.path=pairs.jsonl --config.annotator.instruction=helpful
+    python -m oaif_jax.train --config=experiments/own.py:reinforce --workdir=runs/mine_reinforce \
+        --config.policy.path=POLICY --config.data.path=prompts.jsonl        # by the reward model of runs/reward
 
     online    {"prompt": "..."}
+    reinforce the same
     offline   {"prompt": "...", "chosen": "...", "rejected": "..."}
-    selm      the same
+    selm      as offline
     sft       {"prompt": "...", "response": "..."}
     reward    as offline, and "preference": P where it isn't certain that the chosen one is better
     annotator the same, and "instruction": by which it is, where that isn't annotator.instruction for all

@@ -282,7 +282,7 @@ def policy_table(work: Work, likelihoods: Mapping[str, float]) -> Table:
     rows.insert(0, ("start policy", *began))
     columns = (
         *("Policy", "Win", "Tie", "Loss", "Win + tie/2", "95 % interval", "Tokens", "Ends"),
-        *("KL to the start", "Ordinary text, nats a token"),
+        *("Log-ratio", "Ordinary text, nats a token"),
     )
     title = f"Against the start policy by the rule, {run.summary['prompts']} test prompts"
     return Table(title, columns, tuple(rows))

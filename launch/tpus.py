@@ -5,7 +5,8 @@ import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 
-from oaif_jax.base import cli, options
+from oaif_jax import config
+from oaif_jax.base import cli, environment, options
 from oaif_jax.base.bucket import SCHEME, Bucket, is_url
 from oaif_jax.base.errors import UserError
 
@@ -39,7 +40,26 @@ def check_arguments(arguments: Sequence[str]) -> None:
         Bucket(workdirs[0])  # UserError for one that names no run
     if not cli.given(arguments, "config"):
         raise UserError("behind -- stand the trainer's arguments, wanted --config=FILE among them")
-    cli.check_config(arguments)
+    values = cli.check_config(arguments)
+    assert values is not None
+    _check_paths(config.parse(values))
+
+
+def _check_paths(cfg: config.Config) -> None:
+    """UserError for models and data that the run reads from a directory which nobody has named: pods would start to say so."""
+    environment.import_jax()
+    from oaif_jax import methods  # which imports JAX
+
+    kind = methods.named(cfg.method)
+    is_compared = kind.evaluation == "comparison"
+    is_asked = kind.asks or (is_compared and cfg.judge.init == "annotator")
+    read = {"policy": cfg.policy, "reference": cfg.reference}
+    read |= {"annotator": cfg.annotator} if is_asked else {}
+    read |= {"judge": cfg.judge} if is_compared else {}
+    missing = [f"config.{name}.path" for name, section in read.items() if section.init == "hf" and not section.path]
+    missing += ["config.data.path"] if cfg.data.name != "tiny" and not cfg.data.path else []
+    if missing:
+        raise UserError(f"{missing[0]}='', wanted a place in {MOUNT}/ (--{missing[0]}={MOUNT}/...)")
 
 
 NAMED = options.Kind("NAME", f"small letters, digits and hyphens, at most {LONGEST}", _name)

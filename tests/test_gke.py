@@ -18,6 +18,12 @@ from oaif_jax.base.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMAND = ["python", "-m", "oaif_jax.train", "--distributed", "--config=c.py", "--workdir=/runs/a"]
+READ = ("policy", "annotator", "judge", "data")
+TRAINER = [
+    "--config=experiments/oaif.py:tldr,online,dpo",
+    "--workdir=/runs/a b",
+    *(f"--config.{name}.path=/runs/{name}" for name in READ),
+]
 # Of slices that xpk 1.16.0 has, GKE's two labels, pods, and chips of each.
 XPK = {
     "v4:2x2x1": ("tpu-v4-podslice", "2x2x1", 1, 4),
@@ -209,6 +215,10 @@ def test_unknown_tpus(topology, said):
         (["--config=c.py", "--workdir=runs/a"], "--workdir=runs/a behind --: wanted one in /runs/"),
         (["--workdir=/runs/a"], "wanted --config=FILE among them"),
         (["--workdir=/runs/a", "--config=experiments/tiny.py", "--config.los.beta=1"], "did you mean 'loss.beta'?"),
+        *(
+            ([part for part in TRAINER if f".{name}." not in part], f"config.{name}.path='', wanted a place in /runs/")
+            for name in READ
+        ),
     ],
 )
 def test_arguments_that_outlive_no_pod(arguments, said):
@@ -219,8 +229,7 @@ def test_arguments_that_outlive_no_pod(arguments, said):
 def test_a_dry_run(tmp_path):
     """Prints each command, as a shell reads it, writes the manifest, and runs nothing: there's no gcloud here."""
     own = ["--name=tldr-2b", "--cluster=c", "--project=p", "--zone=z", "--topology=v5e:4x4", "--image=i", "--volume=v"]
-    trainer = ["--config=experiments/oaif.py:tldr,online,dpo", "--workdir=/runs/a b"]
-    command = [sys.executable, "-m", "launch.gke", *own, f"--out={tmp_path}/job.json", "--dry-run", "--", *trainer]
+    command = [sys.executable, "-m", "launch.gke", *own, f"--out={tmp_path}/job.json", "--dry-run", "--", *TRAINER]
     environment = {"PATH": "", "PYTHONPATH": str(ROOT)}
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     lines = [shlex.split(line) for line in found.stdout.splitlines() if not line.startswith("#")]
@@ -228,7 +237,7 @@ def test_a_dry_run(tmp_path):
     assert ["kubectl", "delete", "-f", f"{tmp_path}/job.json"] in lines
     manifest = json.loads((tmp_path / "job.json").read_text())
     container = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
-    assert container["command"] == ["python", "-m", "oaif_jax.train", "--distributed", *trainer]
+    assert container["command"] == ["python", "-m", "oaif_jax.train", "--distributed", *TRAINER]
     without = [flag for flag in command if flag != "--dry-run"]
     found = subprocess.run(without, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 2

@@ -180,6 +180,7 @@ def test_evaluating_it_on_any_split(trained, tmp_path):
         workdir, split="train", prompts=11, out=tmp_path / "new" / "out", console=Console(file=shown, width=200)
     )
     assert (found["split"], found["prompts"], found["judged_by"]) == ("train", 11, summary["judged_by"])
+    assert found["judge_kind"] == summary["judge_kind"] == "language model"
     assert found["judge"]["win"] + found["judge"]["tie"] + found["judge"]["loss"] == pytest.approx(1.0)
     assert {
         key for key in summary if key not in ("params_sha256", "annotator", "health", "checkpoints", "peak_bytes")

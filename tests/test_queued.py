@@ -83,7 +83,7 @@ def test_slices(topology, wanted):
 
 def test_a_dry_run(tmp_path):
     """Prints each command, writes the script, and runs nothing: there's no gcloud here."""
-    trainer = ["--config=experiments/oaif.py:tldr,online,dpo", "--workdir=/runs/a b"]
+    trainer = ["--config=experiments/tiny.py:tldr,online,dpo", "--workdir=/runs/a b"]
     own = [*OWN, "--topology=v5e:4x4", f"--out={tmp_path}/run.sh", "--spot", "--dry-run"]
     command = [sys.executable, "-m", "launch.queued", *own, "--", *trainer]
     environment = {"PATH": "", "PYTHONPATH": str(ROOT)}

@@ -63,6 +63,7 @@ def test_the_path_in_miniature(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "texts.json").read_text())) == 3
     summary = json.loads((tmp_path / "online_plain" / "summary.json").read_text())
     assert summary["judged_by"] == "python:experiments.everyday.rules.plain"
+    assert summary["judge_kind"] == "function"
     assert summary["annotated_by"] == str(tmp_path / "annotator")
     assert summary["judge"]["pairs"] == 8
     assert "function" in shown.getvalue()

@@ -919,6 +919,13 @@ def test_a_function_that_judges_isnt_called_a_model():
     assert "Win rate, function judge" in html.report(run_of(judged))
 
 
+def test_a_reward_model_that_judges_is_called_that():
+    """As the run says, where it has measured no annotator: offline, or in tables of another split."""
+    text = results.final_table_markdown(run_of(SETTING, judged_by="runs/reward", judge_kind="reward model"))
+    assert "| reward model | at" in text
+    assert "language model" not in text
+
+
 def test_words_of_the_tiny_world_stay_there():
     """Of other data nothing is a post, and nobody is SFT."""
     run = run_of(SETTING)

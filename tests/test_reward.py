@@ -442,6 +442,7 @@ def test_an_online_run(home, llama, tmp_path):
     )
     assert "instruction" not in summary
     assert summary["annotated_by"] == summary["judged_by"] == str(workdir / "export")
+    assert summary["judge_kind"] == "reward model"
     assert "helpful" not in shown
     inputs = json.loads((tmp_path / "online" / "inputs.json").read_text())
     assert "annotator.path" in inputs

@@ -12,7 +12,6 @@ import pytest
 from test_report import EVERY, STEPS, Page, texts_out_of_place, write_online_run
 
 from oaif_jax import report
-from oaif_jax.base.errors import UserError
 from oaif_jax.report import __main__ as command
 from oaif_jax.report import several
 from oaif_jax.report.several import html, plots, runs
@@ -140,6 +139,28 @@ def test_many_settings_have_no_more_than_the_lines_that_can_be_told_apart(table)
     assert named == [f"_${i}" for i in range(3, len(compared))]
 
 
+@pytest.mark.parametrize(
+    ("runs_of_each", "said"),
+    [
+        ((1, 1), "band: 95 % interval"),
+        ((2, 2), "thick: mean over seeds, thin: each seed"),
+        ((3, 1), "thick: mean over seeds, thin: each seed, band: 95 % interval"),
+        ((1,) * (plots.MOST_BANDS + 1), ""),
+    ],
+)
+def test_what_is_drawn_is_said_above_it(table, runs_of_each, said):
+    """As the drawing has it: a second line is thin, and a band is a collection."""
+    (one,) = several.read(table[:1])
+    compared = [
+        dataclasses.replace(one, label=f"setting {i}") for i, count in enumerate(runs_of_each) for _ in range(count)
+    ]
+    figure = plots.figure(compared)
+    assert figure.legends[0].get_title().get_text() == said
+    (ax, *_) = figure.axes
+    assert any(line.get_linewidth() == 0.7 for line in ax.lines) == ("thin" in said)
+    assert bool(ax.collections) == ("band" in said)
+
+
 @pytest.mark.parametrize("narrow", [False, True])
 def test_no_text_leaves_the_figure_or_lies_on_another(table, narrow):
     """With all measures, several seeds, and names that are longer than there is room for."""
@@ -188,22 +209,40 @@ def test_the_command_compares_runs_where_they_are_or_elsewhere(table, tmp_path, 
 
 
 def test_the_command_compares_the_runs_of_a_sweep(tmp_path, capsys):
-    """From wherever it is started; and also where the sweep names its runs by their whole paths."""
+    """From wherever it is started and whatever the sweep's place was, which earlier versions have in the names of its runs."""
+    sweep = tmp_path / "sweep"
     for name in "ab":
-        write_online_run(tmp_path / name, steps=2, every=2, prompts=2)
-    change(tmp_path / "b", loss__beta=0.5)
+        write_online_run(sweep / name / "seed_0", steps=2, every=2, prompts=2)
+    change(sweep / "b" / "seed_0", loss__beta=0.5)
+    names = ("a/seed_0", "runs/earlier/b/seed_0", "/gone/c/seed_0", "d/seed_0")
+    outcomes = (("", {"steps": 2}), ("", None), ("it broke", None), ("", None))
     listed = [
-        {"workdir": name, "failure": why} for name, why in (("a", ""), (str(tmp_path / "b"), ""), ("c", "it broke"))
+        {"workdir": name, "failure": why, "summary": summary}
+        for name, (why, summary) in zip(names, outcomes, strict=True)
     ]
-    (tmp_path / "sweep.json").write_text(json.dumps(listed))
-    assert command.draw(*command.parse_flags([str(tmp_path)])) == 0
-    assert capsys.readouterr().out.split()[-1] == str(tmp_path / "comparison.html")
-    text = (tmp_path / "comparison.html").read_text()
-    assert "c: it broke" in text
-    assert 'href="a/report.html"' in text
-    (tmp_path / "sweep.json").write_text(json.dumps([{"workdir": "runs/gone", "failure": ""}]))
-    with pytest.raises(UserError, match=r"none of its 1 runs is there \(the first: runs/gone\)"):
-        command.draw(*command.parse_flags([str(tmp_path)]))
-    (tmp_path / "sweep.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"wanted what launch\.sweep writes"):
-        command.draw(*command.parse_flags([str(tmp_path)]))
+
+    def drawn() -> tuple[int, str, str]:
+        (sweep / "sweep.json").write_text(json.dumps(listed))
+        code = command.draw(*command.parse_flags([str(sweep)]))
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    code, out, _ = drawn()
+    assert (code, out.split()[-1]) == (0, str(sweep / "comparison.html"))
+    text = (sweep / "comparison.html").read_text()
+    assert "c/seed_0: it broke" in text
+    assert 'href="a/seed_0/report.html"' in text
+    assert "3 runs: " in text  # the fourth hasn't begun
+    listed[3]["summary"] = {"steps": 2}
+    code, _, err = drawn()
+    assert (code, err) == (2, f"error: {sweep / 'd' / 'seed_0'}: no such directory; wanted the workdir of a run\n")
+    listed[:] = listed[3:]
+    listed[0]["summary"] = None
+    code, _, err = drawn()
+    assert (code, err) == (
+        2,
+        f"error: {sweep / 'sweep.json'}: none of its 1 runs has begun, wanted a sweep of which one has\n",
+    )
+    listed[:] = [1]
+    code, _, err = drawn()
+    assert (code, err) == (2, f"error: {sweep / 'sweep.json'}: wanted what launch.sweep writes\n")

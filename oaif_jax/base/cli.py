@@ -354,8 +354,9 @@ def _check_values(arguments: Sequence[str], values: flags.FlagValues) -> None:
             raise UserError(f"--{name} has no value, wanted {flag.help}: {options.shown(flag)}")
 
 
-def check_config(arguments: Sequence[str]) -> None:
-    """UserError if --config's file can't be read, or if an override doesn't fit it."""
+def check_config(arguments: Sequence[str]) -> ml_collections.ConfigDict | None:
+    """The config with its overrides, if one is given; UserError if --config's file can't be read, or if an override doesn't fit
+    it."""
     given = _flag_values(arguments)
     files = [value for name, value in given if name == "config" and value is not None]
     overrides = [(name, value) for name, value in given if re.match(r"(no)?config\.", name)]
@@ -363,10 +364,12 @@ def check_config(arguments: Sequence[str]) -> None:
         raise UserError(f"--config is given {len(files)} times, wanted once: {', '.join(files)}")
     if not files and overrides:
         raise UserError(f"--config is missing, wanted {_CONFIG}")
-    if files:
-        config = load_config(files[0])
-        for name, value in overrides:
-            override(config, _key_and_text(config, name, value))
+    if not files:
+        return None
+    config = load_config(files[0])
+    for name, value in overrides:
+        override(config, _key_and_text(config, name, value))
+    return config
 
 
 def _key_and_text(config: ml_collections.ConfigDict, name: str, value: str | None) -> dict[str, str]:

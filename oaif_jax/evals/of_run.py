@@ -78,6 +78,7 @@ class Evaluations:
         examples."""
         cfg = self._setup.cfg.eval
         split, count = split or cfg.final_split, count or cfg.final_prompts
+        memory.give_back()  # what steps have freed
         return self._final(params, split, count, thorough=True, cache={}, temperature=None)
 
     def _chunk(self, count: int) -> int:
@@ -184,7 +185,7 @@ def described(setup: Setup, metrics: Mapping[str, Any], environment: Mapping[str
         **metrics,
         **setup.method.headline,
     }
-    found |= {"judged_by": setup.judged_by} if setup.judged_by else {}
+    found |= {"judged_by": setup.judged_by, "judge_kind": setup.judge_kind} if setup.judged_by else {}
     if setup.method.asks:
         found |= {"annotated_by": setup.annotated_by}
         found |= {"instruction": setup.instruction} if setup.instruction else {}

@@ -64,7 +64,7 @@ def draw(workdirs: Sequence[str], markdown: bool, out: pathlib.Path | None = Non
     for workdir in workdirs:
         try:
             failures |= _runs_of(str(local(workdir)))
-        except BucketError as error:  # the others can be read
+        except (BucketError, UserError) as error:  # the others can be read
             faults += 1
             print(f"error: {printable(str(error))}", file=sys.stderr)
     is_one = len(failures) + faults == 1
@@ -80,7 +80,7 @@ def draw(workdirs: Sequence[str], markdown: bool, out: pathlib.Path | None = Non
             else:
                 run, refused = report.load(workdir, finished=False), ""
         except report.ReportError as error:
-            if not failures[workdir]:  # else a run of a sweep that left nothing, and is shown as that
+            if is_one or not failures[workdir]:  # else a run of a sweep that left nothing, and is shown as that
                 print(f"error: {printable(str(error))}", file=sys.stderr)
                 continue
         else:
@@ -118,22 +118,19 @@ def _runs_of(workdir: str) -> dict[str, str]:
     if not is_sweep:
         return {workdir: ""}
     try:
-        listed = {each["workdir"]: each["failure"] for each in files.read_json(kept)}
+        listed = [(_place(kept, each["workdir"]), each["failure"], each["summary"]) for each in files.read_json(kept)]
     except (LookupError, TypeError) as error:
-        raise UserError(f"{kept}: wanted what launch.sweep writes") from error
-    # Named from the sweep's directory; those of earlier ones from where the sweep was started.
-    beside = {name: kept.parent / name for name in listed}
-    places = {
-        name: at if files.is_dir(at) or not files.is_dir(pathlib.Path(name)) else name for name, at in beside.items()
-    }
-    # Of a sweep that goes on some haven't begun.
-    found = {str(at): listed[name] for name, at in places.items() if listed[name] or files.is_dir(pathlib.Path(at))}
+        raise UserError(f"{shown(kept)}: wanted what launch.sweep writes") from error
+    # Of a sweep that goes on some haven't begun; what finished must be there.
+    found = {str(at): failure for at, failure, summary in listed if failure or summary or files.is_dir(at)}
     if not found:
-        first = next(iter(listed), "none")
-        raise UserError(
-            f"{kept}: none of its {len(listed)} runs is there (the first: {first}), wanted one that has begun"
-        )
+        raise UserError(f"{shown(kept)}: none of its {len(listed)} runs has begun, wanted a sweep of which one has")
     return found
+
+
+def _place(kept: pathlib.Path, workdir: str) -> pathlib.Path:
+    """Where a run of a sweep is: in a directory of its setting beside sweep.json, wherever the sweep was when it was made."""
+    return kept.parent.joinpath(*pathlib.Path(workdir).parts[-2:])
 
 
 def main() -> None:

@@ -26,8 +26,8 @@ PLACED = (
     "gold", "judge", "greedy", "annotator", "versions", "mean_length", "reference_length", "words", "log_ratio", "gold_mean",
     "reference_gold_mean", "gold_share", "reference_gold_share", "method", "loss", *NUMBERS, "instruction", "seed",
     "steps", "seconds", "peak_bytes", "params_sha256", "device", "cores", "evaluated_step", "split", "prompts", "command",
-    "exported", "finished", "reference_finished", "annotated_by", "judged_by", "settings", "repetition",
-    "reference_repetition", "health", "checkpoints",
+    "exported", "finished", "reference_finished", "annotated_by", "judged_by", "judge_kind", "settings",
+    "repetition", "reference_repetition", "health", "checkpoints",
 )  # fmt: skip
 
 

@@ -78,7 +78,10 @@ def judge(run: Run) -> str:
 
 
 def judge_kind(run: Run) -> str:
-    """What the judge is called: a language model, a reward model or a function."""
+    """What the judge is called: a language model, a reward model or a function. A run that goes on hasn't said it yet: then what
+    its annotator's agreement was measured as tells it."""
+    if "judge_kind" in run.summary:
+        return one_line(str(run.summary["judge_kind"]))
     who = judge(run)
     if who.startswith("python:"):
         return "function"

@@ -120,6 +120,14 @@ def open_judge(
     return _on_host(judge, data, mesh), judged_by
 
 
+def judge_kind(cfg: Config, asked: Asked | None) -> str:
+    """What the judge is called in reports."""
+    model = asked.model if asked is not None and cfg.judge.init == "annotator" else None
+    if model is not None:
+        return "reward model" if model.is_reward else "language model"
+    return "language model" if judges_as_model(cfg.judge.init) else "function"
+
+
 def _open_frozen(
     cfg: Config, key: str, section: config.Annotator | config.Judge, mesh: Mesh, quant: str, held: Sequence[PyTree]
 ) -> Model:

@@ -25,7 +25,16 @@ from oaif_jax.models import sharding
 from oaif_jax.models.config import ComputeConfig, Kernel, ModelConfig
 from oaif_jax.rollout import Sampler
 from oaif_jax.run import inputs, sizes
-from oaif_jax.run.asked import EVALUATED, OVER_THE_HOST, judges_as_model, name_of, open_annotator, open_judge, said_of
+from oaif_jax.run.asked import (
+    EVALUATED,
+    OVER_THE_HOST,
+    judge_kind,
+    judges_as_model,
+    name_of,
+    open_annotator,
+    open_judge,
+    said_of,
+)
 from oaif_jax.run.checks import check, check_context, lora_notes, moves_reference
 from oaif_jax.step import Frozen
 from oaif_jax.stored.open import Model, as_one, open_frozen, open_model, read_run, with_lora, with_score
@@ -54,6 +63,7 @@ class Setup:
     judge: Annotator | None
     annotated_by: str  # who annotates, for reports
     judged_by: str  # who judges, and by which instruction
+    judge_kind: str  # "language model", "reward model" or "function"; "" without a judge
     notes: tuple[str, ...]  # what a user should know before the run begins
     instruction: str = ""  # that the annotator is asked by; others than language models read none
     measured_as: str = ""  # the annotator's own name among `measured`, and in metrics
@@ -161,6 +171,7 @@ def open_setup(cfg: Config, mesh: Mesh, evaluated: tuple[str, ...] = EVALUATED) 
         judge=judge,
         annotated_by="" if asked is None else said_of(source_of("annotator", cfg.annotator)),
         judged_by=judged_by,
+        judge_kind="" if judge is None else judge_kind(cfg, asked),
         notes=tuple(notes),
         measured_as="" if asked is None else asked.measured_as,
         instruction="" if asked is None else asked.instruction,

@@ -65,7 +65,7 @@ def figure(compared: Sequence[Compared], *, narrow: bool = False):
     measures = [measure for measure in MEASURES if any(measure[0] in line for line in evals)]
     drawn = {label: look for label, look in lines(compared).items() if look[0] != MUTED}
     across = 1 if narrow or len(drawn) < 3 else 2
-    how = _how(compared, any(measure[-1] for measure in measures))
+    how = _how(compared)
     made, axes = grid(max(len(measures), 1), narrow=narrow, head=0.24 * (-(-len(drawn) // across) + bool(how)) + 0.1)
     for ax, measure in zip(axes, measures, strict=False):
         _draw(ax, compared, *measure)
@@ -126,12 +126,15 @@ def _draw(ax, compared: Sequence[Compared], key: str, what: str, unit: str, fact
     title(ax, what, unit)
 
 
-def _how(compared: Sequence[Compared], has_intervals: bool) -> str:
-    """What thick and thin lines and bands are. `has_intervals`: runs have measured some."""
-    found = groups(compared)
-    several = max(map(len, found.values()), default=0) > 1
-    of_mean = "thick: mean over seeds, thin: each seed" if several else ""
-    band = "band: 95 % interval" if len(found) <= MOST_BANDS and (several or has_intervals) else ""
+def _how(compared: Sequence[Compared]) -> str:
+    """What thick and thin lines and bands are, as far as there are any; see _band."""
+    measured = [[each.run for each in group if each.run and each.run.evals] for group in groups(compared).values()]
+    of_mean = "thick: mean over seeds, thin: each seed" if any(len(runs) > 1 for runs in measured) else ""
+    is_banded = any(
+        len(runs) > 2 or (len(runs) == 1 and any(key.endswith(".low") for line in runs[0].evals for key in line))
+        for runs in measured
+    )
+    band = "band: 95 % interval" if is_banded and len(measured) <= MOST_BANDS else ""
     return ", ".join(note for note in (of_mean, band) if note)
 
 
