@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 from oaif_jax import config
-from oaif_jax.base import cli, environment, options
+from oaif_jax.base import cli, options
 from oaif_jax.base.bucket import SCHEME, Bucket, is_url
 from oaif_jax.base.errors import UserError
 
@@ -21,6 +21,9 @@ KINDS = {
 # 128 + a signal: it was ended (143, with a checkpoint), killed or has crashed, on its own host or because another one was gone.
 RESTARTED = tuple(range(128, 256))
 MOUNT = "/runs"
+# What a launcher has to know of methods, without the seconds that JAX takes to start; a test compares.
+NOT_COMPARED = ("annotator", "reward", "reward_ai", "sft")  # in evaluations, with a reference
+ASK_NOBODY = ("annotator", "offline", "reward", "sft")
 LONGEST = 28  # characters of a name: pods' names are made of it
 
 
@@ -47,19 +50,13 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 def _check_paths(cfg: config.Config) -> None:
     """UserError for models and data that the run reads from a directory which nobody has named: pods would start to say so."""
-    environment.import_jax()
-    from oaif_jax import methods  # which imports JAX
-
-    kind = methods.named(cfg.method)
-    is_compared = kind.evaluation == "comparison"
-    is_asked = kind.asks or (is_compared and cfg.judge.init == "annotator")
     read = {"policy": cfg.policy, "reference": cfg.reference}
-    read |= {"annotator": cfg.annotator} if is_asked else {}
-    read |= {"judge": cfg.judge} if is_compared else {}
+    read |= {} if cfg.method in ASK_NOBODY and cfg.judge.init != "annotator" else {"annotator": cfg.annotator}
+    read |= {"judge": cfg.judge} if cfg.method not in NOT_COMPARED else {}
     missing = [f"config.{name}.path" for name, section in read.items() if section.init == "hf" and not section.path]
     missing += ["config.data.path"] if cfg.data.name != "tiny" and not cfg.data.path else []
     if missing:
-        raise UserError(f"{missing[0]}='', wanted a place in {MOUNT}/ (--{missing[0]}={MOUNT}/...)")
+        raise UserError(f"{missing[0]}='', wanted --{missing[0]}={MOUNT}/...")
 
 
 NAMED = options.Kind("NAME", f"small letters, digits and hyphens, at most {LONGEST}", _name)

@@ -14,6 +14,7 @@ import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
 from launch import gke, topologies, tpus
+from oaif_jax import methods
 from oaif_jax.base.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -208,6 +209,19 @@ def test_unknown_tpus(topology, said):
         topologies.check_topology(topology)
 
 
+def test_what_launchers_know_of_methods():
+    found = methods.METHODS.items()
+    assert set(tpus.ASK_NOBODY) == {name for name, kind in found if not kind.asks}
+    assert set(tpus.NOT_COMPARED) == {name for name, kind in found if kind.evaluation != "comparison"}
+
+
+def test_a_run_that_asks_nobody_needs_no_annotator():
+    offline = [part.replace("online", "offline") for part in TRAINER if ".annotator." not in part]
+    tpus.check_arguments(offline)
+    with pytest.raises(UserError, match=re.escape("config.annotator.path=''")):
+        tpus.check_arguments([part for part in offline if ".judge." not in part] + ["--config.judge.init=annotator"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -216,7 +230,10 @@ def test_unknown_tpus(topology, said):
         (["--workdir=/runs/a"], "wanted --config=FILE among them"),
         (["--workdir=/runs/a", "--config=experiments/tiny.py", "--config.los.beta=1"], "did you mean 'loss.beta'?"),
         *(
-            ([part for part in TRAINER if f".{name}." not in part], f"config.{name}.path='', wanted a place in /runs/")
+            (
+                [part for part in TRAINER if f".{name}." not in part],
+                f"config.{name}.path='', wanted --config.{name}.path=/runs/",
+            )
             for name in READ
         ),
     ],
