@@ -169,6 +169,7 @@ def moments(storage: Storage) -> dict[str, int]:
         "before the first checkpoint counts": log.index(("POST", "checkpoints/2/MANIFEST.json")),
         "amid a later checkpoint": of_four[len(of_four) // 2],
         "once it counts": of_four[-1] + 1,
+        "before a deletion, at the end": log.index(("DELETE", "checkpoints/4/MANIFEST.json")),
         "amid a deletion": deleted + 2,
         "amid the end": log.index(("POST", "summary.json")),
     }
@@ -178,6 +179,7 @@ MOMENTS = {
     "before the first checkpoint counts": None,
     "amid a later checkpoint": 2,
     "once it counts": 4,
+    "before a deletion, at the end": 6,
     "amid a deletion": 4,
     "amid the end": 6,
 }

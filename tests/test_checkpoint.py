@@ -487,6 +487,21 @@ def test_retention_keeps_the_last_and_the_best(tmp_path):
     assert Reader(tmp_path).best() == 1
 
 
+def test_what_a_kill_left_is_deleted_once_the_last_is_restored(tmp_path, monkeypatch):
+    """A kill between a checkpoint that counts and the deletion of those before it: of 0 (the best), 1, an interim 2, and 3."""
+    with monkeypatch.context() as patched, Checkpoints(tmp_path, keep=1) as checkpoints:
+        patched.setattr(Checkpoints, "_drop", lambda *_: None)
+        for step, metric in enumerate((0.9, 0.1, None, 0.2)):
+            tree = {"params": {"w": jnp.full(4, step)}}
+            checkpoints.save(step, tree, {}, metric=metric, is_interim=step == 2)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.steps() == [0, 1, 2, 3]
+        checkpoints.tidy(3)
+        assert checkpoints.steps() == [0, 3]
+        checkpoints.tidy(3)
+        assert checkpoints.steps() == [0, 3]
+
+
 @pytest.mark.parametrize(("final", "step"), [("last", 2), ("best", None)])
 def test_the_best_of_a_run_that_measures_none(tmp_path, final, step):
     """Is its last, where that is what the run ends with; else there is none yet."""

@@ -156,6 +156,11 @@ class Checkpoints(Reader):
         with self.times.of("restored_seconds"):
             return super().restore(step, items)
 
+    def tidy(self, step: int) -> None:
+        """Deletes what a save of `step` would have deleted, had no kill come between; by process 0, once the step is restored."""
+        if jax.process_index() == 0:
+            self._drop(step)
+
     def wait(self) -> None:
         """Returns when the last save is complete; CheckpointError if it failed, or where an older one is damaged or can't be
         deleted."""

@@ -122,6 +122,7 @@ class Loop:
             items["reference"] = abstract_reference(wanted, cfg)
         with phase("reading the checkpoint"):
             meta, restored = self._checkpoints.meta(at), self._checkpoints.restore(at, items)
+            self._checkpoints.tidy(at)
         self._frozen |= {"reference": restored["reference"]} if "reference" in restored else {}
         self._seconds_before, self.history = meta["seconds"], meta["history"]
         self._checkpoints.times.add(meta.get("checkpoints", {}))
