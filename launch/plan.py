@@ -48,7 +48,9 @@ if __name__ == "__main__":  # before JAX is imported: --help and a wrong flag do
     )
     options.define("search", 0, options.integer(least=0), "compiles so many of the best meshes; 0: only the config's")
     options.define_switch("arithmetic", "compiles nothing")
-    options.define_switch("codegen", "makes the chips' code as well: many minutes, and only its own bytes are new")
+    options.define_switch(
+        "codegen", "makes the chips' code as well: it takes many minutes, and tells how large the code is"
+    )
     options.define("out", None, options.FILE, "a file for the report as JSON")
     options.define("hlo", None, options.FILE, "a file for the compiled programs' text")
     cli.parse()

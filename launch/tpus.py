@@ -49,14 +49,20 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 
 def _check_paths(cfg: config.Config) -> None:
-    """UserError for models and data that the run reads from a directory which nobody has named: pods would start to say so."""
-    read = {"policy": cfg.policy, "reference": cfg.reference}
-    read |= {} if cfg.method in ASK_NOBODY and cfg.judge.init != "annotator" else {"annotator": cfg.annotator}
-    read |= {"judge": cfg.judge} if cfg.method not in NOT_COMPARED else {}
-    missing = [f"config.{name}.path" for name, section in read.items() if section.init == "hf" and not section.path]
-    missing += ["config.data.path"] if cfg.data.name != "tiny" and not cfg.data.path else []
+    """UserError for models and data that the run reads, and that nobody has named, or in runs/ of this machine: pods would start
+    to say so."""
+    is_compared = cfg.method not in NOT_COMPARED
+    is_asked = cfg.method not in ASK_NOBODY or (is_compared and cfg.judge.init == "annotator")
+    read = {"policy": cfg.policy}
+    read |= {"reference": cfg.reference, "judge": cfg.judge} if is_compared else {}
+    read |= {"annotator": cfg.annotator} if is_asked else {}
+    named = {f"{name}.path" if each.init == "hf" else f"{name}.init": each for name, each in read.items()}
+    places = {key: each.path if key.endswith(".path") else each.init for key, each in named.items()}
+    places |= {"data.path": cfg.data.path} if cfg.data.name != "tiny" else {}
+    missing = [key for key, place in places.items() if not place or place.startswith("runs/")]
     if missing:
-        raise UserError(f"{missing[0]}='', wanted --{missing[0]}={MOUNT}/...")
+        said = ", ".join(f"config.{key}={places[key]!r}" for key in missing)
+        raise UserError(f"{said}: wanted what pods can read, such as --config.{missing[0]}={MOUNT}/...")
 
 
 NAMED = options.Kind("NAME", f"small letters, digits and hyphens, at most {LONGEST}", _name)

@@ -220,6 +220,16 @@ def test_a_run_that_asks_nobody_needs_no_annotator():
     tpus.check_arguments(offline)
     with pytest.raises(UserError, match=re.escape("config.annotator.path=''")):
         tpus.check_arguments([part for part in offline if ".judge." not in part] + ["--config.judge.init=annotator"])
+    reward = ["--config=experiments/oaif.py:tldr,reward", *TRAINER[1:3], TRAINER[-1]]
+    tpus.check_arguments(reward)
+    tpus.check_arguments([*reward, "--config.judge.init=annotator"])  # nobody judges a reward model
+
+
+def test_models_that_pods_do_not_have():
+    arguments = ["--config=experiments/own.py:reinforce", "--workdir=/runs/a", "--config.data.path=runs/prompts.jsonl"]
+    said = "config.policy.path='', config.annotator.init='runs/reward', config.data.path='runs/prompts.jsonl': wanted"
+    with pytest.raises(UserError, match=re.escape(said)):
+        tpus.check_arguments(arguments)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +242,7 @@ def test_a_run_that_asks_nobody_needs_no_annotator():
         *(
             (
                 [part for part in TRAINER if f".{name}." not in part],
-                f"config.{name}.path='', wanted --config.{name}.path=/runs/",
+                f"config.{name}.path='': wanted what pods can read, such as --config.{name}.path=/runs/",
             )
             for name in READ
         ),

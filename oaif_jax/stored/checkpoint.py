@@ -156,10 +156,16 @@ class Checkpoints(Reader):
         with self.times.of("restored_seconds"):
             return super().restore(step, items)
 
-    def tidy(self, step: int) -> None:
-        """Deletes what a save of `step` would have deleted, had no kill come between; by process 0, once the step is restored."""
-        if jax.process_index() == 0:
+    def tidy(self, step: int) -> str:
+        """Deletes what a save of `step` would have deleted, had no kill come between; by process 0, once the step is restored.
+        Returns why that can't be done, or nothing: the step is good, and the next save raises it."""
+        if jax.process_index() != 0:
+            return ""
+        try:
             self._drop(step)
+        except CheckpointError as error:
+            return str(error)
+        return ""
 
     def wait(self) -> None:
         """Returns when the last save is complete; CheckpointError if it failed, or where an older one is damaged or can't be

@@ -122,12 +122,14 @@ class Loop:
             items["reference"] = abstract_reference(wanted, cfg)
         with phase("reading the checkpoint"):
             meta, restored = self._checkpoints.meta(at), self._checkpoints.restore(at, items)
-            self._checkpoints.tidy(at)
+            undeleted = self._checkpoints.tidy(at)
         self._frozen |= {"reference": restored["reference"]} if "reference" in restored else {}
         self._seconds_before, self.history = meta["seconds"], meta["history"]
         self._checkpoints.times.add(meta.get("checkpoints", {}))
         self._checkpoints.times.restores += 1
         self._say(f"going on from step {at} in {shown(self._workdir)}")
+        if undeleted:
+            self._say(undeleted)
         for difference in resume.differences(meta["environment"], self.environment):
             self._say(f"not bit for bit what an uninterrupted run gives: {difference}")
         number = jax.device_put(np.asarray(at, np.int32), sharding.replicated(mesh))

@@ -153,7 +153,7 @@ def _band(
         halves = np.array([mean_interval(column)[1] or 0.0 for column in table.T.tolist()])
         mean = table.mean(axis=0)
         return mean - halves, mean + halves
-    run = next((each.run for each in group if each.run), None)
+    run = next((each.run for each in group if each.run and each.run.evals), None)
     if len(table) > 1 or not interval or run is None:
         return None
     low, high = (series(run.evals, f"{interval}.{end}") for end in ("low", "high"))
