@@ -53,13 +53,11 @@ def get_config(argument: str = "annotator") -> ConfigDict:
         config.checkpoint.every = 25
         return config.lock()
     (name,) = names
-    config.steps = (
-        60  # after 30 a policy is half-way, and how far it came differed from 62 to 94 % between two machines
-    )
+    # After 30 a policy is half-way, and how far it came differed from 62 to 94 % between two machines.
+    config.steps = 60
     config.data.batch = 4
-    config.loss.beta = (
-        0.3  # with the paper's 0.1 answers get shorter still, but leave the question (docs/notes/models.md)
-    )
+    # With the paper's 0.1 answers get shorter still, but leave the question (docs/notes/models.md).
+    config.loss.beta = 0.3
     config.optimizer.lr = 5e-4
     config.eval.prompts, config.eval.final_prompts = 16, 48
     config.eval.greedy = False  # it would take a minute of each run

@@ -56,9 +56,9 @@ def _check_paths(cfg: config.Config) -> None:
     read = {"policy": cfg.policy}
     read |= {"reference": cfg.reference, "judge": cfg.judge} if is_compared else {}
     read |= {"annotator": cfg.annotator} if is_asked else {}
-    named = {f"{name}.path" if each.init == "hf" else f"{name}.init": each for name, each in read.items()}
-    places = {key: each.path if key.endswith(".path") else each.init for key, each in named.items()}
-    places |= {"data.path": cfg.data.path} if cfg.data.name != "tiny" else {}
+    places = {"data.path": cfg.data.path} if cfg.data.name != "tiny" else {}
+    for name, model in read.items():
+        places |= {f"{name}.path": model.path} if model.init == "hf" else {f"{name}.init": model.init}
     missing = [key for key, place in places.items() if not place or place.startswith("runs/")]
     if missing:
         said = ", ".join(f"config.{key}={places[key]!r}" for key in missing)

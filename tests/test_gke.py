@@ -227,7 +227,7 @@ def test_a_run_that_asks_nobody_needs_no_annotator():
 
 def test_models_that_pods_do_not_have():
     arguments = ["--config=experiments/own.py:reinforce", "--workdir=/runs/a", "--config.data.path=runs/prompts.jsonl"]
-    said = "config.policy.path='', config.annotator.init='runs/reward', config.data.path='runs/prompts.jsonl': wanted"
+    said = "config.data.path='runs/prompts.jsonl', config.policy.path='', config.annotator.init='runs/reward': wanted"
     with pytest.raises(UserError, match=re.escape(said)):
         tpus.check_arguments(arguments)
 

@@ -64,7 +64,7 @@ def draw(workdirs: Sequence[str], markdown: bool, out: pathlib.Path | None = Non
     for workdir in workdirs:
         try:
             failures |= _runs_of(str(local(workdir)))
-        except (BucketError, UserError) as error:  # the others can be read
+        except UserError as error:  # the others can be read
             faults += 1
             print(f"error: {printable(str(error))}", file=sys.stderr)
     is_one = len(failures) + faults == 1

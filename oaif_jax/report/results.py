@@ -89,7 +89,7 @@ def _win_table(run: Run) -> Table:
 
 def judges(run: Run) -> dict[str, str]:
     """What those who judge are called: of the config's judge, what kind it is of."""
-    return dict(zip(JUDGES, ("gold", setting.judge_kind(run)), strict=True))
+    return {"gold": "gold", "judge": setting.judge_kind(run)}
 
 
 def _verdict(found: Any, name: str) -> tuple[str, ...]:

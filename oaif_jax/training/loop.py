@@ -22,7 +22,6 @@ from oaif_jax.base.files import atomic_write_json
 from oaif_jax.base.mirror import remove, shown
 from oaif_jax.base.phases import phase
 from oaif_jax.collect import Batches, Ready
-from oaif_jax.config import Config
 from oaif_jax.evals.of_run import Evaluations, agreement_with_gold, control_tokens, of_samples
 from oaif_jax.evals.summary import add_to_history
 from oaif_jax.methods.base import known
@@ -119,7 +118,7 @@ class Loop:
         wanted = state.abstract(self.setup.policy.params, self._tx, mesh, cfg.compute.trained)
         items = {"params": wanted.params, "optimizer": wanted.optimizer}
         if "reference" in self._checkpoints.items(at):  # of a later round: an earlier one's policy
-            items["reference"] = abstract_reference(wanted, cfg)
+            items["reference"] = state.abstract_reference(wanted, cfg.compute.frozen)
         with phase("reading the checkpoint"):
             meta, restored = self._checkpoints.meta(at), self._checkpoints.restore(at, items)
             undeleted = self._checkpoints.tidy(at)
@@ -432,14 +431,6 @@ class Loop:
         where = f"step {self._at if self._is_whole else self._kept} of {self.steps}; {again}"
         then = f"the same command goes on from here ({where})" if self._at else "nothing was trained yet"
         return Interrupted(f"{error}; {then}", error.number)
-
-
-def abstract_reference(wanted: TrainState, cfg: Config) -> PyTree:
-    """Shapes, types and shardings of the reference of a later round."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, cfg.compute.frozen, sharding=leaf.sharding),
-        without_value(wanted.params),
-    )
 
 
 def open_log(workdir: pathlib.Path, begin: int | None, say: Say) -> MetricsLog:

@@ -80,6 +80,13 @@ def next_round(
     return dataclasses.replace(state, optimizer=in_round(tx.init(state.params), factor)), reference
 
 
+def abstract_reference(wanted: TrainState, dtype: str) -> PyTree:
+    """Shapes, type and shardings of the reference that `next_round` makes, from those of a state."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), without_value(wanted.params)
+    )
+
+
 def mixed(reference: PyTree, params: PyTree, share: Float[Array, ""]) -> PyTree:
     """share * policy + (1 - share) * reference, in the reference's type (TR-DPO, Gorbatovski et al. 2024, eq. 4)."""
 
